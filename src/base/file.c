@@ -1,0 +1,193 @@
+// file.c: see file.h.
+#include "base/file.h"
+
+#include "base/size.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+// The mappings that the SIGBUS handler knows. A signal handler can reach only global state; slots are claimed and
+// released with atomics so that it may look at them at any time.
+enum { MAX_GUARDED = 1024 };
+static struct { _Atomic uintptr_t begin, end; } guarded[MAX_GUARDED];
+static atomic_bool guard_tripped;
+
+static void guard_add(const void *data, size_t size) {
+    for (int i = 0; i < MAX_GUARDED; i++) {
+        uintptr_t free_slot = 0;
+        if (atomic_compare_exchange_strong(&guarded[i].begin, &free_slot, (uintptr_t)data)) {
+            atomic_store(&guarded[i].end, (uintptr_t)data + size);
+            return;
+        }
+    }
+}
+
+static void guard_remove(const void *data) {
+    for (int i = 0; i < MAX_GUARDED; i++) {
+        if (atomic_load(&guarded[i].begin) == (uintptr_t)data) {
+            atomic_store(&guarded[i].end, 0);
+            atomic_store(&guarded[i].begin, 0);
+            return;
+        }
+    }
+}
+
+static void on_sigbus(int signal_number, siginfo_t *info, void *context) {
+    (void)context;
+    uintptr_t address = (uintptr_t)info->si_addr;
+    for (int i = 0; i < MAX_GUARDED; i++) {
+        if (address >= atomic_load(&guarded[i].begin) && address < atomic_load(&guarded[i].end)) {
+            uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+            void *start = (void *)(address & ~(page - 1)); // NOLINT(performance-no-int-to-ptr)
+            if (mmap(start, page, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) != MAP_FAILED) {
+                atomic_store(&guard_tripped, true);
+                return;
+            }
+        }
+    }
+    signal(signal_number, SIG_DFL); // not ours: the faulting access repeats and the default action follows
+}
+
+void file_guard_install(void) {
+    struct sigaction action = {.sa_sigaction = on_sigbus, .sa_flags = SA_SIGINFO};
+    sigemptyset(&action.sa_mask);
+    sigaction(SIGBUS, &action, NULL);
+}
+
+bool file_guard_tripped(void) {
+    return atomic_load(&guard_tripped);
+}
+
+// Opens a regular file for reading and tells its size; -1 with `err` filled otherwise.
+static int open_regular(const char *path, size_t *size, struct error *err) {
+    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
+    if (fd < 0) {
+        error_set(err, "cannot open %s: %s", path, strerror(errno));
+        return -1;
+    }
+    struct stat st;
+    if (fstat(fd, &st) != 0) {
+        error_set(err, "cannot read the size of %s: %s", path, strerror(errno));
+    } else if (!S_ISREG(st.st_mode)) {
+        error_set(err, "%s is not a regular file", path);
+    } else if (!size_from_u64((uint64_t)st.st_size, size)) {
+        error_set(err, "%s is too large for this machine's address space", path);
+    } else {
+        return fd;
+    }
+    close(fd);
+    return -1;
+}
+
+bool file_map_open(struct file_map *map, const char *path, struct error *err) {
+    *map = (struct file_map){0};
+    size_t size;
+    int fd = open_regular(path, &size, err);
+    if (fd < 0) return false;
+    if (size == 0) {
+        close(fd);
+        return true;
+    }
+    void *data = mmap(NULL, size, PROT_READ, MAP_PRIVATE, fd, 0);
+    int map_errno = errno;
+    close(fd);
+    if (data == MAP_FAILED) return error_set(err, "cannot map %s (%zu bytes): %s", path, size, strerror(map_errno));
+    *map = (struct file_map){.data = data, .size = size};
+    guard_add(data, size);
+    return true;
+}
+
+void file_map_close(struct file_map *map) {
+    if (map->data) {
+        guard_remove(map->data);
+        munmap((void *)(uintptr_t)map->data, map->size);
+    }
+    *map = (struct file_map){0};
+}
+
+bool file_read(const char *path, size_t max_bytes, struct buffer *out, struct error *err) {
+    size_t size;
+    int fd = open_regular(path, &size, err);
+    if (fd < 0) return false;
+    bool ok = false;
+    size_t old_len = out->len;
+    if (size > max_bytes) {
+        error_set(err, "%s has %zu bytes, more than the limit of %zu", path, size, max_bytes);
+        goto done;
+    }
+    if (!buffer_reserve(out, size)) {
+        error_set(err, "out of memory reading %s (%zu bytes)", path, size);
+        goto done;
+    }
+    while (out->len - old_len < size) {
+        ssize_t n = read(fd, out->data + out->len, size - (out->len - old_len));
+        if (n < 0 && errno == EINTR) continue;
+        if (n < 0) {
+            error_set(err, "cannot read %s: %s", path, strerror(errno));
+            goto done;
+        }
+        if (n == 0) break; // shrunk meanwhile: what there is
+        out->len += (size_t)n;
+    }
+    out->data[out->len] = '\0';
+    ok = true;
+done:
+    close(fd);
+    if (!ok && out->data) {
+        out->len = old_len;
+        out->data[old_len] = '\0';
+    }
+    return ok;
+}
+
+static bool write_all(int fd, const char *bytes, size_t n) {
+    while (n > 0) {
+        ssize_t done = write(fd, bytes, n);
+        if (done < 0 && errno == EINTR) continue;
+        if (done < 0) return false;
+        bytes += done;
+        n -= (size_t)done;
+    }
+    return true;
+}
+
+bool file_write(const char *path, const void *bytes, size_t n, struct error *err) {
+    struct buffer temporary = {0};
+    bool ok = false;
+    if (!buffer_printf(&temporary, "%s.XXXXXX", path)) return error_set(err, "out of memory");
+    int fd = mkostemp(temporary.data, O_CLOEXEC);
+    if (fd < 0) {
+        error_set(err, "cannot write %s: %s", path, strerror(errno));
+        goto done;
+    }
+    mode_t mask = umask(0);
+    umask(mask);
+    ok = write_all(fd, bytes, n) && fchmod(fd, 0666 & ~mask) == 0;
+    ok = close(fd) == 0 && ok;
+    if (!ok || rename(temporary.data, path) != 0) {
+        error_set(err, "cannot write %s: %s", path, strerror(errno));
+        unlink(temporary.data);
+        ok = false;
+    }
+done:
+    buffer_free(&temporary);
+    return ok;
+}
+
+bool file_exists(const char *path) {
+    return access(path, F_OK) == 0;
+}
+
+bool file_is_folder(const char *path) {
+    struct stat st;
+    return stat(path, &st) == 0 && S_ISDIR(st.st_mode);
+}

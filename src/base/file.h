@@ -1,0 +1,37 @@
+// file.h: reading files that may be hostile. Only regular files are opened (a FIFO or a device never blocks us), sizes
+// are bounded, and a mapped file that shrinks under us becomes an error instead of a SIGBUS.
+#ifndef TANDEM_BASE_FILE_H
+#define TANDEM_BASE_FILE_H
+
+#include "base/buffer.h"
+#include "base/error.h"
+
+#include <stdbool.h>
+#include <stddef.h>
+
+// A read-only mapping of a whole file. All zero is "not open".
+struct file_map {
+    const unsigned char *data; // [size]; NULL when the file is empty
+    size_t size;
+};
+
+bool file_map_open(struct file_map *map, const char *path, struct error *err);
+void file_map_close(struct file_map *map);
+
+// Reads a whole file of at most `max_bytes` into `out` (appended). Errors: missing, not a regular file, too large, I/O.
+bool file_read(const char *path, size_t max_bytes, struct buffer *out, struct error *err);
+
+// Writes a file by way of a temporary neighbour and a rename, so that a crash leaves either the old file or the new
+// one.
+bool file_write(const char *path, const void *bytes, size_t n, struct error *err);
+
+bool file_exists(const char *path); // anything at all is there
+bool file_is_folder(const char *path);
+
+// Installs a SIGBUS handler (programs call this once; the library does so only when asked): a read past the end of a
+// mapped file that was truncated meanwhile then yields zeros and sets a flag, in place of killing the process. SIGBUS
+// from anywhere else keeps its default action.
+void file_guard_install(void);
+bool file_guard_tripped(void); // did that happen since the process started?
+
+#endif

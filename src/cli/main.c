@@ -1,0 +1,4 @@
+// main.c: placeholder until the table of subcommands lands.
+int main(void) {
+    return 2;
+}
