@@ -60,3 +60,9 @@ clean:
 
 -include $(LIB_OBJ:.o=.d) $(CLI_OBJ:.o=.d) $(TEST_SRC:%.c=$(BUILD)/%.d)
 .SECONDARY:
+
+# The genuine Qwen3 tokenizer, unpacked for the tests.
+build/data/qwen3-tokenizer/tokenizer.json: tests/data/qwen3-tokenizer/tokenizer.json.xz
+	@mkdir -p $(@D)
+	cp tests/data/qwen3-tokenizer/tokenizer_config.json $(@D)/
+	xz -dc $< > $@.part && mv $@.part $@
