@@ -1,0 +1,260 @@
+// ops.h: every operation that a model is made of: its shapes, its formula, its rounding points and the order of its
+// sums.
+//
+// The contract (DESIGN.md section 3):
+// - A PRIMITIVE does one thing. The primitives together are the standard path, which `--fusion=off` runs.
+// - A FUSED op replaces a fixed list of primitives and returns the same bits as composing them, at every T, context
+// length
+//   and thread count. fusion.c holds each fused op's composition; a backend that lacks a fused op runs the composition.
+// - The order in which an output element's terms are added depends only on the model and on the element's own position
+// in
+//   its sequence: never on T, on neighbours, on page numbers or on the number of threads.
+// - On the CPU all instruction sets return the same bits (docs/NUMERICS.md states the one exception, subnormal
+// products).
+//
+// Numbers: activations are f32, row-major, [n_rows, n_columns]. "dot16" below is the sum order of every dot product:
+// sixteen partial sums, acc[l] = fma(a[k], b[k], acc[l]) for ascending k with k % 16 == l, starting from +0, then the
+// fixed tree acc[l] += acc[l+8] (l < 8), += acc[l+4], += acc[l+2], acc[0] + acc[1]. A tail of n % 16 terms goes to the
+// first lanes. "sum16" is the same with b = 1.
+#ifndef TANDEM_OPS_OPS_H
+#define TANDEM_OPS_OPS_H
+
+#include "base/pool.h"
+#include "format/dtype.h"
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+enum {
+    KV_PAGE_TOKENS = 32, // positions in a KV page
+    ATTN_BLOCK = 32,     // positions that attention sums before it combines: fixed, absolute, one page
+};
+
+// A stored weight matrix W [n_out, n_in]; its product with x [n_in] is y[o] = sum_i W[o][i] x[i].
+struct matrix {
+    const char *name;
+    enum dtype type;
+    size_t n_out, n_in;
+    size_t row_bytes; // bytes from one row to the next
+    const void *data;
+};
+
+// One step's work: T tokens of S sequences, prefill and decode mixed (DESIGN.md section 2).
+struct batch {
+    size_t n_tokens, n_seqs, n_logit_rows;
+    const int32_t *token;      // [n_tokens] ids
+    const int32_t *position;   // [n_tokens] each token's position in its sequence
+    const int32_t *seq;        // [n_tokens] index of each token's sequence
+    const int32_t *seq_start;  // [n_seqs + 1] the tokens of sequence s are seq_start[s] .. seq_start[s+1]
+    const int32_t *page_start; // [n_seqs + 1] its KV pages are pages[page_start[s]] .. pages[page_start[s+1]], in order
+    const int32_t *pages;      // [page_start[n_seqs]]
+    const int32_t *kv_len;     // [n_seqs] positions in the KV after this step
+    const int32_t *logit_rows; // [n_logit_rows] the tokens whose logits are wanted
+};
+
+// The K and V pages of one layer. K and V are rounded once, to `type`, when they are stored.
+// Element (page, kv_head, slot, channel) stands at ((page * n_kv_heads + kv_head) * KV_PAGE_TOKENS + slot) * head_dim +
+// channel.
+struct kv_layer {
+    enum dtype type; // BF16 or F32
+    void *k, *v;
+    size_t n_pages, n_kv_heads, head_dim;
+};
+
+struct ops;
+
+// Observes intermediate results; `name` as in `tandem trace` without "layers.N." (CLI.md). layer is -1 outside the
+// layers.
+typedef void tap_fn(void *user, const char *name, int layer, const float *data, size_t n_rows, size_t n_columns);
+
+// What an op runs with. One per running step; only the engine's thread uses it.
+struct op_ctx {
+    const struct ops *ops;
+    struct pool *pool;
+    uint32_t fusion; // bit (1 << enum fused_op): use the backend's fused op, where it has one
+    float *scratch;  // [scratch_floats] shared by the op in progress; its size is ops_scratch_floats(...)
+    size_t scratch_floats;
+    tap_fn *tap; // NULL: nobody watches
+    void *tap_user;
+    int layer; // for the tap
+};
+
+// ---- Fused ops: arguments ------------------------------------------------------------------------------------------
+
+enum fused_op {
+    FUSED_NORM_QKV,
+    FUSED_QK_NORM_ROPE_STORE,
+    FUSED_ATTENTION,
+    FUSED_OUT_RESIDUAL,
+    FUSED_NORM_GATE_UP,
+    FUSED_DOWN_RESIDUAL,
+    FUSED_NORM_HEAD,
+    FUSED_STEP, // the whole sequence in one kernel or graph; the CPU has none
+    FUSED_COUNT
+};
+
+// norm_qkv: n = rmsnorm(x, norm); q = matmul(n, wq) + bq; k, v alike.
+struct norm_qkv_args {
+    size_t n_tokens;
+    const float *x;    // [n_tokens, hidden]
+    const float *norm; // [hidden]
+    float eps;
+    const struct matrix *wq, *wk, *wv;
+    const float *bq, *bk, *bv; // [n_out] or NULL
+    float *normed;             // [n_tokens, hidden] for the composition
+    float *q, *k, *v;          // [n_tokens, n_heads * head_dim], [n_tokens, n_kv_heads * head_dim] twice
+};
+
+// qk_norm_rope_store: q, k = head_rmsnorm (where q_norm, k_norm are given); q, k = rope; k, v stored in their pages.
+struct qk_norm_rope_store_args {
+    const struct batch *batch;
+    size_t n_heads, n_kv_heads, head_dim;
+    const float *q_norm, *k_norm; // [head_dim], both or none (NULL)
+    float eps;
+    const float *cos_sin; // [n_tokens, head_dim]: head_dim / 2 cosines, then the sines, of each token's position
+    float *q, *k;         // in place
+    const float *v;
+    struct kv_layer *kv;
+};
+
+// attention: causal, grouped-query, over the pages. For each token and head, blocks of ATTN_BLOCK absolute positions b:
+//   s_j = dot16(q, k_j) * scale              j <= position
+//   m_b = max_j s_j; p_j = exp32(s_j - m_b); l_b = sum16_j p_j; o_b[c] = fma chain over ascending j of p_j v_j[c]
+// combined in ascending order of b: m' = max(m, m_b); a = exp32(m - m'); c = exp32(m_b - m');
+//   l = fma(l, a, l_b * c); o = fma(o, a, o_b * c)   (the first block is taken as it is)
+// out = o / l. Query head h reads KV head h / (n_heads / n_kv_heads).
+struct attention_args {
+    const struct batch *batch;
+    size_t n_heads, n_kv_heads, head_dim;
+    float scale;    // 1 / sqrt(head_dim)
+    const float *q; // [n_tokens, n_heads * head_dim]
+    const struct kv_layer *kv;
+    float *out; // [n_tokens, n_heads * head_dim]
+};
+
+// out_residual, down_residual: y = matmul(in, w); x += y.
+struct proj_residual_args {
+    size_t n_tokens;
+    const float *in; // [n_tokens, w->n_in]
+    const struct matrix *w;
+    float *projected; // [n_tokens, w->n_out] for the composition
+    float *x;         // [n_tokens, w->n_out], in place
+};
+
+// norm_gate_up: n = rmsnorm(x, norm); act = silu(matmul(n, gate)) * matmul(n, up).
+struct norm_gate_up_args {
+    size_t n_tokens;
+    const float *x;    // [n_tokens, hidden]
+    const float *norm; // [hidden]
+    float eps;
+    const struct matrix *w_gate, *w_up;
+    float *normed;    // [n_tokens, hidden] for the composition
+    float *gate, *up; // [n_tokens, n_ff] for the composition
+    float *act;       // [n_tokens, n_ff]; may be the same memory as gate
+};
+
+// norm_head: rows = x[logit_rows]; n = rmsnorm(rows, norm); logits = matmul(n, head).
+struct norm_head_args {
+    const struct batch *batch;
+    const float *x; // [n_tokens, hidden]
+    const float *norm;
+    float eps;
+    const struct matrix *head;
+    float *rows, *normed; // [n_logit_rows, hidden] for the composition
+    float *logits;        // [n_logit_rows, n_vocab]
+};
+
+// ---- The table -----------------------------------------------------------------------------------------------------
+
+// One backend's ops. Filled portable-first, then overridden; chosen once at start.
+struct ops {
+    const char *name; // "cpu/avx2"
+
+    // Primitives.
+
+    // x[t] = row token[t] of the table, converted exactly to f32. Ids are in range: the caller checked.
+    void (*embed)(const struct op_ctx *ctx, float *x, const struct matrix *table, const int32_t *token,
+                  size_t n_tokens);
+    // y = x * r * w, r = 1 / sqrt(sum16(x^2) / n + eps), evaluated as (x * r) * w; y may be x.
+    void (*rmsnorm)(const struct op_ctx *ctx, float *y, const float *x, const float *w, float eps, size_t n_rows,
+                    size_t n);
+    // y[t][o] = dot16(W[o], round(x[t])). round(): to bf16 (nearest even) for bf16 weights; none for other weights,
+    // which are converted exactly to f32.
+    void (*matmul)(const struct op_ctx *ctx, float *y, const float *x, const struct matrix *w, size_t n_tokens);
+    // y[t] += b
+    void (*bias)(const struct op_ctx *ctx, float *y, const float *b, size_t n_rows, size_t n);
+    // rmsnorm of each head's head_dim channels with one weight [head_dim]; in place. x: [n_tokens, n_heads * head_dim].
+    void (*head_rmsnorm)(const struct op_ctx *ctx, float *x, const float *w, float eps, size_t n_tokens, size_t n_heads,
+                         size_t head_dim);
+    // Rotates channel c with channel c + head_dim / 2: lo' = lo * cos - hi * sin, hi' = hi * cos + lo * sin, each as
+    // fma(lo, cos, -(hi * sin)) and fma(hi, cos, lo * sin); in place.
+    void (*rope)(const struct op_ctx *ctx, float *x, const float *cos_sin, size_t n_tokens, size_t n_heads,
+                 size_t head_dim);
+    // Rounds K and V of every token to kv->type and writes them to their slots.
+    void (*kv_store)(const struct op_ctx *ctx, struct kv_layer *kv, const struct batch *batch, const float *k,
+                     const float *v);
+    // x += y
+    void (*add)(const struct op_ctx *ctx, float *x, const float *y, size_t n);
+    // act = silu(gate) * up, silu(g) = g / (1 + exp32(-g)); act may be gate.
+    void (*silu_mul)(const struct op_ctx *ctx, float *act, const float *gate, const float *up, size_t n);
+    // y[r] = x[rows[r]]
+    void (*gather)(const struct op_ctx *ctx, float *y, const float *x, const int32_t *rows, size_t n_rows, size_t n);
+    // Attention's four parts, for one token and one head; n_kv = position + 1, `pages` is the sequence's page list.
+    void (*attn_scores)(float *s, const float *q, const struct kv_layer *kv, size_t kv_head, const int32_t *pages,
+                        size_t n_kv,
+                        float scale);                                                // s: [n_kv]
+    void (*attn_softmax)(float *s, float *block_max, float *block_sum, size_t n_kv); // s becomes p; [n_blocks] twice
+    void (*attn_values)(float *o, const float *p, const struct kv_layer *kv, size_t kv_head, const int32_t *pages,
+                        size_t n_kv); // o: [n_blocks, head_dim]
+    void (*attn_combine)(float *out, const float *block_max, const float *block_sum, const float *o, size_t n_blocks,
+                         size_t head_dim);
+
+    // Fused ops; NULL where the backend has none.
+    void (*norm_qkv)(const struct op_ctx *ctx, const struct norm_qkv_args *a);
+    void (*qk_norm_rope_store)(const struct op_ctx *ctx, const struct qk_norm_rope_store_args *a);
+    void (*attention)(const struct op_ctx *ctx, const struct attention_args *a);
+    void (*out_residual)(const struct op_ctx *ctx, const struct proj_residual_args *a);
+    void (*norm_gate_up)(const struct op_ctx *ctx, const struct norm_gate_up_args *a);
+    void (*down_residual)(const struct op_ctx *ctx, const struct proj_residual_args *a);
+    void (*norm_head)(const struct op_ctx *ctx, const struct norm_head_args *a);
+};
+
+// The CPU's table for this machine, or for a named instruction set ("portable", "avx2", ...; NULL or "auto": the best
+// that this CPU has). NULL with the list of known names when the name is unknown or the CPU lacks it.
+const struct ops *ops_cpu(const char *isa, struct error *err);
+
+// ---- Running: the fused op, or its composition
+// -----------------------------------------------------------------------
+
+void ops_norm_qkv(const struct op_ctx *ctx, const struct norm_qkv_args *a);
+void ops_qk_norm_rope_store(const struct op_ctx *ctx, const struct qk_norm_rope_store_args *a);
+void ops_attention(const struct op_ctx *ctx, const struct attention_args *a);
+void ops_out_residual(const struct op_ctx *ctx, const struct proj_residual_args *a);
+void ops_norm_gate_up(const struct op_ctx *ctx, const struct norm_gate_up_args *a);
+void ops_down_residual(const struct op_ctx *ctx, const struct proj_residual_args *a);
+void ops_norm_head(const struct op_ctx *ctx, const struct norm_head_args *a);
+
+// What fusion.c knows of each fused op.
+struct fusion_info {
+    const char *name;              // as --fusion spells it
+    const char *const *primitives; // the primitives that it replaces, in order; NULL-terminated
+};
+const struct fusion_info *fusion_info(enum fused_op op);
+bool fusion_available(const struct ops *ops, enum fused_op op);
+// "on", "off" or a comma-separated list of names to bits. False with the list of names when one is unknown.
+bool fusion_parse(const char *text, uint32_t *mask, struct error *err);
+// The mask as "on", "off" or a list, into `text`.
+const char *fusion_text(uint32_t mask, char *text, size_t size);
+
+// Floats of op_ctx.scratch that any op needs at these limits; false on overflow. Composed attention takes a score for
+// every position, a fused one does not.
+struct ops_limits {
+    size_t max_tokens, max_positions; // per step, per sequence
+    size_t max_width;                 // the largest n_in of any matrix
+    size_t n_heads, head_dim;
+    int n_threads;
+};
+bool ops_scratch_floats(const struct ops_limits *limits, size_t *out);
+
+#endif
