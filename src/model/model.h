@@ -1,0 +1,89 @@
+// model.h: a loaded model: its config, its weights bound once by name, type and exact shape, and THE layer sequence.
+//
+// A model is immutable once loaded. Weights stay in the mapped file, as stored; only small vectors (norms, biases) are
+// converted to f32, and Llama's permuted q and k rows in GGUF are copied into the order that this engine uses.
+#ifndef TANDEM_MODEL_MODEL_H
+#define TANDEM_MODEL_MODEL_H
+
+#include "base/log.h"
+#include "base/pool.h"
+#include "format/hub.h"
+#include "format/tensor.h"
+#include "model/config.h"
+#include "ops/ops.h"
+
+#include <stdbool.h>
+#include <stddef.h>
+
+struct layer_weights {
+    const float *attn_norm, *mlp_norm; // [hidden]
+    struct matrix wq, wk, wv,
+        wo; // [n_heads * head_dim, hidden], [n_kv_heads * head_dim, hidden] x 2, [hidden, n_heads * head_dim]
+    const float *bq, *bk, *bv, *bo;     // NULL where the config has none
+    const float *q_norm, *k_norm;       // [head_dim], NULL where the config has none
+    struct matrix w_gate, w_up, w_down; // [n_ff, hidden] x 2, [hidden, n_ff]
+    const float *b_gate, *b_up, *b_down;
+};
+
+struct model {
+    struct model_config config;
+    struct generation_config generation;
+    struct matrix embed, head;    // [n_vocab, hidden]; the same memory when tied
+    const float *final_norm;      // [hidden]
+    struct layer_weights *layers; // [n_layers]
+    double *inv_freq;             // [head_dim / 2]
+    double rope_magnitude;
+    enum model_kind kind;
+    char *path;
+    size_t weight_bytes;     // of the matrices and vectors that a step reads
+    struct tensor_set files; // a folder's; for GGUF the tensors of `gguf`
+    struct gguf gguf;
+    struct arena arena; // vectors and copies
+};
+
+struct model_load_options {
+    bool check_values; // read every weight once and refuse NaN and Inf by name
+    struct pool *pool; // for that; NULL: one thread
+    const struct log *log;
+};
+
+// Loads `path` (resolved by hub_resolve). Errors name the tensor or the field.
+struct model *model_load(enum model_kind kind, const char *path, const struct model_load_options *options,
+                         struct error *err);
+void model_free(struct model *model);
+
+// ---- Running a step
+// --------------------------------------------------------------------------------------------------
+
+// The memory of a step, planned at start: activations for max_tokens tokens, logits for max_logit_rows rows, scratch.
+struct run;
+struct run_options {
+    const struct ops *ops;
+    struct pool *pool;
+    uint32_t fusion;
+    size_t max_tokens, max_logit_rows, max_positions;
+};
+struct run *run_create(const struct model *model, const struct run_options *options, struct error *err);
+void run_free(struct run *run);
+size_t run_bytes(const struct model *model, const struct run_options *options); // SIZE_MAX on overflow
+
+void run_set_tap(struct run *run, tap_fn *tap, void *user); // NULL: none
+void run_set_fusion(struct run *run, uint32_t fusion);
+
+// The KV pages of all layers, one layer after the other. [n_layers]
+struct kv_store {
+    struct kv_layer *layers;
+    size_t n_layers, n_pages;
+    void *memory;
+    size_t bytes;
+};
+bool kv_store_create(struct kv_store *kv, const struct model_config *config, enum dtype type, size_t n_pages,
+                     struct error *err);
+void kv_store_free(struct kv_store *kv);
+void kv_store_copy_page(struct kv_store *kv, size_t from, size_t to); // every layer
+
+// Runs one ragged batch through every layer: writes its K and V into its pages and returns the logits
+// [n_logit_rows, n_vocab], valid until the next step. Token ids, positions and pages are in range: the engine checked.
+const float *model_forward(const struct model *model, struct run *run, struct kv_store *kv, const struct batch *batch);
+
+#endif
