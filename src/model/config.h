@@ -34,8 +34,6 @@ struct model_config {
     struct rope_config rope;
     bool qk_norm;  // per-head RMSNorm of q and k (qwen3)
     bool qkv_bias; // biases of the q, k, v projections
-    bool out_bias; // bias of the output projection (llama with attention_bias)
-    bool mlp_bias; // biases of the MLP (llama with mlp_bias)
     bool tied;     // the head is the embedding
     int32_t bos;   // -1: none
     int32_t eos[MAX_EOS];

@@ -19,10 +19,9 @@ struct layer_weights {
     const float *attn_norm, *mlp_norm; // [hidden]
     struct matrix wq, wk, wv,
         wo; // [n_heads * head_dim, hidden], [n_kv_heads * head_dim, hidden] x 2, [hidden, n_heads * head_dim]
-    const float *bq, *bk, *bv, *bo;     // NULL where the config has none
+    const float *bq, *bk, *bv;          // NULL where the config has none
     const float *q_norm, *k_norm;       // [head_dim], NULL where the config has none
     struct matrix w_gate, w_up, w_down; // [n_ff, hidden] x 2, [hidden, n_ff]
-    const float *b_gate, *b_up, *b_down;
 };
 
 struct model {
