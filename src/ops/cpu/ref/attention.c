@@ -1,0 +1,72 @@
+// attention.c: the portable parts of attention, for one token and one head (formula and order: struct attention_args).
+// Only positions below n_kv are read, so that unused slots may hold anything.
+#include "ops/cpu/math.h"
+#include "ops/cpu/ref/ref.h"
+
+static size_t kv_offset(const struct kv_layer *kv, size_t kv_head, const int32_t *pages, size_t position) {
+    size_t page = (size_t)pages[position / KV_PAGE_TOKENS];
+    return ((page * kv->n_kv_heads + kv_head) * KV_PAGE_TOKENS + position % KV_PAGE_TOKENS) * kv->head_dim;
+}
+
+static float kv_element(const struct kv_layer *kv, const void *data, size_t at) {
+    return kv->type == DTYPE_BF16 ? bf16_to_f32(((const uint16_t *)data)[at]) : ((const float *)data)[at];
+}
+
+static size_t block_end(size_t begin, size_t n_kv) {
+    return begin + ATTN_BLOCK < n_kv ? begin + ATTN_BLOCK : n_kv;
+}
+
+static void attn_scores(float *s, const float *q, const struct kv_layer *kv, size_t kv_head, const int32_t *pages,
+                        size_t n_kv, float scale) {
+    for (size_t j = 0; j < n_kv; j++) {
+        size_t at = kv_offset(kv, kv_head, pages, j);
+        float acc[DOT_LANES] = {0};
+        for (size_t c = 0; c < kv->head_dim; c++)
+            acc[c % DOT_LANES] = fmaf(q[c], kv_element(kv, kv->k, at + c), acc[c % DOT_LANES]);
+        s[j] = dot16_reduce(acc) * scale;
+    }
+}
+
+// A NaN score makes its p, and so the sum, NaN: nothing hides it.
+static void attn_softmax(float *s, float *block_max, float *block_sum, size_t n_kv) {
+    for (size_t begin = 0, b = 0; begin < n_kv; begin += ATTN_BLOCK, b++) {
+        size_t end = block_end(begin, n_kv);
+        float m = s[begin];
+        for (size_t j = begin + 1; j < end; j++) m = s[j] > m ? s[j] : m;
+        for (size_t j = begin; j < end; j++) s[j] = exp32(s[j] - m);
+        block_max[b] = m;
+        block_sum[b] = sum16_f32(s + begin, end - begin);
+    }
+}
+
+static void attn_values(float *o, const float *p, const struct kv_layer *kv, size_t kv_head, const int32_t *pages,
+                        size_t n_kv) {
+    for (size_t begin = 0; begin < n_kv; begin += ATTN_BLOCK, o += kv->head_dim) {
+        for (size_t c = 0; c < kv->head_dim; c++) o[c] = 0.0f;
+        for (size_t j = begin; j < block_end(begin, n_kv); j++) {
+            size_t at = kv_offset(kv, kv_head, pages, j);
+            for (size_t c = 0; c < kv->head_dim; c++) o[c] = fmaf(p[j], kv_element(kv, kv->v, at + c), o[c]);
+        }
+    }
+}
+
+static void attn_combine(float *out, const float *block_max, const float *block_sum, const float *o, size_t n_blocks,
+                         size_t head_dim) {
+    float m = block_max[0], l = block_sum[0];
+    for (size_t i = 0; i < head_dim; i++) out[i] = o[i];
+    for (size_t b = 1; b < n_blocks; b++) {
+        float m_new = block_max[b] > m ? block_max[b] : m;
+        float a = exp32(m - m_new), c = exp32(block_max[b] - m_new);
+        l = fmaf(l, a, block_sum[b] * c);
+        for (size_t i = 0; i < head_dim; i++) out[i] = fmaf(out[i], a, o[b * head_dim + i] * c);
+        m = m_new;
+    }
+    for (size_t i = 0; i < head_dim; i++) out[i] /= l;
+}
+
+void ref_fill_attention(struct ops *ops) {
+    ops->attn_scores = attn_scores;
+    ops->attn_softmax = attn_softmax;
+    ops->attn_values = attn_values;
+    ops->attn_combine = attn_combine;
+}
