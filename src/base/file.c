@@ -161,6 +161,10 @@ static bool write_all(int fd, const char *bytes, size_t n) {
 }
 
 bool file_write(const char *path, const void *bytes, size_t n, struct error *err) {
+    return file_write_parts(path, &(struct file_part){.bytes = bytes, .n = n}, 1, err);
+}
+
+bool file_write_parts(const char *path, const struct file_part *parts, size_t n_parts, struct error *err) {
     struct buffer temporary = {0};
     bool ok = false;
     if (!buffer_printf(&temporary, "%s.XXXXXX", path)) return error_set(err, "out of memory");
@@ -171,7 +175,8 @@ bool file_write(const char *path, const void *bytes, size_t n, struct error *err
     }
     mode_t mask = umask(0);
     umask(mask);
-    ok = write_all(fd, bytes, n) && fchmod(fd, 0666 & ~mask) == 0;
+    ok = fchmod(fd, 0666 & ~mask) == 0;
+    for (size_t i = 0; ok && i < n_parts; i++) ok = write_all(fd, parts[i].bytes, parts[i].n);
     ok = close(fd) == 0 && ok;
     if (!ok || rename(temporary.data, path) != 0) {
         error_set(err, "cannot write %s: %s", path, strerror(errno));

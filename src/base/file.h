@@ -25,6 +25,13 @@ bool file_read(const char *path, size_t max_bytes, struct buffer *out, struct er
 // one.
 bool file_write(const char *path, const void *bytes, size_t n, struct error *err);
 
+// The same for several pieces, written one after the other without joining them in memory first.
+struct file_part {
+    const void *bytes; // [n]
+    size_t n;
+};
+bool file_write_parts(const char *path, const struct file_part *parts, size_t n_parts, struct error *err);
+
 bool file_exists(const char *path); // anything at all is there
 bool file_is_folder(const char *path);
 
