@@ -1,0 +1,70 @@
+"""The tokenizer against the PyPI library `tokenizers`: ids equal for every code point and for generated strings.
+
+TANDEM_THOROUGH=1 compares 1,000,000 generated strings per tokenizer in place of 100,000."""
+import os
+import random
+import subprocess
+
+import pytest
+from tokenizers import Tokenizer
+
+TINY, QWEN3 = "models/tandem-tiny", "build/data/qwen3-tokenizer"
+N = 1_000_000 if os.environ.get("TANDEM_THOROUGH") == "1" else 100_000
+STARTS = [0x20, 0xA0, 0x300, 0x370, 0x400, 0x590, 0x600, 0x900, 0xE00, 0x1100, 0x1160, 0x11A8, 0x1E00, 0x2000, 0x20D0,
+          0x2100, 0x3040, 0x30A0, 0x4E00, 0xAC00, 0xFB00, 0xFF00, 0x1D100, 0x1F300, 0x1F9D0, 0x1E900, 0x10A00]
+PIECES = [" ", "  ", "\n", "\r\n", "\t", " \n ", "\u3000", "\u200d", "\ufe0f", "\u0301", "\u0323", "\u0345", "'s", "'LL",
+          "'\u017f", "don't", "hello", " the", "int main(void) {\n    ", "();", "123", "3.14", "\u0664", "\U0001f469",
+          "\U0001f3fd", "\u1100\u1161\u11a8", "\uac00\u11a8", "\x00", "\x85", "\u2028", "<|im_start|>", "<|im_end|>",
+          "<think>", "</tool_call>", "<|im_", "a\u030a", "A\u0300\u0315\u0316"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def built():
+    subprocess.run(["make", "-s", "build/tests/text/tokenize_batch", QWEN3 + "/tokenizer.json"], check=True)
+
+
+def ours(folder, texts, special):
+    data = b"".join(b"%d\n%s" % (len(t), t) for t in (t.encode() for t in texts))
+    command = ["build/tests/text/tokenize_batch", folder] + (["special"] if special else [])
+    lines = subprocess.run(command, input=data, check=True, stdout=subprocess.PIPE).stdout.split(b"\n")
+    return [list(map(int, line.split())) for line in lines[: len(texts)]]
+
+
+def compare(folder, texts, special):
+    reference = Tokenizer.from_file(folder + "/tokenizer.json")
+    reference.encode_special_tokens = not special
+    for i in range(0, len(texts), 20000):
+        part = texts[i : i + 20000]
+        want = reference.encode_batch_fast(part, add_special_tokens=False)
+        for text, expected, found in zip(part, want, ours(folder, part, special)):
+            assert found == expected.ids, ascii(text)
+
+
+def generated(seed, n):
+    rng = random.Random(seed)
+    for _ in range(n):
+        parts = []
+        for _ in range(rng.randrange(1, 12)):
+            kind = rng.randrange(4)
+            if kind == 0:
+                start = rng.choice(STARTS)
+                parts += [chr(start + rng.randrange(96)) for _ in range(rng.randrange(1, 8))]
+            elif kind == 1:
+                c = rng.randrange(0x110000 - 0x800)
+                parts.append(chr(c if c < 0xD800 else c + 0x800))
+            else:
+                parts.append(rng.choice(PIECES))
+        yield "".join(parts)
+
+
+@pytest.mark.parametrize("folder", [TINY, QWEN3])
+def test_every_code_point(folder):
+    points = [chr(c) for c in range(0x110000) if not 0xD800 <= c <= 0xDFFF]
+    compare(folder, points, False)
+    compare(folder, ["a" + c + "a" for c in points], False)
+
+
+@pytest.mark.parametrize("folder", [TINY, QWEN3])
+@pytest.mark.parametrize("special", [False, True])
+def test_generated_strings(folder, special):
+    compare(folder, list(generated(7 if special else 8, N // 2)), special)
