@@ -11,12 +11,15 @@
 enum stream_part { STREAM_CONTENT, STREAM_REASONING };
 
 struct stream_options {
-    const char *const *stops; // [n_stops] NUL-terminated, not empty; copied
+    const char *const *stops; // [n_stops] NUL-terminated UTF-8, not empty; copied
     size_t n_stops;
     bool split_thinking;     // <think>...</think> becomes reasoning; the newlines around it are dropped
     bool starts_in_thinking; // the prompt ended with an open <think>
 };
 
+// Stop strings are sought in the whole text, tags and reasoning included. The match that ends first counts, and of
+// several that end there the longest. A thinking block is only the first thing of a text (white space may come before
+// it): a <think> or </think> further on is content. A block that is never closed is reasoning to its end.
 struct stream;
 struct stream *stream_create(const struct stream_options *options, struct error *err);
 void stream_free(struct stream *s);
