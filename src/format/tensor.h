@@ -43,13 +43,6 @@ void tensor_set_free(struct tensor_set *set);
 bool tensor_measure(struct tensor *t, struct error *err);
 bool tensor_set_sort(struct tensor_set *set, struct error *err);
 
-// Readers call this once the list is whole: sorts it by name; false, naming it, when a name stands there twice.
-bool tensor_set_sort(struct tensor_set *set, struct error *err);
-
-// Fills n_elements and n_bytes from type, rank and shape; false, naming the tensor and its shape, when a row is no
-// whole number of blocks or a product overflows.
-bool tensor_measure(struct tensor *t, struct error *err);
-
 // "[151936, 1024]" into `text`; returns text.
 const char *tensor_shape_text(const struct tensor *t, char *text, size_t size);
 
