@@ -1,0 +1,291 @@
+// engine.c: opening an engine: model, tokenizer, threads, and the plan of all memory; and its text functions. Sessions
+// and steps are session.c's.
+#include "engine/engine.h"
+
+#include "base/size.h"
+#include "format/hub.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { DEFAULT_CONTEXT = 8192, DEFAULT_CHUNK = 256, DEFAULT_BATCH = 8, MAX_BATCH = 1024, MAX_CHUNK = 65536 };
+
+const char *tandem_version(void) {
+    return "0.1.0";
+}
+
+// Copies an inner error to a caller's buffer, at the public border.
+static void give_error(const struct error *e, char *err, size_t err_size) {
+    if (err && err_size) snprintf(err, err_size, "%s", e->text);
+}
+
+static void forward_message(void *user, enum log_level level, const char *text) {
+    const tandem_options *o = user;
+    if (o->log) o->log(o->user, level == LOG_WARN ? TANDEM_LOG_WARN : TANDEM_LOG_INFO, text);
+}
+
+static void forward_progress(void *user, const char *what, double fraction) {
+    const tandem_options *o = user;
+    if (o->progress) o->progress(o->user, what, fraction);
+}
+
+// ---- Opening
+// ---------------------------------------------------------------------------------------------------------
+
+static bool choose_limits(tandem_engine *e, const tandem_options *o, struct error *err) {
+    size_t model_context = e->model->config.context;
+    e->context = o->context ? o->context : model_context < DEFAULT_CONTEXT ? model_context : DEFAULT_CONTEXT;
+    if (e->context > model_context)
+        return error_set(err, "context: the model has %zu positions, %zu were asked for", model_context, e->context);
+    e->chunk = o->chunk ? o->chunk : DEFAULT_CHUNK;
+    if (e->chunk > MAX_CHUNK) return error_set(err, "chunk: expected 1 to %d, found %zu", MAX_CHUNK, e->chunk);
+    if (e->chunk > e->context) e->chunk = e->context;
+    e->max_batch = o->max_batch ? o->max_batch : DEFAULT_BATCH;
+    if (e->max_batch > MAX_BATCH)
+        return error_set(err, "max_batch: expected 1 to %d, found %zu", MAX_BATCH, e->max_batch);
+    e->max_step_tokens = e->chunk > e->max_batch ? e->chunk : e->max_batch;
+    const char *type = o->kv_type ? o->kv_type : "bf16";
+    if (strcmp(type, "bf16") == 0) e->kv_type = DTYPE_BF16;
+    else if (strcmp(type, "f32") == 0) e->kv_type = DTYPE_F32;
+    else return error_set(err, "KV type: expected bf16 or f32, found %s", type);
+    return true;
+}
+
+static bool plan_memory(tandem_engine *e, const tandem_options *o, struct error *err) {
+    size_t per_session = (e->context + KV_PAGE_TOKENS - 1) / KV_PAGE_TOKENS;
+    size_t kv_tokens = o->kv_tokens ? o->kv_tokens : e->context;
+    size_t n_pages = kv_tokens / KV_PAGE_TOKENS + (kv_tokens % KV_PAGE_TOKENS != 0), step_pages;
+    if (n_pages < per_session) n_pages = per_session;
+    struct run_options run = {.ops = e->ops,
+                              .pool = e->pool,
+                              .fusion = e->fusion,
+                              .max_tokens = e->max_step_tokens,
+                              .max_logit_rows = e->max_batch,
+                              .max_positions = e->context};
+    size_t n_vocab = e->model->config.n_vocab;
+    struct step_arrays *s = &e->step;
+    if (!kv_store_create(&e->kv, &e->model->config, e->kv_type, n_pages, err) ||
+        !page_pool_create(&e->pages, n_pages, err) || !sampler_create(&e->sampler, n_vocab, err))
+        return false;
+    e->run = run_create(e->model, &run, err);
+    if (!e->run) return false;
+    s->token = size_alloc(e->max_step_tokens, sizeof *s->token);
+    s->position = size_alloc(e->max_step_tokens, sizeof *s->position);
+    s->seq = size_alloc(e->max_step_tokens, sizeof *s->seq);
+    s->seq_start = size_alloc(e->max_batch + 1, sizeof *s->seq_start);
+    s->page_start = size_alloc(e->max_batch + 1, sizeof *s->page_start);
+    s->kv_len = size_alloc(e->max_batch, sizeof *s->kv_len);
+    s->logit_rows = size_alloc(e->max_batch, sizeof *s->logit_rows);
+    s->pages = size_mul(per_session, e->max_batch, &step_pages) ? size_alloc(step_pages, sizeof *s->pages) : NULL;
+    if (!s->token || !s->position || !s->seq || !s->seq_start || !s->page_start || !s->kv_len || !s->logit_rows ||
+        !s->pages)
+        return error_set(err, "out of memory for batches of %zu sessions", e->max_batch);
+    e->memory = (tandem_memory){.weights = e->model->weight_bytes,
+                                .kv = e->kv.bytes,
+                                .activations = run_bytes(e->model, &run) + sampler_bytes(n_vocab)};
+    return true;
+}
+
+static void add_end_id(tandem_engine *e, int32_t id) {
+    if (id < 0 || (size_t)id >= e->model->config.n_vocab || engine_is_end(e, id)) return;
+    e->end_ids[e->n_end_ids++] = id;
+}
+
+bool engine_is_end(const tandem_engine *e, int32_t id) {
+    for (size_t i = 0; i < e->n_end_ids; i++)
+        if (e->end_ids[i] == id) return true;
+    return false;
+}
+
+// The tokenizer and the chat template. A model without a tokenizer is still good for ids.
+static bool open_text(tandem_engine *e, const tandem_options *o, struct error *err) {
+    struct error why = {0};
+    e->tokenizer = e->model->kind == MODEL_GGUF ? tokenizer_open_gguf(&e->model->gguf, &why)
+                                                : tokenizer_open_folder(e->model->path, &why);
+    if (!e->tokenizer) {
+        snprintf(e->tokenizer_error, sizeof e->tokenizer_error, "%.500s", why.text);
+        log_warn(&e->log, "no tokenizer: %s", why.text);
+    }
+    if (o->chat_template && !template_from_name(o->chat_template, &e->template_kind))
+        return error_set(err, "unknown chat template \"%s\"; expected one of %s", o->chat_template, template_names());
+    if (!o->chat_template && e->tokenizer) e->template_kind = template_recognise(tokenizer_chat_template(e->tokenizer));
+    if (e->tokenizer && (size_t)tokenizer_n_ids(e->tokenizer) > e->model->config.n_vocab)
+        return error_set(err, "the tokenizer has %d ids, but the embedding only %zu rows",
+                         tokenizer_n_ids(e->tokenizer), e->model->config.n_vocab);
+    const struct generation_config *g = &e->model->generation;
+    const struct model_config *c = &e->model->config;
+    for (size_t i = 0; i < g->n_eos; i++) add_end_id(e, g->eos[i]);
+    for (size_t i = 0; i < c->n_eos && g->n_eos == 0; i++) add_end_id(e, c->eos[i]);
+    if (e->tokenizer) add_end_id(e, tokenizer_eos(e->tokenizer));
+    return true;
+}
+
+static bool open_parts(tandem_engine *e, const tandem_options *o, struct error *err) {
+    enum model_kind kind;
+    struct buffer path = {0};
+    e->log = (struct log){.message = forward_message, .progress = forward_progress, .user = (void *)(uintptr_t)o};
+    if (!o->model) return error_set(err, "no model was named");
+    e->ops = ops_cpu(o->isa, err);
+    bool ok = e->ops && fusion_parse(o->fusion ? o->fusion : "on", &e->fusion, err) &&
+              (e->pool = pool_create(o->threads, err)) != NULL && hub_resolve(o->model, &kind, &path, err);
+    if (ok) {
+        struct model_load_options load = {.check_values = true, .pool = e->pool, .log = &e->log};
+        e->model = model_load(kind, path.data, &load, err);
+        ok = e->model && choose_limits(e, o, err) && open_text(e, o, err) && plan_memory(e, o, err);
+    }
+    buffer_free(&path);
+    e->log = (struct log){0}; // the options are the caller's: nothing is said after this call
+    return ok;
+}
+
+tandem_engine *tandem_open(const tandem_options *options, char *err, size_t err_size) {
+    struct error error = {0};
+    tandem_engine *e = size_alloc_zero(1, sizeof *e);
+    if (!e) {
+        error_set(&error, "out of memory");
+        give_error(&error, err, err_size);
+        return NULL;
+    }
+    pthread_mutex_init(&e->lock, NULL);
+    if (!open_parts(e, options, &error)) {
+        give_error(&error, err, err_size);
+        tandem_close(e);
+        return NULL;
+    }
+    return e;
+}
+
+void tandem_close(tandem_engine *e) {
+    if (!e) return;
+    struct step_arrays *s = &e->step;
+    int32_t *arrays[] = {s->token,      s->position, s->seq,    s->seq_start,
+                         s->page_start, s->pages,    s->kv_len, s->logit_rows};
+    for (size_t i = 0; i < sizeof arrays / sizeof arrays[0]; i++) free(arrays[i]);
+    sampler_free(&e->sampler);
+    page_pool_free(&e->pages);
+    kv_store_free(&e->kv);
+    run_free(e->run);
+    tokenizer_free(e->tokenizer);
+    model_free(e->model);
+    pool_free(e->pool);
+    pthread_mutex_destroy(&e->lock);
+    free(e);
+}
+
+size_t tandem_context(const tandem_engine *e) {
+    return e->context;
+}
+
+tandem_memory tandem_memory_plan(const tandem_engine *e) {
+    return e->memory;
+}
+
+// ---- Sampling defaults
+// -----------------------------------------------------------------------------------------------
+
+void sampling_defaults(const tandem_engine *e, bool thinking, tandem_sampling *out, struct sampling_sources *from) {
+    static const char file[] = "generation_config.json", none[] = "default";
+    static const char preset_on[] = "Qwen3 thinking preset", preset_off[] = "Qwen3 non-thinking preset";
+    const struct generation_config *g = &e->model->generation;
+    *out = (tandem_sampling){.temperature = 1, .top_p = 1, .repeat_penalty = 1};
+    *from = (struct sampling_sources){none, none, none, none, none};
+    // Qwen3's model card: 0.6, 0.95, 20 with thinking, 0.7, 0.8, 20 without. The file can hold only one of the two.
+    bool qwen3 = e->template_kind == TEMPLATE_QWEN3;
+    if (qwen3) {
+        out->temperature = thinking ? 0.6 : 0.7;
+        out->top_p = thinking ? 0.95 : 0.8;
+        out->top_k = 20;
+        from->temperature = from->top_p = from->top_k = from->min_p = thinking ? preset_on : preset_off;
+    }
+    bool file_counts = !(qwen3 && !thinking);
+    if (file_counts && g->temperature.set) out->temperature = g->temperature.value, from->temperature = file;
+    if (file_counts && g->top_p.set && g->top_p.value > 0) out->top_p = g->top_p.value, from->top_p = file;
+    if (file_counts && g->top_k.set) out->top_k = (int32_t)g->top_k.value, from->top_k = file;
+    if (file_counts && g->min_p.set) out->min_p = g->min_p.value, from->min_p = file;
+    if (g->repetition_penalty.set) out->repeat_penalty = g->repetition_penalty.value, from->repeat_penalty = file;
+    if (g->do_sample_set && !g->do_sample)
+        out->temperature = 0, from->temperature = "generation_config.json (do_sample)";
+}
+
+tandem_sampling tandem_sampling_default(const tandem_engine *e, bool thinking) {
+    tandem_sampling out;
+    struct sampling_sources sources;
+    sampling_defaults(e, thinking, &out, &sources);
+    return out;
+}
+
+// ---- Text
+// ------------------------------------------------------------------------------------------------------------
+
+static bool need_tokenizer(const tandem_engine *e, struct error *err) {
+    return e->tokenizer || error_set(err, "the model has no usable tokenizer: %s", e->tokenizer_error);
+}
+
+bool engine_render(const tandem_engine *e, const struct template_document *doc, struct template_options options,
+                   struct token_ids *ids, struct error *err) {
+    if (!need_tokenizer(e, err)) return false;
+    if (e->template_kind == TEMPLATE_UNKNOWN)
+        return error_set(err, "the model's chat template is unknown to tandem; name one with --template: %s",
+                         template_names());
+    struct buffer text = {0};
+    struct template_marks marks = {0};
+    bool ok = template_render(e->template_kind, doc, options, &text, &marks, err) &&
+              template_encode(e->tokenizer, buffer_text(&text), text.len, &marks, ids, err);
+    template_marks_free(&marks);
+    buffer_free(&text);
+    return ok;
+}
+
+// Hands a list over to the caller.
+static int give_ids(bool ok, struct token_ids *list, const struct error *error, int32_t **ids, size_t *n, char *err,
+                    size_t err_size) {
+    if (!ok) {
+        give_error(error, err, err_size);
+        token_ids_free(list);
+        return TANDEM_ERROR;
+    }
+    *ids = list->ids;
+    *n = list->n;
+    return TANDEM_OK;
+}
+
+int tandem_tokenize(const tandem_engine *e, const char *text, size_t n, bool special, int32_t **ids, size_t *n_ids,
+                    char *err, size_t err_size) {
+    struct error error = {0};
+    struct token_ids list = {0};
+    bool ok = need_tokenizer(e, &error) && tokenizer_encode(e->tokenizer, text, n, special, &list, &error);
+    return give_ids(ok, &list, &error, ids, n_ids, err, err_size);
+}
+
+int tandem_detokenize(const tandem_engine *e, const int32_t *ids, size_t n_ids, char **text, size_t *n, char *err,
+                      size_t err_size) {
+    struct error error = {0};
+    struct buffer out = {0};
+    bool ok = need_tokenizer(e, &error) && tokenizer_decode(e->tokenizer, ids, n_ids, false, &out, &error);
+    *n = out.len;
+    *text = ok ? buffer_take(&out) : NULL;
+    if (!*text) {
+        if (ok) error_set(&error, "out of memory");
+        give_error(&error, err, err_size);
+        buffer_free(&out);
+        return TANDEM_ERROR;
+    }
+    return TANDEM_OK;
+}
+
+int tandem_apply_template(const tandem_engine *e, const char *json, size_t n, int thinking, int32_t **ids,
+                          size_t *n_ids, char *err, size_t err_size) {
+    struct error error = {0};
+    struct token_ids list = {0};
+    struct template_document *doc = template_parse(json, n, "messages", &error);
+    struct template_options options = {.enable_thinking = thinking, .add_generation_prompt = -1};
+    bool ok = doc && engine_render(e, doc, options, &list, &error);
+    template_document_free(doc);
+    return give_ids(ok, &list, &error, ids, n_ids, err, err_size);
+}
+
+void tandem_free(void *memory) {
+    free(memory);
+}
