@@ -46,7 +46,8 @@ struct pyjson *pyjson_parse(struct arena *arena, const char *text, size_t n, con
 
 // Appends json.dumps(value, ensure_ascii=False). False: no memory.
 bool pyjson_write(const struct pyjson *value, struct buffer *out);
-bool pyjson_write_string(const char *text, size_t n, struct buffer *out); // quoted and escaped
+bool pyjson_write_portable(const struct pyjson *value, struct buffer *out); // but infinity as 1e999, to be read back
+bool pyjson_write_string(const char *text, size_t n, struct buffer *out);   // quoted and escaped
 
 // Building by hand: text is copied and must be valid UTF-8. NULL or false: no memory.
 struct pyjson *pyjson_new(struct arena *arena, enum pyjson_type type);
