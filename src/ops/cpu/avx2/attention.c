@@ -1,0 +1,313 @@
+// attention.c: attention in AVX2: its four parts, and the fused op made of the same pieces.
+//
+// The fused op walks the blocks of one KV head once for a tile of query rows: the query heads that share the KV head,
+// times some neighbouring tokens of one sequence. A K vector is loaded and widened once for four rows, a V vector once
+// for two. Every row keeps its own maximum, sum and output, in the order that ops.h states, so a tile's other rows
+// change nothing.
+#include "ops/cpu/avx2/avx2.h"
+
+#if defined(__AVX2__)
+
+#include "ops/cpu/avx2/vec.h"
+
+enum { MAX_ROWS = 16 }; // query rows of a tile
+
+// Where a block of K or V vectors of one head starts, in its type.
+static const void *block_at(const struct kv_layer *kv, const void *data, size_t page, size_t kv_head) {
+    size_t at = (page * kv->n_kv_heads + kv_head) * KV_PAGE_TOKENS * kv->head_dim;
+    return (const uint8_t *)data + at * (kv->type == DTYPE_F32 ? 4 : 2);
+}
+
+INLINE float element(enum dtype type, const void *data, size_t i) {
+    return type == DTYPE_F32 ? ((const float *)data)[i] : bf16_to_f32(((const uint16_t *)data)[i]);
+}
+
+INLINE __m256 load_at(enum dtype type, const void *data, size_t i) {
+    return load_as_f32(type, (const uint8_t *)data + i * (type == DTYPE_F32 ? 4 : 2));
+}
+
+// s[r * ATTN_BLOCK + j] = dot16(q[r], k_j) * scale for R rows and the first n positions of a block at k.
+INLINE void scores(enum dtype type, float *s, const float *const *q, const void *k, size_t n, size_t head_dim,
+                   float scale, const size_t R) {
+    for (size_t j = 0; j < n; j++) {
+        __m256 low[4], high[4];
+        for (size_t r = 0; r < R; r++) low[r] = high[r] = _mm256_setzero_ps();
+        size_t c = 0, at = j * head_dim;
+        for (; c + DOT_LANES <= head_dim; c += DOT_LANES) {
+            __m256 a = load_at(type, k, at + c), b = load_at(type, k, at + c + 8);
+            for (size_t r = 0; r < R; r++) {
+                low[r] = _mm256_fmadd_ps(_mm256_loadu_ps(q[r] + c), a, low[r]);
+                high[r] = _mm256_fmadd_ps(_mm256_loadu_ps(q[r] + c + 8), b, high[r]);
+            }
+        }
+        for (size_t r = 0; r < R; r++) {
+            if (c == head_dim) {
+                s[r * ATTN_BLOCK + j] = dot16_reduce_2(low[r], high[r]) * scale;
+                continue;
+            }
+            float acc[DOT_LANES];
+            _mm256_storeu_ps(acc, low[r]);
+            _mm256_storeu_ps(acc + 8, high[r]);
+            for (size_t l = 0; c + l < head_dim; l++) acc[l] = fmaf(q[r][c + l], element(type, k, at + c + l), acc[l]);
+            s[r * ATTN_BLOCK + j] = dot16_reduce_at(acc) * scale;
+        }
+    }
+}
+
+INLINE void scores_rows_of(enum dtype type, float *s, const float *const *q, size_t n_rows, const void *k, size_t n,
+                           size_t head_dim, float scale) {
+    size_t r = 0;
+    for (; r + 4 <= n_rows; r += 4) scores(type, s + r * ATTN_BLOCK, q + r, k, n, head_dim, scale, 4);
+    for (; r + 2 <= n_rows; r += 2) scores(type, s + r * ATTN_BLOCK, q + r, k, n, head_dim, scale, 2);
+    for (; r < n_rows; r++) scores(type, s + r * ATTN_BLOCK, q + r, k, n, head_dim, scale, 1);
+}
+
+static void scores_rows(const struct kv_layer *kv, float *s, const float *const *q, size_t n_rows, const void *k,
+                        size_t n, float scale) {
+    if (kv->type == DTYPE_F32) scores_rows_of(DTYPE_F32, s, q, n_rows, k, n, kv->head_dim, scale);
+    else scores_rows_of(DTYPE_BF16, s, q, n_rows, k, n, kv->head_dim, scale);
+}
+
+// One block's scores s[n] to p; positions past n count as score -inf, that is p = +0, which leaves every sum as it is.
+static void softmax_block(float *s, size_t n, float *max, float *sum) {
+    float p[ATTN_BLOCK];
+    for (size_t j = 0; j < ATTN_BLOCK; j++) p[j] = j < n ? s[j] : -INFINITY;
+    __m256 v[4], m8;
+    for (size_t i = 0; i < 4; i++) v[i] = _mm256_loadu_ps(p + 8 * i);
+    m8 = _mm256_max_ps(_mm256_max_ps(v[0], v[1]), _mm256_max_ps(v[2], v[3]));
+    __m128 m4 = _mm_max_ps(_mm256_castps256_ps128(m8), _mm256_extractf128_ps(m8, 1));
+    m4 = _mm_max_ps(m4, _mm_movehl_ps(m4, m4));
+    *max = _mm_cvtss_f32(_mm_max_ss(m4, _mm_movehdup_ps(m4)));
+    for (size_t i = 0; i < 4; i++) {
+        v[i] = exp32_8(_mm256_sub_ps(v[i], _mm256_set1_ps(*max)));
+        _mm256_storeu_ps(p + 8 * i, v[i]);
+    }
+    memcpy(s, p, n * sizeof *s);
+    *sum = dot16_reduce_2(_mm256_add_ps(v[0], v[2]), _mm256_add_ps(v[1], v[3]));
+}
+
+// How a block's output joins what a row has so far: out = o_b, or fma(out, a, o_b * c).
+struct joint {
+    bool first;
+    float a, c;
+};
+
+// V lanes of 8 channels each at channel c, for R rows; p[r] holds the block's first n probabilities.
+INLINE void values_at(enum dtype type, float *const *out, const float *const *p, const struct joint *joint,
+                      const void *v, size_t n, size_t head_dim, size_t c, const size_t R, const size_t V) {
+    __m256 o[2][4];
+    for (size_t r = 0; r < R; r++)
+        for (size_t i = 0; i < V; i++) o[r][i] = _mm256_setzero_ps();
+    for (size_t j = 0; j < n; j++) {
+        __m256 x[4];
+        for (size_t i = 0; i < V; i++) x[i] = load_at(type, v, j * head_dim + c + 8 * i);
+        for (size_t r = 0; r < R; r++) {
+            __m256 p8 = _mm256_broadcast_ss(p[r] + j);
+            for (size_t i = 0; i < V; i++) o[r][i] = _mm256_fmadd_ps(p8, x[i], o[r][i]);
+        }
+    }
+    for (size_t r = 0; r < R; r++) {
+        __m256 a = _mm256_set1_ps(joint[r].a), b = _mm256_set1_ps(joint[r].c);
+        for (size_t i = 0; i < V; i++) {
+            float *to = out[r] + c + 8 * i;
+            _mm256_storeu_ps(to, joint[r].first ? o[r][i]
+                                                : _mm256_fmadd_ps(_mm256_loadu_ps(to), a, _mm256_mul_ps(o[r][i], b)));
+        }
+    }
+}
+
+INLINE void values(enum dtype type, float *const *out, const float *const *p, const struct joint *joint, const void *v,
+                   size_t n, size_t head_dim, const size_t R) {
+    size_t c = 0;
+    for (; c + 32 <= head_dim; c += 32) values_at(type, out, p, joint, v, n, head_dim, c, R, 4);
+    for (; c + 8 <= head_dim; c += 8) values_at(type, out, p, joint, v, n, head_dim, c, R, 1);
+    for (; c < head_dim; c++) {
+        for (size_t r = 0; r < R; r++) {
+            float o = 0.0f;
+            for (size_t j = 0; j < n; j++) o = fmaf(p[r][j], element(type, v, j * head_dim + c), o);
+            out[r][c] = joint[r].first ? o : fmaf(out[r][c], joint[r].a, o * joint[r].c);
+        }
+    }
+}
+
+static void values_rows(const struct kv_layer *kv, float *const *out, const float *const *p, const struct joint *joint,
+                        size_t n_rows, const void *v, size_t n) {
+    if (kv->type == DTYPE_F32) {
+        if (n_rows == 2) values(DTYPE_F32, out, p, joint, v, n, kv->head_dim, 2);
+        else values(DTYPE_F32, out, p, joint, v, n, kv->head_dim, 1);
+    } else {
+        if (n_rows == 2) values(DTYPE_BF16, out, p, joint, v, n, kv->head_dim, 2);
+        else values(DTYPE_BF16, out, p, joint, v, n, kv->head_dim, 1);
+    }
+}
+
+static size_t in_block(size_t n_kv, size_t begin) {
+    return n_kv <= begin ? 0 : n_kv - begin < ATTN_BLOCK ? n_kv - begin : ATTN_BLOCK;
+}
+
+// ---- The four parts
+// --------------------------------------------------------------------------------------------------
+
+static void attn_scores(float *s, const float *q, const struct kv_layer *kv, size_t kv_head, const int32_t *pages,
+                        size_t n_kv, float scale) {
+    for (size_t j = 0; j < n_kv; j += ATTN_BLOCK) {
+        const void *k = block_at(kv, kv->k, (size_t)pages[j / KV_PAGE_TOKENS], kv_head);
+        scores_rows(kv, s + j, &q, 1, k, in_block(n_kv, j), scale);
+    }
+}
+
+static void attn_softmax(float *s, float *block_max, float *block_sum, size_t n_kv) {
+    for (size_t j = 0, b = 0; j < n_kv; j += ATTN_BLOCK, b++)
+        softmax_block(s + j, in_block(n_kv, j), block_max + b, block_sum + b);
+}
+
+static void attn_values(float *o, const float *p, const struct kv_layer *kv, size_t kv_head, const int32_t *pages,
+                        size_t n_kv) {
+    const struct joint joint = {.first = true};
+    for (size_t j = 0; j < n_kv; j += ATTN_BLOCK, o += kv->head_dim, p += ATTN_BLOCK) {
+        const void *v = block_at(kv, kv->v, (size_t)pages[j / KV_PAGE_TOKENS], kv_head);
+        values_rows(kv, &o, &p, &joint, 1, v, in_block(n_kv, j));
+    }
+}
+
+static void divide(float *out, float l, size_t n) {
+    size_t i = 0;
+    for (; i + 8 <= n; i += 8) _mm256_storeu_ps(out + i, _mm256_div_ps(_mm256_loadu_ps(out + i), _mm256_set1_ps(l)));
+    for (; i < n; i++) out[i] /= l;
+}
+
+// Joins a block to a row's running maximum and sum.
+static struct joint join(float *m, float *l, float block_max, float block_sum) {
+    float next = block_max > *m ? block_max : *m;
+    struct joint j = {.a = exp32(*m - next), .c = exp32(block_max - next)};
+    *l = fmaf(*l, j.a, block_sum * j.c);
+    *m = next;
+    return j;
+}
+
+static void attn_combine(float *out, const float *block_max, const float *block_sum, const float *o, size_t n_blocks,
+                         size_t head_dim) {
+    float m = block_max[0], l = block_sum[0];
+    memcpy(out, o, head_dim * sizeof *out);
+    for (size_t b = 1; b < n_blocks; b++) {
+        struct joint j = join(&m, &l, block_max[b], block_sum[b]);
+        const float *from = o + b * head_dim;
+        size_t i = 0;
+        for (; i + 8 <= head_dim; i += 8) {
+            __m256 x = _mm256_mul_ps(_mm256_loadu_ps(from + i), _mm256_set1_ps(j.c));
+            _mm256_storeu_ps(out + i, _mm256_fmadd_ps(_mm256_loadu_ps(out + i), _mm256_set1_ps(j.a), x));
+        }
+        for (; i < head_dim; i++) out[i] = fmaf(out[i], j.a, from[i] * j.c);
+    }
+    divide(out, l, head_dim);
+}
+
+// ---- The fused op
+// ----------------------------------------------------------------------------------------------------
+
+// Query rows of one sequence that share a KV head.
+struct rows {
+    size_t n;
+    const float *q[MAX_ROWS];
+    float *out[MAX_ROWS];
+    size_t n_kv[MAX_ROWS];
+    float m[MAX_ROWS], l[MAX_ROWS];
+};
+
+// One block for rows [r, r + n) of a tile, n <= 2; s: their scores.
+static void add_block(const struct attention_args *a, struct rows *rows, size_t r, size_t n_rows, float *s,
+                      size_t begin, const void *v) {
+    struct joint joint[2];
+    const float *p[2];
+    size_t n[2] = {0, 0};
+    for (size_t i = 0; i < n_rows; i++) {
+        float max, sum;
+        p[i] = s + i * ATTN_BLOCK;
+        n[i] = in_block(rows->n_kv[r + i], begin);
+        if (n[i] == 0) continue;
+        softmax_block(s + i * ATTN_BLOCK, n[i], &max, &sum);
+        if (begin == 0) {
+            joint[i] = (struct joint){.first = true};
+            rows->m[r + i] = max;
+            rows->l[r + i] = sum;
+        } else {
+            joint[i] = join(&rows->m[r + i], &rows->l[r + i], max, sum);
+        }
+    }
+    if (n_rows == 2 && n[0] == n[1] && n[0] > 0) {
+        values_rows(a->kv, rows->out + r, p, joint, 2, v, n[0]);
+        return;
+    }
+    for (size_t i = 0; i < n_rows; i++)
+        if (n[i] > 0) values_rows(a->kv, rows->out + r + i, p + i, joint + i, 1, v, n[i]);
+}
+
+static void attend(const struct attention_args *a, struct rows *rows, const int32_t *pages, size_t kv_head) {
+    float s[MAX_ROWS * ATTN_BLOCK];
+    size_t longest = 0;
+    for (size_t r = 0; r < rows->n; r++) longest = rows->n_kv[r] > longest ? rows->n_kv[r] : longest;
+    for (size_t begin = 0; begin < longest; begin += ATTN_BLOCK) {
+        size_t page = (size_t)pages[begin / KV_PAGE_TOKENS];
+        const void *k = block_at(a->kv, a->kv->k, page, kv_head), *v = block_at(a->kv, a->kv->v, page, kv_head);
+        scores_rows(a->kv, s, rows->q, rows->n, k, in_block(longest, begin), a->scale);
+        for (size_t r = 0; r < rows->n; r += 2)
+            add_block(a, rows, r, rows->n - r < 2 ? 1 : 2, s + r * ATTN_BLOCK, begin, v);
+    }
+    for (size_t r = 0; r < rows->n; r++) divide(rows->out[r], rows->l[r], a->head_dim);
+}
+
+struct attention_job {
+    const struct attention_args *a;
+    size_t group, tile; // query heads of a KV head; tokens of a tile
+};
+
+// Tokens [t0, t1) of sequence `seq`, one KV head.
+static void attend_run(const struct attention_job *j, size_t t0, size_t t1, size_t kv_head) {
+    const struct attention_args *a = j->a;
+    const int32_t *pages = a->batch->pages + a->batch->page_start[a->batch->seq[t0]];
+    struct rows rows = {0};
+    for (size_t t = t0; t < t1; t++) {
+        for (size_t h = kv_head * j->group; h < (kv_head + 1) * j->group; h++) {
+            size_t at = (t * a->n_heads + h) * a->head_dim;
+            rows.q[rows.n] = a->q + at;
+            rows.out[rows.n] = a->out + at;
+            rows.n_kv[rows.n++] = (size_t)a->batch->position[t] + 1;
+            if (rows.n < MAX_ROWS) continue;
+            attend(a, &rows, pages, kv_head);
+            rows.n = 0;
+        }
+    }
+    if (rows.n) attend(a, &rows, pages, kv_head);
+}
+
+static void attention_piece(void *user, size_t begin, size_t end, int thread) {
+    (void)thread;
+    const struct attention_job *j = user;
+    const struct batch *b = j->a->batch;
+    for (size_t i = begin; i < end; i++) {
+        size_t kv_head = i % j->a->n_kv_heads, t = i / j->a->n_kv_heads * j->tile;
+        size_t last = b->n_tokens - t < j->tile ? b->n_tokens : t + j->tile;
+        while (t < last) { // a tile may hold the end of one sequence and the start of the next
+            size_t run = t + 1;
+            while (run < last && b->seq[run] == b->seq[t]) run++;
+            attend_run(j, t, run, kv_head);
+            t = run;
+        }
+    }
+}
+
+static void attention(const struct op_ctx *ctx, const struct attention_args *a) {
+    struct attention_job j = {.a = a, .group = a->n_heads / a->n_kv_heads};
+    j.tile = j.group < MAX_ROWS ? MAX_ROWS / j.group : 1;
+    pool_for(ctx->pool, (a->batch->n_tokens + j.tile - 1) / j.tile * a->n_kv_heads, 1, attention_piece, &j);
+}
+
+void avx2_fill_attention(struct ops *ops) {
+    ops->attn_scores = attn_scores;
+    ops->attn_softmax = attn_softmax;
+    ops->attn_values = attn_values;
+    ops->attn_combine = attn_combine;
+    ops->attention = attention;
+}
+
+#endif
