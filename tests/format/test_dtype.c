@@ -1,0 +1,111 @@
+// test_dtype.c: the table of element types and the conversions to and from half precision. Whole blocks are compared
+// with another implementation in tests/e2e/test_quant.py.
+#include "format/dtype.h"
+
+#include <math.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+static uint32_t bits_of(float f) {
+    uint32_t u;
+    memcpy(&u, &f, sizeof u);
+    return u;
+}
+
+static void test_names(void **state) {
+    (void)state;
+    for (int i = 0; i < DTYPE_COUNT; i++) {
+        enum dtype type;
+        assert_true(dtype_from_name(dtype_info((enum dtype)i)->name, &type));
+        assert_int_equal(type, i);
+    }
+    enum dtype type;
+    assert_true(dtype_from_name("q4_k", &type));
+    assert_int_equal(type, DTYPE_Q4_K);
+    assert_false(dtype_from_name("Q4_", &type));
+    assert_false(dtype_from_name("", &type));
+}
+
+static void test_row_bytes(void **state) {
+    (void)state;
+    size_t n = 7;
+    assert_true(dtype_row_bytes(DTYPE_BF16, 3, &n));
+    assert_int_equal(n, 6);
+    assert_true(dtype_row_bytes(DTYPE_Q6_K, 512, &n));
+    assert_int_equal(n, 420);
+    assert_true(dtype_row_bytes(DTYPE_Q8_0, 0, &n));
+    assert_int_equal(n, 0);
+    assert_false(dtype_row_bytes(DTYPE_Q8_0, 33, &n));
+    assert_false(dtype_row_bytes(DTYPE_F32, SIZE_MAX / 2, &n));
+    assert_int_equal(n, 0);
+}
+
+static void test_f16_round_trip(void **state) {
+    (void)state;
+    for (uint32_t h = 0; h < 65536; h++) {
+        float f = f16_to_f32((uint16_t)h);
+        if (isnan(f)) assert_true(isnan(f16_to_f32(f16_from_f32(f))));
+        else assert_int_equal(f16_from_f32(f), h);
+    }
+}
+
+// Against the definition: the nearest half, of two equally near the one with an even mantissa.
+static void test_f16_rounding(void **state) {
+    (void)state;
+    for (uint32_t h = 0; h < 0x7BFF; h++) { // between each finite half and the next one
+        float low = f16_to_f32((uint16_t)h), high = f16_to_f32((uint16_t)(h + 1));
+        float middle = (low + high) / 2; // exact in f32
+        assert_int_equal(f16_from_f32(middle), h & 1 ? h + 1 : h);
+        assert_int_equal(f16_from_f32(nextafterf(middle, 0)), h);
+        assert_int_equal(f16_from_f32(nextafterf(middle, INFINITY)), h + 1);
+        assert_int_equal(f16_from_f32(-middle), 0x8000 | (h & 1 ? h + 1 : h));
+    }
+    assert_int_equal(f16_from_f32(65504), 0x7BFF);
+    assert_int_equal(f16_from_f32(nextafterf(65520, 0)), 0x7BFF);
+    assert_int_equal(f16_from_f32(65520), 0x7C00);
+    assert_int_equal(f16_from_f32(INFINITY), 0x7C00);
+    assert_int_equal(f16_from_f32(-3e38f), 0xFC00);
+}
+
+static void test_bf16(void **state) {
+    (void)state;
+    for (uint32_t h = 0; h < 65536; h++) {
+        float f = bf16_to_f32((uint16_t)h);
+        if (isnan(f)) assert_true(isnan(bf16_to_f32(bf16_from_f32(f))));
+        else assert_int_equal(bf16_from_f32(f), h);
+    }
+    assert_int_equal(bf16_from_f32(bf16_to_f32(0x3F80) * (1 + 1 / 256.0f)), 0x3F80); // halfway, to even
+    assert_int_equal(bf16_from_f32(bf16_to_f32(0x3F81) * (1 + 1 / 256.0f)), 0x3F82);
+    assert_int_equal(bf16_from_f32(3.4e38f), 0x7F80);
+}
+
+// Block loops respect their bounds and any alignment of the source.
+static void test_blocks_in_place(void **state) {
+    (void)state;
+    for (int i = 0; i < DTYPE_COUNT; i++) {
+        const struct dtype_info *info = dtype_info((enum dtype)i);
+        if (!info->is_weight) continue;
+        unsigned char raw[1 + 2 * 256];
+        float once[256 + 1], again[2 * 256 + 1];
+        for (size_t k = 0; k < sizeof raw; k++) raw[k] = (unsigned char)(k * 37 % 61);
+        memmove(raw + 1 + info->block_bytes, raw + 1, info->block_bytes);
+        once[info->block_len] = again[2 * info->block_len] = 1234;
+        dtype_to_f32((enum dtype)i, raw + 1, once, info->block_len);
+        dtype_to_f32((enum dtype)i, raw + 1, again, 2 * info->block_len);
+        assert_memory_equal(once, again, info->block_len * sizeof(float));
+        assert_memory_equal(once, again + info->block_len, info->block_len * sizeof(float));
+        assert_int_equal(bits_of(once[info->block_len]), bits_of(1234));
+        assert_int_equal(bits_of(again[2 * info->block_len]), bits_of(1234));
+    }
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_names),        cmocka_unit_test(test_row_bytes), cmocka_unit_test(test_f16_round_trip),
+        cmocka_unit_test(test_f16_rounding), cmocka_unit_test(test_bf16),      cmocka_unit_test(test_blocks_in_place),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
