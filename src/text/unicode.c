@@ -1,203 +1,258 @@
-// unicode.c: UTF-8 and canonical composition (Unicode Standard Annex 15; Hangul by the arithmetic of chapter 3.12). The
-// data is in unicode_tables.c.
+// unicode.c: UTF-8 and NFC over the generated tables. It knows nothing of tokens.
 #include "text/unicode.h"
 
 #include "base/size.h"
 
 #include <stdlib.h>
+#include <string.h>
 
-size_t utf8_decode(const char *text, size_t n, uint32_t *out) {
-    const unsigned char *p = (const unsigned char *)text;
-    *out = UNICODE_INVALID;
-    if (p[0] < 0x80) {
-        *out = p[0];
+// Hangul arithmetic (source: The Unicode Standard, section 3.12).
+enum {
+    HANGUL_S = 0xAC00,
+    HANGUL_L = 0x1100,
+    HANGUL_V = 0x1161,
+    HANGUL_T = 0x11A7,
+    HANGUL_N_L = 19,
+    HANGUL_N_V = 21,
+    HANGUL_N_T = 28,
+    HANGUL_N_S = HANGUL_N_L * HANGUL_N_V * HANGUL_N_T
+};
+
+size_t unicode_decode(const char *text, size_t n, uint32_t *c) {
+    const unsigned char *s = (const unsigned char *)text;
+    unsigned lead = s[0];
+    if (lead < 0x80) {
+        *c = lead;
         return 1;
     }
-    size_t len = p[0] < 0xC2 ? 0 : p[0] < 0xE0 ? 2 : p[0] < 0xF0 ? 3 : p[0] < 0xF5 ? 4 : 0;
-    if (len == 0 || len > n) return 1;
-    uint32_t c = p[0] & (0x7Fu >> len);
+    *c = UNICODE_INVALID + lead;
+    if (lead < 0xC2 || lead > 0xF4) return 1;
+    size_t len = lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : 4;
+    if (n < len) return 1;
+    // The second byte's range excludes overlong forms, surrogates and what lies beyond U+10FFFF.
+    unsigned low = lead == 0xE0   ? 0xA0
+                   : lead == 0xF0 ? 0x90
+                                  : 0x80,
+             high = lead == 0xED   ? 0x9F
+                    : lead == 0xF4 ? 0x8F
+                                   : 0xBF;
+    if (s[1] < low || s[1] > high) return 1;
+    uint32_t value = lead & (0x7Fu >> len);
     for (size_t i = 1; i < len; i++) {
-        if ((p[i] & 0xC0) != 0x80) return 1;
-        c = c << 6 | (p[i] & 0x3Fu);
+        if ((s[i] & 0xC0) != 0x80) return 1;
+        value = value << 6 | (s[i] & 0x3Fu);
     }
-    bool overlong = (len == 3 && c < 0x800) || (len == 4 && c < 0x10000);
-    if (overlong || c > 0x10FFFF || (c >= 0xD800 && c <= 0xDFFF)) return 1;
-    *out = c;
+    *c = value;
     return len;
 }
 
-bool utf8_append(struct buffer *out, uint32_t c) {
-    char b[4];
-    size_t n = 0;
-    if (c < 0x80) b[n++] = (char)c;
-    else {
-        if (c < 0x800) b[n++] = (char)(0xC0 | c >> 6);
-        else {
-            if (c < 0x10000) b[n++] = (char)(0xE0 | c >> 12);
-            else {
-                b[n++] = (char)(0xF0 | c >> 18);
-                b[n++] = (char)(0x80 | (c >> 12 & 0x3F));
-            }
-            b[n++] = (char)(0x80 | (c >> 6 & 0x3F));
-        }
-        b[n++] = (char)(0x80 | (c & 0x3F));
+size_t unicode_decode_last(const char *text, size_t n, uint32_t *c) {
+    for (size_t back = n < 4 ? n : 4; back > 1; back--) {
+        if (unicode_decode(text + n - back, back, c) == back) return back;
     }
-    return buffer_append(out, b, n);
+    return unicode_decode(text + n - 1, 1, c);
 }
 
-static unsigned combining(uint32_t c) {
-    return unicode_combining_blocks[unicode_combining_index[c >> 8] * 256u + (c & 255u)];
-}
-
-// Hangul syllables are LV or LVT, computed, not listed.
-enum { S_BASE = 0xAC00, L_BASE = 0x1100, V_BASE = 0x1161, T_BASE = 0x11A7, N_L = 19, N_V = 21, N_T = 28 };
-
-static const struct unicode_decomposition *find_decomposition(uint32_t c) {
-    size_t lo = 0, hi = unicode_n_decompositions;
-    while (lo < hi) {
-        size_t mid = (lo + hi) / 2;
-        if (unicode_decompositions[mid].from < c) lo = mid + 1;
-        else hi = mid;
+size_t unicode_encode(uint32_t c, char out[4]) {
+    if (c >= UNICODE_INVALID) {
+        out[0] = (char)(unsigned char)(c - UNICODE_INVALID);
+        return 1;
     }
-    return lo < unicode_n_decompositions && unicode_decompositions[lo].from == c ? &unicode_decompositions[lo] : NULL;
-}
-
-// The composite of two characters; 0: none.
-static uint32_t compose(uint32_t a, uint32_t b) {
-    if (a >= L_BASE && a < L_BASE + N_L && b >= V_BASE && b < V_BASE + N_V)
-        return S_BASE + ((a - L_BASE) * N_V + (b - V_BASE)) * N_T;
-    if (a >= S_BASE && a < S_BASE + N_L * N_V * N_T && (a - S_BASE) % N_T == 0 && b > T_BASE && b < T_BASE + N_T)
-        return a + (b - T_BASE);
-    size_t lo = 0, hi = unicode_n_compositions;
-    while (lo < hi) {
-        size_t mid = (lo + hi) / 2;
-        const struct unicode_composition *p = &unicode_compositions[mid];
-        if (p->first < a || (p->first == a && p->second < b)) lo = mid + 1;
-        else hi = mid;
+    if (c < 0x80) {
+        out[0] = (char)c;
+        return 1;
     }
-    if (lo == unicode_n_compositions) return 0;
-    const struct unicode_composition *p = &unicode_compositions[lo];
-    return p->first == a && p->second == b ? p->composed : 0;
+    if (c < 0x800) {
+        out[0] = (char)(0xC0 | c >> 6);
+        out[1] = (char)(0x80 | (c & 0x3F));
+        return 2;
+    }
+    if (c < 0x10000) {
+        out[0] = (char)(0xE0 | c >> 12);
+        out[1] = (char)(0x80 | (c >> 6 & 0x3F));
+        out[2] = (char)(0x80 | (c & 0x3F));
+        return 3;
+    }
+    out[0] = (char)(0xF0 | c >> 18);
+    out[1] = (char)(0x80 | (c >> 12 & 0x3F));
+    out[2] = (char)(0x80 | (c >> 6 & 0x3F));
+    out[3] = (char)(0x80 | (c & 0x3F));
+    return 4;
 }
 
-// A run of characters being decomposed, ordered and composed.
-struct run {
-    struct mark {
-        uint32_t c;
-        uint32_t ccc;
-        size_t order;
-    } * marks;
+// One character between decomposition and composition.
+struct mark {
+    uint32_t c;
+    uint32_t combining_class;
+};
+struct marks {
+    struct mark *items;
     size_t n, cap;
 };
 
-static bool run_push(struct run *r, uint32_t c) {
-    if (r->n == r->cap) {
-        size_t cap = r->cap ? r->cap * 2 : 64;
-        struct mark *grown = size_realloc(r->marks, cap, sizeof *grown);
-        if (!grown) return false;
-        r->marks = grown;
-        r->cap = cap;
+static uint32_t combining_class(uint32_t c) {
+    size_t low = 0, high = unicode_n_combining;
+    while (low < high) {
+        size_t mid = low + (high - low) / 2;
+        if (unicode_combining[mid].c == c) return unicode_combining[mid].combining_class;
+        if (unicode_combining[mid].c < c) low = mid + 1;
+        else high = mid;
     }
-    r->marks[r->n] = (struct mark){.c = c, .ccc = combining(c), .order = r->n};
-    r->n++;
+    return 0;
+}
+
+static bool marks_add(struct marks *m, uint32_t c) {
+    if (m->n == m->cap) {
+        size_t cap;
+        if (!size_mul(m->cap ? m->cap : 32, 2, &cap)) return false;
+        struct mark *items = size_realloc(m->items, cap, sizeof *items);
+        if (!items) return false;
+        m->items = items;
+        m->cap = cap;
+    }
+    m->items[m->n++] = (struct mark){c, combining_class(c)};
     return true;
 }
 
-static bool run_decompose(struct run *r, uint32_t c) {
-    if (c >= S_BASE && c < S_BASE + N_L * N_V * N_T) {
-        uint32_t s = c - S_BASE;
-        if (!run_push(r, L_BASE + s / (N_V * N_T)) || !run_push(r, V_BASE + s % (N_V * N_T) / N_T)) return false;
-        return s % N_T == 0 || run_push(r, T_BASE + s % N_T);
+static bool decompose(struct marks *m, uint32_t c) {
+    if (c - HANGUL_S < HANGUL_N_S) {
+        uint32_t s = c - HANGUL_S, t = s % HANGUL_N_T;
+        return marks_add(m, HANGUL_L + s / (HANGUL_N_V * HANGUL_N_T)) &&
+               marks_add(m, HANGUL_V + s / HANGUL_N_T % HANGUL_N_V) && (t == 0 || marks_add(m, HANGUL_T + t));
     }
-    const struct unicode_decomposition *d = c < 0xC0 ? NULL : find_decomposition(c);
-    if (!d) return run_push(r, c);
-    for (uint32_t i = 0; i < d->n; i++)
-        if (!run_push(r, unicode_decomposed[d->at + i])) return false;
-    return true;
-}
-
-static int compare_marks(const void *a, const void *b) {
-    const struct mark *x = a, *y = b;
-    if (x->ccc != y->ccc) return x->ccc < y->ccc ? -1 : 1;
-    return x->order < y->order ? -1 : x->order > y->order;
-}
-
-// Canonical order: every stretch of non-starters by class, stable.
-static void run_order(struct run *r) {
-    for (size_t i = 0; i < r->n;) {
-        size_t j = i;
-        bool sorted = true;
-        while (j < r->n && r->marks[j].ccc != 0) {
-            if (j > i && r->marks[j - 1].ccc > r->marks[j].ccc) sorted = false;
-            j++;
+    size_t low = 0, high = unicode_n_decompositions;
+    while (low < high) {
+        size_t mid = low + (high - low) / 2;
+        const struct unicode_decomposition *d = &unicode_decompositions[mid];
+        if (d->c == c) {
+            for (size_t i = 0; i < 4 && d->to[i]; i++) {
+                if (!marks_add(m, d->to[i])) return false;
+            }
+            return true;
         }
-        if (!sorted) qsort(r->marks + i, j - i, sizeof *r->marks, compare_marks);
-        i = j + 1;
+        if (d->c < c) low = mid + 1;
+        else high = mid;
     }
+    return marks_add(m, c);
 }
 
-// Composes in place: a mark joins the last starter unless one of at least its class stands between.
-static void run_compose(struct run *r) {
+// The primary composite of two characters, 0 when there is none.
+static uint32_t compose(uint32_t first, uint32_t second) {
+    if (first - HANGUL_L < HANGUL_N_L && second - HANGUL_V < HANGUL_N_V)
+        return HANGUL_S + ((first - HANGUL_L) * HANGUL_N_V + (second - HANGUL_V)) * HANGUL_N_T;
+    if (first - HANGUL_S < HANGUL_N_S && (first - HANGUL_S) % HANGUL_N_T == 0 && second > HANGUL_T &&
+        second - HANGUL_T < HANGUL_N_T)
+        return first + (second - HANGUL_T);
+    size_t low = 0, high = unicode_n_compositions;
+    while (low < high) {
+        size_t mid = low + (high - low) / 2;
+        const struct unicode_composition *u = &unicode_compositions[mid];
+        if (u->first == first && u->second == second) return u->c;
+        if (u->first < first || (u->first == first && u->second < second)) low = mid + 1;
+        else high = mid;
+    }
+    return 0;
+}
+
+// Sorts one run of marks by class, stably: by insertion where it is short, else by counting.
+static bool sort_run(struct mark *run, size_t n) {
+    if (n <= 32) {
+        for (size_t i = 1; i < n; i++) {
+            struct mark m = run[i];
+            size_t j = i;
+            for (; j > 0 && run[j - 1].combining_class > m.combining_class; j--) run[j] = run[j - 1];
+            run[j] = m;
+        }
+        return true;
+    }
+    size_t place[257] = {0};
+    struct mark *sorted = size_alloc(n, sizeof *sorted);
+    if (!sorted) return false;
+    for (size_t i = 0; i < n; i++) place[run[i].combining_class + 1]++;
+    for (size_t k = 1; k < 257; k++) place[k] += place[k - 1];
+    for (size_t i = 0; i < n; i++) sorted[place[run[i].combining_class]++] = run[i];
+    memcpy(run, sorted, n * sizeof *run);
+    free(sorted);
+    return true;
+}
+
+static bool sort_marks(struct marks *m) {
+    for (size_t i = 0; i < m->n;) {
+        if (m->items[i].combining_class == 0) {
+            i++;
+            continue;
+        }
+        size_t end = i + 1;
+        while (end < m->n && m->items[end].combining_class != 0) end++;
+        if (!sort_run(m->items + i, end - i)) return false;
+        i = end;
+    }
+    return true;
+}
+
+// Canonical composition (source: The Unicode Standard, definition D117): each character joins the last starter unless
+// a kept character of the same or a higher class, or a starter, stands between them.
+static void compose_marks(struct marks *m) {
     size_t kept = 0, starter = SIZE_MAX;
-    unsigned last = 0;
-    for (size_t i = 0; i < r->n; i++) {
-        struct mark m = r->marks[i];
-        if (starter != SIZE_MAX && (kept == starter + 1 || last < m.ccc)) {
-            uint32_t c = compose(r->marks[starter].c, m.c);
-            if (c) {
-                r->marks[starter].c = c;
+    uint32_t last_class = 0;
+    for (size_t i = 0; i < m->n; i++) {
+        struct mark mark = m->items[i];
+        if (starter != SIZE_MAX && (starter + 1 == kept || last_class < mark.combining_class)) {
+            uint32_t joined = compose(m->items[starter].c, mark.c);
+            if (joined) {
+                m->items[starter].c = joined;
                 continue;
             }
         }
-        if (m.ccc == 0) starter = kept;
-        last = m.ccc;
-        r->marks[kept++] = m;
+        if (mark.combining_class == 0) starter = kept;
+        last_class = mark.combining_class;
+        m->items[kept++] = mark;
     }
-    r->n = kept;
+    m->n = kept;
 }
 
-static bool run_flush(struct run *r, struct buffer *out) {
-    run_order(r);
-    run_compose(r);
-    for (size_t i = 0; i < r->n; i++)
-        if (!utf8_append(out, r->marks[i].c)) return false;
-    r->n = 0;
-    return true;
+static bool is_safe(uint32_t c) {
+    return !(unicode_classes(c) & UNICODE_NFC_UNSAFE);
 }
 
-// Below U+0300 nothing combines with what stands before it, and everything there is its own NFC.
-bool unicode_nfc(const char *text, size_t n, struct buffer *out) {
-    struct run run = {0};
-    bool ok = buffer_reserve(out, n);
-    size_t plain = 0; // text[plain .. i) is copied as it is
-    for (size_t i = 0; ok && i < n;) {
+size_t unicode_nfc_prefix(const char *text, size_t n) {
+    size_t i = 0, previous = 0;
+    while (i < n) {
         uint32_t c;
-        size_t len = utf8_decode(text + i, n - i, &c);
-        if (c < 0x300 || c == UNICODE_INVALID) {
-            i += len;
-            continue;
-        }
-        // The run begins at the character before and ends before the next one that nothing can change.
-        size_t begin = i;
-        if (begin > plain) {
-            begin--;
-            while (begin > plain && ((unsigned char)text[begin] & 0xC0) == 0x80) begin--;
-        }
-        ok = buffer_append(out, text + plain, begin - plain);
-        uint32_t before = UNICODE_INVALID;
-        if (begin < i && utf8_decode(text + begin, i - begin, &before) != i - begin) before = UNICODE_INVALID;
-        if (ok && begin < i)
-            ok = before == UNICODE_INVALID ? buffer_append(out, text + begin, i - begin) : run_decompose(&run, before);
-        while (ok && c >= 0x300 && c != UNICODE_INVALID) {
-            ok = run_decompose(&run, c);
-            i += len;
-            if (i == n) break;
-            len = utf8_decode(text + i, n - i, &c);
-        }
-        ok = ok && run_flush(&run, out);
-        plain = i;
+        size_t len = unicode_decode(text + i, n - i, &c);
+        if (!is_safe(c)) return previous; // the character before it may be changed too
+        previous = i;
+        i += len;
     }
-    ok = ok && buffer_append(out, text + plain, n - plain);
-    free(run.marks);
+    return n;
+}
+
+bool unicode_nfc(const char *text, size_t n, struct buffer *out) {
+    struct marks m = {0};
+    bool ok = false;
+    size_t i = 0;
+    while (i < n) {
+        size_t clean = unicode_nfc_prefix(text + i, n - i);
+        if (!buffer_append(out, text + i, clean)) goto done;
+        i += clean;
+        if (i == n) break;
+        // A segment: one character, and all that follow up to the next that stands on its own.
+        m.n = 0;
+        uint32_t c;
+        do {
+            i += unicode_decode(text + i, n - i, &c);
+            if (!decompose(&m, c)) goto done;
+            if (i < n) unicode_decode(text + i, n - i, &c);
+        } while (i < n && !is_safe(c));
+        if (!sort_marks(&m)) goto done;
+        compose_marks(&m);
+        for (size_t k = 0; k < m.n; k++) {
+            char bytes[4];
+            if (!buffer_append(out, bytes, unicode_encode(m.items[k].c, bytes))) goto done;
+        }
+    }
+    ok = true;
+done:
+    free(m.items);
     return ok;
 }
