@@ -1,37 +1,51 @@
-// bpe.h: byte-pair merging over token ids: which two neighbours become which token, and in which order.
+// bpe.h: a vocabulary of byte-level tokens, the merges that build them, and the merging of one word.
+//
+// Tokens are stored as tokenizer files write them, in the byte-level alphabet (each byte is one printable character: a
+// space is U+0120), and as the bytes they stand for. It knows nothing of special tokens or of words.
 #ifndef TANDEM_TEXT_BPE_H
 #define TANDEM_TEXT_BPE_H
+
+#include "base/error.h"
+#include "text/bpe_queue.h"
+#include "text/tokenizer.h"
 
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
-struct bpe_merge {
-    int32_t left, right, merged;
-    uint32_t rank; // the lower merges first
-};
+enum { BPE_MAX_ID = (1 << 22) - 1 }; // four million ids; the largest vocabularies have 300,000
 
-// A hash table of merges. All zero is empty.
-struct bpe {
-    struct bpe_merge *slots; // [mask + 1]; merged < 0: free
-    size_t mask;
-};
-
-bool bpe_reserve(struct bpe *b, size_t n_merges);       // once, before bpe_add; false: no memory
-bool bpe_add(struct bpe *b, const struct bpe_merge *m); // false: the pair is there already
-const struct bpe_merge *bpe_find(const struct bpe *b, int32_t left, int32_t right); // NULL: they do not merge
+struct bpe;
+struct bpe *bpe_create(void); // NULL: no memory
 void bpe_free(struct bpe *b);
 
-// Memory that merging needs, kept between words. All zero is empty.
+// Adds a token under an id that is not taken yet and a text that no other token has.
+bool bpe_add_token(struct bpe *b, int64_t id, const char *text, size_t n, struct error *err);
+// Adds the next merge in order of rank, both sides in the alphabet. Both and what they join to must be tokens, and no
+// pair is merged twice.
+bool bpe_add_merge(struct bpe *b, const char *left, size_t n_left, const char *right, size_t n_right,
+                   struct error *err);
+// Looks up the tokens of the 256 bytes, after all tokens were added. Returns how many have none; encoding such a byte
+// is an error then.
+int bpe_finish(struct bpe *b, bool ignore_merges);
+
+int32_t bpe_find(const struct bpe *b, const char *text, size_t n);        // in the alphabet; -1: none
+int32_t bpe_find_bytes(const struct bpe *b, const char *bytes, size_t n); // a token that stands for them; -1
+const char *bpe_bytes(const struct bpe *b, int32_t id, size_t *n);        // what the id stands for; NULL: no token
+const char *bpe_text(const struct bpe *b, int32_t id, size_t *n);         // in the alphabet; NULL: no token
+int32_t bpe_n_ids(const struct bpe *b);                                   // one more than the largest id
+size_t bpe_n_merges(const struct bpe *b);
+
+// Memory for merging that is kept from word to word. All zero is valid.
 struct bpe_scratch {
-    int32_t *next, *prev; // [cap] neighbours of a symbol, for long words
-    uint64_t *heap;       // [heap_cap] rank << 32 | position
-    size_t cap, n_heap, heap_cap;
+    struct bpe_symbol *symbols;
+    size_t symbol_cap;
+    struct bpe_queue queue;
 };
 void bpe_scratch_free(struct bpe_scratch *s);
 
-// Merges ids[0 .. n) in place and returns how many are left: always the pair of lowest rank, the leftmost among equals.
-// n log n; n is below 2^31. SIZE_MAX: no memory.
-size_t bpe_apply(const struct bpe *b, int32_t *ids, size_t n, struct bpe_scratch *s);
+// Appends the ids of one word, n > 0 bytes.
+bool bpe_encode(const struct bpe *b, const char *word, size_t n, struct bpe_scratch *scratch, struct token_ids *out,
+                struct error *err);
 
 #endif
