@@ -1,262 +1,320 @@
 // tokenizer_json.c: tokenizers from tokenizer.json and tokenizer_config.json. What those ask for and this library lacks
 // is refused by name.
 #include "base/file.h"
-#include "base/size.h"
+#include "format/json.h"
 #include "text/tokenizer_parts.h"
 
-#include <jansson.h>
-#include <stdio.h>
+#include <inttypes.h>
+#include <stdlib.h>
 #include <string.h>
 
-enum { MAX_FILE = 256 << 20 };
+#define FILE_NAME "tokenizer.json"
+#define CONFIG_NAME "tokenizer_config.json"
 
-static const char *text_of(const json_t *object, const char *key) {
-    const char *s = json_string_value(json_object_get(object, key));
-    return s ? s : "";
+// A member that may be absent or null: NULL then.
+static const json_t *member(const json_t *object, const char *key) {
+    const json_t *value = json_object_get(object, key);
+    return json_is_null(value) ? NULL : value;
 }
 
-static bool flag_of(const json_t *object, const char *key) {
-    return json_is_true(json_object_get(object, key));
+static const char *type_of(const json_t *object) {
+    const char *type = json_string_value(member(object, "type"));
+    return type ? type : "(no type)";
 }
 
-static json_t *parse(const char *text, size_t n, const char *name, struct error *err) {
-    json_error_t e;
-    json_t *root = json_loadb(text, n, JSON_REJECT_DUPLICATES | JSON_ALLOW_NUL, &e);
-    if (!root) error_set(err, "%s: line %d, column %d: %s", name, e.line, e.column, e.text);
-    else if (!json_is_object(root)) {
-        error_set(err, "%s: expected an object at the top", name);
-        json_decref(root);
-        root = NULL;
-    }
-    return root;
+static bool is_type(const json_t *object, const char *type) {
+    return strcmp(type_of(object), type) == 0;
 }
 
-static bool add_step(struct pretokenizer *p, enum pretokenizer_step step, struct error *err) {
-    if (p->n_steps == PRETOKENIZER_MAX_STEPS)
-        return error_set(err, "tokenizer.json: pre_tokenizer has more than %d steps", PRETOKENIZER_MAX_STEPS);
-    p->steps[p->n_steps++] = step;
-    return true;
-}
-
-// `bytes_seen`: the ByteLevel step, which must come last, was there.
-static bool read_pre_step(struct tokenizer *tok, const json_t *pre, bool *bytes_seen, struct error *err) {
-    const char *type = text_of(pre, "type");
-    if (*bytes_seen) return error_set(err, "tokenizer.json: pre-tokenizer '%s' after ByteLevel is not supported", type);
-    if (strcmp(type, "ByteLevel") == 0) {
-        *bytes_seen = true;
-        if (flag_of(pre, "add_prefix_space"))
-            return error_set(err, "tokenizer.json: ByteLevel with add_prefix_space is not supported");
-        const json_t *use = json_object_get(pre, "use_regex");
-        return json_is_false(use) || add_step(&tok->pre, PRETOKENIZER_GPT2, err);
-    }
-    if (strcmp(type, "Digits") == 0)
-        return add_step(&tok->pre, flag_of(pre, "individual_digits") ? PRETOKENIZER_DIGIT_EACH : PRETOKENIZER_DIGIT_RUN,
-                        err);
-    if (strcmp(type, "Split") != 0)
-        return error_set(
-            err, "tokenizer.json: pre-tokenizer '%s' is not supported (Sequence, Split, Digits, ByteLevel)", type);
-    const json_t *regex = json_object_get(json_object_get(pre, "pattern"), "Regex");
-    if (!json_is_string(regex) || strcmp(text_of(pre, "behavior"), "Isolated") != 0 || flag_of(pre, "invert"))
-        return error_set(err, "tokenizer.json: Split needs a Regex pattern, behavior Isolated and no invert");
-    enum pretokenizer_step step;
-    if (!pretokenizer_recognise(json_string_value(regex), json_string_length(regex), &step))
-        return error_set(err, "tokenizer.json: the pre-tokenizer's regex is not supported: %s",
-                         json_string_value(regex));
-    return add_step(&tok->pre, step, err);
-}
-
-static bool read_pre(struct tokenizer *tok, const json_t *pre, struct error *err) {
-    bool bytes_seen = false;
-    const json_t *list = json_object_get(pre, "pretokenizers");
-    if (strcmp(text_of(pre, "type"), "Sequence") != 0) {
-        if (!read_pre_step(tok, pre, &bytes_seen, err)) return false;
-    } else {
-        for (size_t i = 0; i < json_array_size(list); i++)
-            if (!read_pre_step(tok, json_array_get(list, i), &bytes_seen, err)) return false;
-    }
-    return bytes_seen || error_set(err, "tokenizer.json: pre_tokenizer has no ByteLevel; only byte-level BPE is "
-                                        "supported");
-}
-
-static bool read_normalizer(struct tokenizer *tok, const json_t *normalizer, struct error *err) {
-    if (!normalizer || json_is_null(normalizer)) return true;
-    const char *type = text_of(normalizer, "type");
-    if (strcmp(type, "Sequence") == 0) {
-        const json_t *list = json_object_get(normalizer, "normalizers");
+static bool read_normalizer(struct tokenizer *tok, const json_t *root, struct error *err) {
+    const json_t *normalizer = member(root, "normalizer");
+    if (!normalizer) return true;
+    if (is_type(normalizer, "Sequence")) {
+        const json_t *list = member(normalizer, "normalizers");
         for (size_t i = 0; i < json_array_size(list); i++) {
-            const json_t *each = json_array_get(list, i);
-            if (strcmp(text_of(each, "type"), "NFC") != 0)
-                return error_set(err, "tokenizer.json: normalizer '%s' is not supported (NFC or none)",
-                                 text_of(each, "type"));
+            normalizer = json_array_get(list, i);
+            if (!is_type(normalizer, "NFC")) goto unknown;
             tok->nfc = true;
         }
-        return true;
+        return json_is_array(list) || error_set(err, FILE_NAME ": normalizer: \"normalizers\": expected an array");
     }
-    if (strcmp(type, "NFC") != 0)
-        return error_set(err, "tokenizer.json: normalizer '%s' is not supported (NFC or none)", type);
+    if (!is_type(normalizer, "NFC")) goto unknown;
     tok->nfc = true;
     return true;
+unknown:
+    return error_set(err, FILE_NAME ": normalizer %.60s is not supported; tandem knows NFC and none",
+                     type_of(normalizer));
 }
 
-static bool id_in_range(const json_t *value, const char *content, int32_t *id, struct error *err) {
-    json_int_t v = json_integer_value(value);
-    if (!json_is_integer(value) || v < 0 || v >= TOKENIZER_MAX_IDS)
-        return error_set(err, "tokenizer.json: the id of token '%.60s' is no integer in [0, %d)", content,
-                         TOKENIZER_MAX_IDS);
-    *id = (int32_t)v;
+static bool read_split(struct tokenizer *tok, const json_t *split, struct error *err) {
+    const char *where = FILE_NAME ": pre_tokenizer Split", *behavior = "(none)";
+    bool invert = false;
+    if (!json_read_text(split, where, "behavior", &behavior, err) ||
+        !json_read_bool(split, where, "invert", &invert, err))
+        return false;
+    const json_t *regex = member(member(split, "pattern"), "Regex");
+    if (!json_is_string(regex)) return error_set(err, "%s: only a Regex pattern is supported", where);
+    if (strcmp(behavior, "Isolated") != 0 || invert)
+        return error_set(err, "%s: behavior %.60s%s is not supported; tandem knows Isolated", where, behavior,
+                         invert ? ", inverted," : "");
+    return pretokenizer_add_pattern(tok->pre, json_string_value(regex), json_string_length(regex), err) ||
+           error_prefix(err, FILE_NAME ": ");
+}
+
+// One stage. ByteLevel comes last, because what stands behind it would see the alphabet; it is what makes this
+// byte-level BPE.
+static bool read_stage(struct tokenizer *tok, const json_t *stage, bool alone, bool *byte_level, struct error *err) {
+    const char *where = FILE_NAME ": pre_tokenizer";
+    if (*byte_level) return error_set(err, "%s: %.60s behind ByteLevel is not supported", where, type_of(stage));
+    if (is_type(stage, "Split")) return read_split(tok, stage, err);
+    if (is_type(stage, "Digits")) {
+        bool each = false;
+        return json_read_bool(stage, where, "individual_digits", &each, err) &&
+               pretokenizer_add(tok->pre, each ? PRETOKENIZER_DIGITS : PRETOKENIZER_DIGITS_CONTIGUOUS, err);
+    }
+    if (is_type(stage, "ByteLevel")) {
+        bool prefix = true, regex = true; // the library's defaults
+        if (!json_read_bool(stage, where, "add_prefix_space", &prefix, err) ||
+            !json_read_bool(stage, where, "use_regex", &regex, err))
+            return false;
+        if (prefix && !alone)
+            return error_set(err, "%s: ByteLevel with add_prefix_space inside a Sequence is not supported", where);
+        tok->prefix_space = prefix;
+        *byte_level = true;
+        return !regex || pretokenizer_add(tok->pre, PRETOKENIZER_GPT2, err);
+    }
+    return error_set(err, "%s: %.60s is not supported; tandem knows Sequence, Split, Digits and ByteLevel", where,
+                     type_of(stage));
+}
+
+static bool read_pretokenizer(struct tokenizer *tok, const json_t *root, struct error *err) {
+    const json_t *pre = member(root, "pre_tokenizer");
+    bool byte_level = false;
+    if (pre && is_type(pre, "Sequence")) {
+        const json_t *list = member(pre, "pretokenizers");
+        for (size_t i = 0; i < json_array_size(list); i++) {
+            if (!read_stage(tok, json_array_get(list, i), false, &byte_level, err)) return false;
+        }
+    } else if (pre && !read_stage(tok, pre, true, &byte_level, err)) {
+        return false;
+    }
+    return byte_level ||
+           error_set(err, FILE_NAME ": pre_tokenizer: no ByteLevel; only byte-level BPE is supported, SentencePiece "
+                                    "and others are not");
+}
+
+static bool read_decoder(const json_t *root, struct error *err) {
+    const json_t *decoder = member(root, "decoder");
+    if (is_type(decoder, "ByteLevel")) return true;
+    return error_set(err, FILE_NAME ": decoder %.60s is not supported; tandem knows ByteLevel", type_of(decoder));
+}
+
+static bool read_vocabulary(struct tokenizer *tok, json_t *vocab, struct error *err) {
+    const char *text;
+    json_t *id;
+    if (!json_is_object(vocab)) return error_set(err, FILE_NAME ": model: \"vocab\": expected an object");
+    json_object_foreach(vocab, text, id) {
+        if (!json_is_integer(id)) return error_set(err, FILE_NAME ": vocab: the id of \"%.60s\" is no integer", text);
+        if (!bpe_add_token(tok->bpe, json_integer_value(id), text, strlen(text), err))
+            return error_prefix(err, FILE_NAME ": vocab: ");
+    }
     return true;
 }
 
-// One more than the largest id of the file; ids may have holes, within reason.
-static bool count_ids(json_t *vocab, const json_t *added, int32_t *out, struct error *err) {
-    const char *key;
-    json_t *value;
-    int32_t max = -1, id = -1;
-    json_object_foreach(vocab, key, value) {
-        if (!id_in_range(value, key, &id, err)) return false;
-        if (id > max) max = id;
+// A merge is "left right" or ["left", "right"].
+static bool read_merge(struct tokenizer *tok, const json_t *merge, size_t i, struct error *err) {
+    const json_t *left = json_array_get(merge, 0), *right = json_array_get(merge, 1);
+    if (json_is_string(merge)) {
+        const char *text = json_string_value(merge), *space = strchr(text, ' ');
+        if (!space || strchr(space + 1, ' '))
+            return error_set(err, "merge %zu, \"%.60s\", is no pair with one space between", i, text);
+        size_t n = (size_t)(space - text);
+        return bpe_add_merge(tok->bpe, text, n, space + 1, json_string_length(merge) - n - 1, err);
     }
-    for (size_t i = 0; i < json_array_size(added); i++) {
-        const json_t *each = json_array_get(added, i);
-        if (!id_in_range(json_object_get(each, "id"), text_of(each, "content"), &id, err)) return false;
-        if (id > max) max = id;
-    }
-    *out = max + 1;
-    return true;
-}
-
-static bool read_added(struct tokenizer *tok, const json_t *added, struct error *err) {
-    for (size_t i = 0; i < json_array_size(added); i++) {
-        const json_t *each = json_array_get(added, i), *content = json_object_get(each, "content");
-        if (!json_is_string(content) || json_string_length(content) == 0)
-            return error_set(err, "tokenizer.json: added token %zu has no content", i);
-        const char *text = json_string_value(content);
-        size_t n = json_string_length(content);
-        if (flag_of(each, "single_word"))
-            return error_set(err, "tokenizer.json: added token '%.60s': single_word is not supported", text);
-        int32_t id = (int32_t)json_integer_value(json_object_get(each, "id"));
-        int32_t known = tokenizer_find_content(tok, text, n);
-        if (known != id && !tokenizer_put(tok, id, text, n, err)) return false;
-        if (tok->tokens[id].added) return error_set(err, "tokenizer.json: token '%.60s' is added twice", text);
-        tok->tokens[id].added = true;
-        tok->tokens[id].special = flag_of(each, "special");
-        struct added_token token = {
-            .id = id, .text = text, .n = n, .lstrip = flag_of(each, "lstrip"), .rstrip = flag_of(each, "rstrip")};
-        if (!added_set_add(tok, flag_of(each, "normalized") ? &tok->normalized : &tok->raw, token))
-            return error_set(err, "tokenizer.json: out of memory");
-    }
-    return true;
+    if (json_array_size(merge) != 2 || !json_is_string(left) || !json_is_string(right))
+        return error_set(err, "merge %zu is neither a string nor a pair of strings", i);
+    return bpe_add_merge(tok->bpe, json_string_value(left), json_string_length(left), json_string_value(right),
+                         json_string_length(right), err);
 }
 
 static bool read_merges(struct tokenizer *tok, const json_t *merges, struct error *err) {
-    if (!json_is_array(merges)) return error_set(err, "tokenizer.json: model.merges: expected an array");
-    size_t n = json_array_size(merges);
-    if (n > TOKENIZER_MAX_IDS || !bpe_reserve(&tok->bpe, n))
-        return error_set(err, "tokenizer.json: %zu merges are too many", n);
-    for (size_t i = 0; i < n; i++) {
-        const json_t *m = json_array_get(merges, i), *a = json_array_get(m, 0), *b = json_array_get(m, 1);
-        bool ok;
-        if (json_is_string(m)) {
-            const char *text = json_string_value(m), *gap = memchr(text, ' ', json_string_length(m));
-            if (!gap) return error_set(err, "tokenizer.json: merge %zu, '%.60s', is no pair", i, text);
-            size_t left = (size_t)(gap - text);
-            ok = tokenizer_merge(tok, text, left, gap + 1, json_string_length(m) - left - 1, (uint32_t)i, err);
-        } else {
-            if (json_array_size(m) != 2 || !json_is_string(a) || !json_is_string(b))
-                return error_set(err, "tokenizer.json: merge %zu is no pair of strings", i);
-            ok = tokenizer_merge(tok, json_string_value(a), json_string_length(a), json_string_value(b),
-                                 json_string_length(b), (uint32_t)i, err);
-        }
-        if (!ok) return false;
+    if (!json_is_array(merges)) return error_set(err, FILE_NAME ": model: \"merges\": expected an array");
+    for (size_t i = 0; i < json_array_size(merges); i++) {
+        if (!read_merge(tok, json_array_get(merges, i), i, err)) return error_prefix(err, FILE_NAME ": merges: ");
     }
     return true;
 }
 
-static bool check_model(const json_t *model, struct error *err) {
-    const char *type = text_of(model, "type");
-    if (strcmp(type, "BPE") != 0 && !(type[0] == '\0' && json_object_get(model, "merges")))
-        return error_set(err, "tokenizer.json: model type '%s' is not supported (BPE)", type);
-    if (flag_of(model, "byte_fallback"))
-        return error_set(err, "tokenizer.json: byte_fallback (SentencePiece vocabularies) is not supported");
-    if (text_of(model, "continuing_subword_prefix")[0] || text_of(model, "end_of_word_suffix")[0])
-        return error_set(err, "tokenizer.json: continuing_subword_prefix and end_of_word_suffix are not supported");
-    const json_t *dropout = json_object_get(model, "dropout");
-    if (dropout && !json_is_null(dropout) && json_number_value(dropout) != 0)
-        return error_set(err, "tokenizer.json: dropout is not supported");
-    if (!json_is_object(json_object_get(model, "vocab")))
-        return error_set(err, "tokenizer.json: model.vocab: expected an object");
+static bool read_model(struct tokenizer *tok, const json_t *root, bool *ignore_merges, struct error *err) {
+    const char *where = FILE_NAME ": model", *prefix = "", *suffix = "";
+    const json_t *model = member(root, "model");
+    double dropout = 0;
+    bool byte_fallback = false;
+    if (!json_is_object(model)) return error_set(err, FILE_NAME ": \"model\": expected an object");
+    if (member(model, "type") ? !is_type(model, "BPE") : !member(model, "merges")) // old files name no type
+        return error_set(err, "%s %.60s is not supported; tandem knows byte-level BPE", where, type_of(model));
+    if (!json_read_text(model, where, "continuing_subword_prefix", &prefix, err) ||
+        !json_read_text(model, where, "end_of_word_suffix", &suffix, err) ||
+        !json_read_number(model, where, "dropout", &dropout, err) ||
+        !json_read_bool(model, where, "byte_fallback", &byte_fallback, err) ||
+        !json_read_bool(model, where, "ignore_merges", ignore_merges, err))
+        return false;
+    if (*prefix || *suffix)
+        return error_set(err, "%s: continuing_subword_prefix and end_of_word_suffix are not supported", where);
+    if (dropout != 0) return error_set(err, "%s: dropout %g is not supported", where, dropout);
+    if (byte_fallback) return error_set(err, "%s: byte_fallback (SentencePiece) is not supported", where);
+    return read_vocabulary(tok, json_object_get(model, "vocab"), err) && read_merges(tok, member(model, "merges"), err);
+}
+
+static bool read_added(struct tokenizer *tok, const json_t *root, struct error *err) {
+    const json_t *list = member(root, "added_tokens");
+    if (list && !json_is_array(list)) return error_set(err, FILE_NAME ": \"added_tokens\": expected an array");
+    for (size_t i = 0; i < json_array_size(list); i++) {
+        const json_t *entry = json_array_get(list, i);
+        const char *where = FILE_NAME ": added_tokens", *text = NULL;
+        struct added_token token = {0};
+        int64_t id = -1;
+        bool normalized = true;
+        if (!json_read_text(entry, where, "content", &text, err) ||
+            !json_read_int(entry, where, "id", 0, BPE_MAX_ID, &id, err) ||
+            !json_read_bool(entry, where, "special", &token.special, err) ||
+            !json_read_bool(entry, where, "lstrip", &token.lstrip, err) ||
+            !json_read_bool(entry, where, "rstrip", &token.rstrip, err) ||
+            !json_read_bool(entry, where, "single_word", &token.single_word, err) ||
+            !json_read_bool(entry, where, "normalized", &normalized, err))
+            return false;
+        if (!text || id < 0) return error_set(err, "%s: entry %zu needs \"content\" and \"id\"", where, i);
+        token.id = (int32_t)id;
+        if (!tokenizer_add(tok, &token, text, strlen(text), normalized, err)) return error_prefix(err, FILE_NAME ": ");
+    }
     return true;
 }
 
-static struct tokenizer *from_json(const json_t *root, struct error *err) {
-    const json_t *model = json_object_get(root, "model"), *added = json_object_get(root, "added_tokens");
-    int32_t n_ids;
-    if (!check_model(model, err)) return NULL;
-    json_t *vocab = json_object_get(model, "vocab"), *value;
-    if (!count_ids(vocab, added, &n_ids, err)) return NULL;
-    struct tokenizer *tok = tokenizer_new(n_ids, err);
-    if (!tok) return NULL;
-    tok->ignore_merges = flag_of(model, "ignore_merges");
-    if (!read_normalizer(tok, json_object_get(root, "normalizer"), err)) goto fail;
-    if (!read_pre(tok, json_object_get(root, "pre_tokenizer"), err)) goto fail;
-    const char *key;
-    json_object_foreach(vocab, key, value) {
-        if (!tokenizer_put(tok, (int32_t)json_integer_value(value), key, strlen(key), err)) goto fail;
+// The one thing that a TemplateProcessing may do here is to put one token in front of a single text.
+static bool read_template(struct tokenizer *tok, const json_t *processor, struct error *err) {
+    const json_t *list = member(processor, "single"), *front = NULL;
+    bool text_seen = false;
+    for (size_t i = 0; i < json_array_size(list); i++) {
+        const json_t *special = member(json_array_get(list, i), "SpecialToken");
+        if (special && (front || text_seen))
+            return error_set(err, FILE_NAME ": post_processor: a template that adds more than one token in front is "
+                                            "not supported");
+        if (special) front = member(special, "id");
+        else text_seen = true;
     }
-    if (!read_merges(tok, json_object_get(model, "merges"), err)) goto fail;
-    if (!read_added(tok, added, err)) goto fail;
-    if (strcmp(text_of(json_object_get(root, "decoder"), "type"), "ByteLevel") != 0) {
-        error_set(err, "tokenizer.json: decoder '%s' is not supported (ByteLevel)",
-                  text_of(json_object_get(root, "decoder"), "type"));
-        goto fail;
-    }
-    if (!tokenizer_finish(tok, err)) goto fail;
-    return tok;
-fail:
-    tokenizer_free(tok);
-    return NULL;
+    if (!front) return true;
+    const char *text = json_string_value(front);
+    tok->bos = text ? bpe_find(tok->bpe, text, strlen(text)) : -1;
+    tok->adds_bos = true;
+    return tok->bos >= 0 ||
+           error_set(err, FILE_NAME ": post_processor names \"%.60s\", which is no token", text ? text : "(no text)");
 }
 
-// bos_token and eos_token are a string, an object with "content", or null.
-static int32_t special_id(const struct tokenizer *tok, const json_t *config, const char *key) {
-    const json_t *value = json_object_get(config, key);
-    if (json_is_object(value)) value = json_object_get(value, "content");
-    return json_is_string(value) ? tokenizer_find_content(tok, json_string_value(value), json_string_length(value))
-                                 : -1;
+static bool read_post_processor(struct tokenizer *tok, const json_t *root, struct error *err) {
+    const json_t *post = member(root, "post_processor"), *list = member(post, "processors");
+    if (!post || is_type(post, "ByteLevel")) return true; // ByteLevel touches offsets only
+    if (is_type(post, "TemplateProcessing")) return read_template(tok, post, err);
+    if (!is_type(post, "Sequence")) goto unknown;
+    for (size_t i = 0; i < json_array_size(list); i++) {
+        post = json_array_get(list, i);
+        if (is_type(post, "ByteLevel")) continue;
+        if (!is_type(post, "TemplateProcessing")) goto unknown;
+        if (!read_template(tok, post, err)) return false;
+    }
+    return true;
+unknown:
+    return error_set(err,
+                     FILE_NAME ": post_processor %.60s is not supported; tandem knows TemplateProcessing and "
+                               "ByteLevel",
+                     type_of(post));
+}
+
+// "bos_token" and "eos_token" are a text, an object with "content", or null.
+static bool read_special_id(const struct tokenizer *tok, const json_t *config, const char *key, int32_t *id,
+                            struct error *err) {
+    const json_t *value = member(config, key);
+    if (!value) return true;
+    if (json_is_object(value)) value = member(value, "content");
+    if (!json_is_string(value)) return error_set(err, CONFIG_NAME ": \"%s\": expected a text", key);
+    int32_t found = bpe_find(tok->bpe, json_string_value(value), json_string_length(value));
+    if (found < 0)
+        return error_set(err, CONFIG_NAME ": \"%s\" is \"%.60s\", which is no token", key, json_string_value(value));
+    *id = found;
+    return true;
+}
+
+static bool set_chat_template(struct tokenizer *tok, const char *text, struct error *err) {
+    char *copy = strdup(text);
+    if (!copy) return error_set(err, "chat template: out of memory");
+    free(tok->chat_template);
+    tok->chat_template = copy;
+    return true;
+}
+
+// "chat_template" is a text, or a list of named ones of which "default" counts.
+static bool read_chat_template(struct tokenizer *tok, const json_t *config, struct error *err) {
+    const json_t *value = member(config, "chat_template");
+    if (!value) return true;
+    if (json_is_string(value)) return set_chat_template(tok, json_string_value(value), err);
+    if (!json_is_array(value)) return error_set(err, CONFIG_NAME ": \"chat_template\": expected a text or a list");
+    for (size_t i = 0; i < json_array_size(value); i++) {
+        const json_t *entry = json_array_get(value, i);
+        const char *name = json_string_value(member(entry, "name")), *text;
+        if (!name || strcmp(name, "default") != 0) continue;
+        text = json_string_value(member(entry, "template"));
+        if (text) return set_chat_template(tok, text, err);
+    }
+    return true;
 }
 
 static bool read_config(struct tokenizer *tok, const json_t *config, struct error *err) {
-    tok->bos = special_id(tok, config, "bos_token");
-    tok->eos = special_id(tok, config, "eos_token");
-    tok->adds_bos = flag_of(config, "add_bos_token") && tok->bos >= 0;
-    const json_t *chat = json_object_get(config, "chat_template");
-    if (!json_is_string(chat)) return true;
-    tok->chat_template = arena_copy_text(&tok->arena, json_string_value(chat), json_string_length(chat));
-    return tok->chat_template || error_set(err, "tokenizer_config.json: out of memory");
+    if (!json_is_object(config)) return error_set(err, CONFIG_NAME ": expected an object");
+    if (!read_special_id(tok, config, "bos_token", &tok->bos, err) ||
+        !read_special_id(tok, config, "eos_token", &tok->eos, err) ||
+        !json_read_bool(config, CONFIG_NAME, "add_bos_token", &tok->adds_bos, err) ||
+        !read_chat_template(tok, config, err))
+        return false;
+    if (tok->adds_bos && tok->bos < 0)
+        return error_set(err, CONFIG_NAME ": \"add_bos_token\" is true, but no \"bos_token\" is given");
+    return true;
+}
+
+static bool read_tokenizer(struct tokenizer *tok, const json_t *root, struct error *err) {
+    bool ignore_merges = false;
+    if (!json_is_object(root)) return error_set(err, FILE_NAME ": expected an object");
+    return read_normalizer(tok, root, err) && read_pretokenizer(tok, root, err) && read_decoder(root, err) &&
+           read_model(tok, root, &ignore_merges, err) && read_added(tok, root, err) &&
+           read_post_processor(tok, root, err) &&
+           (tokenizer_finish(tok, ignore_merges, err) || error_prefix(err, FILE_NAME ": "));
 }
 
 struct tokenizer *tokenizer_open_bytes(const char *json, size_t n_json, const char *config, size_t n_config,
                                        struct error *err) {
-    json_t *root = parse(json, n_json, "tokenizer.json", err);
-    if (!root) return NULL;
-    struct tokenizer *tok = from_json(root, err);
-    json_decref(root);
-    if (!tok || !config) return tok;
-    json_t *settings = parse(config, n_config, "tokenizer_config.json", err);
-    bool ok = settings && read_config(tok, settings, err);
+    json_t *root = json_parse(json, n_json, FILE_NAME, err), *settings = NULL;
+    struct tokenizer *tok = NULL;
+    bool ok = false;
+    if (!root || !(tok = tokenizer_create(err))) goto done;
+    if (!read_tokenizer(tok, root, err)) goto done;
+    if (config) {
+        settings = json_parse(config, n_config, CONFIG_NAME, err);
+        if (!settings || !read_config(tok, settings, err)) goto done;
+    }
+    ok = true;
+done:
     json_decref(settings);
+    json_decref(root);
     if (ok) return tok;
     tokenizer_free(tok);
     return NULL;
 }
 
-// Reads folder/name where it exists.
-static bool read_optional(const char *folder, const char *name, struct buffer *out, bool *found, struct error *err) {
+// Reads folder/name; absent files leave `out` empty and *found false.
+static bool read_file(const char *folder, const char *name, bool needed, struct buffer *out, bool *found,
+                      struct error *err) {
     struct buffer path = {0};
-    bool ok = buffer_printf(&path, "%s/%s", folder, name);
-    if (!ok) error_set(err, "%s: out of memory", name);
-    *found = ok && file_exists(path.data);
-    if (*found) ok = file_read(path.data, MAX_FILE, out, err);
+    bool ok = buffer_printf(&path, "%s/%s", folder, name) || error_set(err, "%s: out of memory", name);
+    *found = ok && (needed || file_exists(path.data));
+    if (*found) ok = file_read(path.data, JSON_MAX_BYTES, out, err);
     buffer_free(&path);
     return ok;
 }
@@ -265,28 +323,19 @@ struct tokenizer *tokenizer_open_folder(const char *folder, struct error *err) {
     struct buffer json = {0}, config = {0}, chat = {0};
     struct tokenizer *tok = NULL;
     bool has_json, has_config, has_chat;
-    if (!read_optional(folder, "tokenizer.json", &json, &has_json, err) ||
-        !read_optional(folder, "tokenizer_config.json", &config, &has_config, err) ||
-        !read_optional(folder, "chat_template.jinja", &chat, &has_chat, err))
-        goto done;
-    if (!has_json) {
-        error_set(err, "%s: no tokenizer.json in this folder", folder);
-        goto done;
+    if (read_file(folder, FILE_NAME, true, &json, &has_json, err) &&
+        read_file(folder, CONFIG_NAME, false, &config, &has_config, err) &&
+        read_file(folder, "chat_template.jinja", false, &chat, &has_chat, err)) {
+        tok = tokenizer_open_bytes(buffer_text(&json), json.len, has_config ? buffer_text(&config) : NULL, config.len,
+                                   err);
+        if (!tok) error_prefix(err, "%s: ", folder);
+        if (tok && has_chat && !set_chat_template(tok, buffer_text(&chat), err)) {
+            tokenizer_free(tok);
+            tok = NULL;
+        }
     }
-    tok = tokenizer_open_bytes(buffer_text(&json), json.len, has_config ? buffer_text(&config) : NULL, config.len, err);
-    if (!tok) {
-        error_prefix(err, "%s: ", folder);
-        goto done;
-    }
-    if (has_chat) tok->chat_template = arena_copy_text(&tok->arena, buffer_text(&chat), chat.len);
-    if (has_chat && !tok->chat_template) {
-        error_set(err, "%s: out of memory", folder);
-        tokenizer_free(tok);
-        tok = NULL;
-    }
-done:
-    buffer_free(&chat);
-    buffer_free(&config);
     buffer_free(&json);
+    buffer_free(&config);
+    buffer_free(&chat);
     return tok;
 }
