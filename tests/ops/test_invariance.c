@@ -215,9 +215,11 @@ static void test_invariance(void **state) {
         for (size_t j = 0; j < sizeof chunks / sizeof chunks[0]; j++) {
             for (int variant = 0; variant < 4; variant++) {
                 static const int32_t steps[] = {1, 2, 4, 5};
+                // Threads that share a core wait long for each other: schedules of many steps run on one.
+                int most = j % 4 == 0 ? 4 : 1;
                 struct trial t = {variant & 1 ? "auto" : "portable",
                                   variant & 2 ? UINT32_MAX : 0,
-                                  1 + (int)((j + (size_t)variant) % 4),
+                                  1 + (int)(i + j + (size_t)variant) % most,
                                   {chunks[j][0], chunks[j][1]},
                                   steps[(j + (size_t)variant) % 4],
                                   {0},
