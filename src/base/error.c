@@ -14,6 +14,15 @@ static void trim_partial_character(char *text, size_t size) {
     text[len] = '\0';
 }
 
+// Messages quote names from hostile files and end up on terminals: no control byte may reach those. Line ends and tabs
+// stay.
+static void mask_control_bytes(char *text) {
+    for (; *text; text++) {
+        unsigned char c = (unsigned char)*text;
+        if ((c < 0x20 && c != '\n' && c != '\t') || c == 0x7F) *text = '?';
+    }
+}
+
 bool error_set(struct error *err, const char *format, ...) {
     if (!err) return false;
     va_list args;
@@ -21,6 +30,7 @@ bool error_set(struct error *err, const char *format, ...) {
     vsnprintf(err->text, sizeof err->text, format, args);
     va_end(args);
     trim_partial_character(err->text, sizeof err->text);
+    mask_control_bytes(err->text);
     return false;
 }
 
@@ -35,5 +45,6 @@ bool error_prefix(struct error *err, const char *format, ...) {
     memcpy(joined + used, err->text, strlen(err->text) + 1);
     snprintf(err->text, sizeof err->text, "%.*s", (int)(sizeof err->text - 1), joined);
     trim_partial_character(err->text, sizeof err->text);
+    mask_control_bytes(err->text);
     return false;
 }

@@ -8,7 +8,7 @@
 #include <stdbool.h>
 
 struct error {
-    char text[1024]; // NUL-terminated; a longer message is cut at a character border
+    char text[1024]; // NUL-terminated; a longer message is cut at a character border; control bytes but \n, \t are '?'
 };
 
 // Formats the message into `err` (which may be NULL) and returns false, so that a failing function can end with
