@@ -54,6 +54,22 @@ $(BUILD)/tests/%: $(BUILD)/tests/%.o $(BUILD)/libtandem_all.a
 unit: $(TEST_BIN)
 	@status=0; for t in $(TEST_BIN); do echo "== $$t"; $$t || status=1; done; exit $$status
 
+# Each tests/fuzz/fuzz_NAME.c is a libFuzzer program; `make fuzz` runs every one for FUZZ_SECONDS, in clang's sanitizers.
+FUZZ_SECONDS ?= 60
+FUZZ_SAN = address,undefined -fno-sanitize-recover=all
+FUZZ_BIN = $(patsubst %.c,$(BUILD)/%,$(sort $(wildcard tests/fuzz/fuzz_*.c)))
+# The layers that read hostile bytes; the ops use compiler features that Debian 12's clang lacks.
+FUZZ_OBJ = $(filter $(addprefix $(BUILD)/src/,base/% format/% text/% model/config.o),$(LIB_OBJ))
+$(BUILD)/tests/fuzz/fuzz_%: $(BUILD)/tests/fuzz/fuzz_%.o $(FUZZ_OBJ)
+	$(CC) -fsanitize=fuzzer,$(FUZZ_SAN) -o $@ $^ $(LDLIBS)
+
+.PHONY: fuzz fuzz-run
+fuzz:
+	$(MAKE) BUILD=build/fuzz CC=clang OPT="-O1 -g" SAN="-fsanitize=fuzzer-no-link,$(FUZZ_SAN)" fuzz-run
+fuzz-run: $(FUZZ_BIN)
+	@for f in $(FUZZ_BIN); do echo "== $$f"; mkdir -p $$f.corpus && \
+	    $$f -max_total_time=$(FUZZ_SECONDS) -max_len=4096 -print_final_stats=1 $$f.corpus || exit 1; done
+
 .PHONY: clean
 clean:
 	rm -rf $(BUILD)
