@@ -1,4 +1,99 @@
-// main.c: placeholder until the table of subcommands lands.
-int main(void) {
-    return 2;
+// main.c: the table of subcommands, and the only place that reads the environment.
+#include "cli/cli.h"
+
+#include "base/file.h"
+
+#include <locale.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#ifndef TANDEM_PREFIX
+#define TANDEM_PREFIX "/usr/local"
+#endif
+
+static const struct command *const commands[] = {&command_chat,     &command_run,     &command_tokenize,
+                                                 &command_template, &command_inspect, &command_trace};
+enum { N_COMMANDS = sizeof commands / sizeof commands[0] };
+
+static void print_usage(FILE *to) {
+    fprintf(to,
+            "tandem %s: runs Qwen3 models, and proves its numbers\n\nusage: tandem SUBCOMMAND [MODEL] [options]\n\n",
+            tandem_version());
+    for (int i = 0; i < N_COMMANDS; i++) fprintf(to, "  %-10s %s\n", commands[i]->name, commands[i]->summary);
+    fprintf(
+        to,
+        "\nMODEL is a folder in Hugging Face's layout, a .gguf file, or OWNER/NAME in the Hugging Face cache; without\n"
+        "one, the embedded tandem-tiny. `tandem SUBCOMMAND --help` tells more. --version prints the version.\n");
+}
+
+// Where the default model may stand, as seen from the program's own folder.
+const char *cli_default_model(void) {
+    static const char *const places[] = {"/../models/tandem-tiny", "/../../models/tandem-tiny",
+                                         "/../share/tandem/models/tandem-tiny"};
+    static char path[4096 + 64];
+    char self[4096];
+    ssize_t n = readlink("/proc/self/exe", self, sizeof self - 1);
+    if (n > 0) {
+        self[n] = '\0';
+        *strrchr(self, '/') = '\0';
+        for (size_t i = 0; i < sizeof places / sizeof places[0]; i++) {
+            snprintf(path, sizeof path, "%s%s", self, places[i]);
+            if (file_is_folder(path)) return path;
+        }
+    }
+    snprintf(path, sizeof path, "%s", TANDEM_PREFIX "/share/tandem/models/tandem-tiny");
+    return file_is_folder(path) ? path : NULL;
+}
+
+const char *cli_history_path(void) {
+    static char path[4096];
+    const char *state = getenv("XDG_STATE_HOME"), *home = getenv("HOME");
+    if (state && *state == '/') snprintf(path, sizeof path, "%s/tandem", state);
+    else if (home && *home == '/') snprintf(path, sizeof path, "%s/.local/state/tandem", home);
+    else return NULL;
+    for (char *slash = strchr(path + 1, '/'); slash; slash = strchr(slash + 1, '/')) {
+        *slash = '\0';
+        mkdir(path, 0700);
+        *slash = '/';
+    }
+    mkdir(path, 0700);
+    size_t n = strlen(path);
+    snprintf(path + n, sizeof path - n, "/history");
+    return path;
+}
+
+int main(int argc, char **argv) {
+    setlocale(LC_CTYPE, "");
+    signal(SIGPIPE, SIG_IGN);
+    file_guard_install();
+    if (argc < 2) {
+        print_usage(stderr);
+        return EXIT_USAGE;
+    }
+    const char *name = argv[1];
+    if (strcmp(name, "--version") == 0) {
+        printf("tandem %s\n", tandem_version());
+        return EXIT_GOOD;
+    }
+    if (strcmp(name, "--help") == 0 || strcmp(name, "-h") == 0 || strcmp(name, "help") == 0) {
+        print_usage(stdout);
+        return EXIT_GOOD;
+    }
+    for (int i = 0; i < N_COMMANDS; i++) {
+        if (strcmp(name, commands[i]->name) != 0) continue;
+        cli_set_command(name);
+        static struct cli_options options;
+        int status;
+        if (!cli_parse(commands[i], argc - 1, argv + 1, &options, &status)) return status;
+        status = commands[i]->run(&options);
+        if (!cli_flush()) return EXIT_FAULT;
+        if (file_guard_tripped() && status == EXIT_GOOD)
+            return cli_fail("a model file was truncated while it was in use: the result is not to be trusted");
+        return status;
+    }
+    return cli_usage("unknown subcommand \"%s\"", name);
 }

@@ -1,0 +1,137 @@
+// cli.h: what the subcommands share: options, opening the model, messages on stderr. Each subcommand is one file with
+// one `struct command`; main.c is a table of them.
+#ifndef TANDEM_CLI_CLI_H
+#define TANDEM_CLI_CLI_H
+
+#include "engine/engine.h"
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+enum { EXIT_GOOD = 0, EXIT_FAULT = 1, EXIT_USAGE = 2 };
+
+// Every option of every subcommand; options.c holds their spelling and help.
+enum option_id {
+    OPT_HELP,
+    OPT_JSON,
+    OPT_THREADS,
+    OPT_CTX,
+    OPT_FUSION,
+    OPT_KV_TYPE,
+    OPT_ISA,
+    OPT_DEVICE,
+    OPT_TEMPLATE, // running a model
+    OPT_SEED,
+    OPT_TEMP,
+    OPT_TOP_K,
+    OPT_TOP_P,
+    OPT_MIN_P,
+    OPT_REPEAT_PENALTY,
+    OPT_PRESENCE_PENALTY,
+    OPT_FREQUENCY_PENALTY,
+    OPT_LOGIT_BIAS,
+    OPT_MAX_TOKENS,
+    OPT_STOP,
+    OPT_GREEDY,
+    OPT_IGNORE_EOS, // sampling
+    OPT_THINK,
+    OPT_SYSTEM,
+    OPT_PROMPT,
+    OPT_FILE,
+    OPT_RAW,
+    OPT_MESSAGES,
+    OPT_IDS,
+    OPT_IDS_FILE,
+    OPT_LOGPROBS,
+    OPT_LOAD,
+    OPT_HIDE_THINKING,
+    OPT_SPECIAL,
+    OPT_DECODE,
+    OPT_SKIP_SPECIAL,
+    OPT_NULL,
+    OPT_TENSORS,
+    OPT_STATS,
+    OPT_MACHINE,
+    OPT_PATH,
+    OPT_OUTPUT,
+    OPT_GLOBS,
+    OPT_COUNT
+};
+
+enum { MAX_STOPS = 64, MAX_BIASES = 1024 };
+
+// What was given on the command line. NULL, -1 or false: not given.
+struct cli_options {
+    bool given[OPT_COUNT];
+    const char *text[OPT_COUNT]; // the argument as it was typed
+    const char *stops[MAX_STOPS];
+    size_t n_stops;
+    int32_t bias_ids[MAX_BIASES];
+    float bias[MAX_BIASES];
+    size_t n_biases;
+    const char *model; // the positional argument
+};
+
+struct command {
+    const char *name;
+    const char *summary; // one line
+    const char *usage;   // after "usage: tandem NAME"
+    const char *details; // more lines for --help, or NULL
+    const enum option_id *options;
+    size_t n_options;
+    int (*run)(const struct cli_options *o);
+};
+
+extern const struct command command_chat, command_run, command_tokenize, command_template, command_inspect,
+    command_trace;
+
+// Says `tandem: SUBCOMMAND: ...` on stderr and returns EXIT_FAULT (cli_usage: EXIT_USAGE).
+int cli_fail(const char *format, ...) __attribute__((format(printf, 1, 2)));
+int cli_usage(const char *format, ...) __attribute__((format(printf, 1, 2)));
+void cli_set_command(const char *name); // for those messages; called once by main
+
+// Parses argv[1..] of a subcommand. false: `*status` is what to exit with (help was shown, or usage was wrong).
+bool cli_parse(const struct command *command, int argc, char **argv, struct cli_options *o, int *status);
+
+// Numbers in options. A bad one is reported; false then.
+bool cli_size(const struct cli_options *o, enum option_id id, size_t min, size_t max, size_t *out);
+bool cli_number(const struct cli_options *o, enum option_id id, double min, double max, double *out);
+bool cli_on_off(const struct cli_options *o, enum option_id id, int *out); // -1 when absent
+
+// The model's path: what was named, or the embedded default, found beside the program or under its prefix. NULL
+// (reported) when there is none. Valid until the program ends.
+const char *cli_model(const struct cli_options *o);
+const char *cli_default_model(void); // main.c: NULL when not found
+const char *cli_history_path(void);  // main.c: NULL when there is no home folder
+
+// Opens the engine with a progress bar and warnings on stderr; NULL (reported) on failure.
+tandem_engine *cli_open(const struct cli_options *o);
+
+// The tokenizer and template of a model, without its weights; NULL (reported) on failure.
+struct tokenizer *cli_open_tokenizer(const struct cli_options *o, enum template_kind *kind);
+
+// The sampling that results from flags, generation_config.json and presets, and where each value comes from.
+struct cli_sampling {
+    tandem_sampling values;
+    struct sampling_sources sources;
+    const char *seed_source, *presence_source, *frequency_source;
+    size_t max_tokens; // SIZE_MAX: until the context is full
+};
+bool cli_sampling(const struct cli_options *o, const tandem_engine *engine, bool thinking, struct cli_sampling *out);
+json_t *cli_sampling_json(const struct cli_sampling *s); // NULL: no memory
+
+// Whether the model thinks: --think, else the template's default.
+bool cli_thinking(const struct cli_options *o, const tandem_engine *engine, bool *out);
+
+// Reads a whole file or, with NULL, standard input.
+bool cli_read(const char *path, struct buffer *out);
+// "1,2 3" to ids.
+bool cli_parse_ids(const char *text, struct token_ids *out);
+// Prints a JSON value and a newline on stdout, and drops the reference. false (reported) when it is NULL or stdout
+// fails.
+bool cli_print_json(json_t *value);
+// Flushes stdout: a full disk or a closed pipe is an error.
+bool cli_flush(void);
+
+#endif

@@ -1,0 +1,260 @@
+// common.c: what subcommands share beyond options: messages, the progress bar, opening a model, sampling, input.
+#include "cli/cli.h"
+
+#include "base/clock.h"
+
+#include <errno.h>
+#include <jansson.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/random.h>
+#include <unistd.h>
+
+static const char *command_name = ""; // set once by main, before anything else runs
+
+void cli_set_command(const char *name) {
+    command_name = name;
+}
+
+static void complain(const char *format, va_list args) {
+    fflush(stdout);
+    fprintf(stderr, "tandem: %s%s", command_name, *command_name ? ": " : "");
+    vfprintf(stderr, format, args);
+    fputc('\n', stderr);
+}
+
+int cli_fail(const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    complain(format, args);
+    va_end(args);
+    return EXIT_FAULT;
+}
+
+int cli_usage(const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    complain(format, args);
+    va_end(args);
+    fprintf(stderr, "try: tandem %s%s--help\n", command_name, *command_name ? " " : "");
+    return EXIT_USAGE;
+}
+
+// ---- Opening
+// ---------------------------------------------------------------------------------------------------------
+
+// The progress bar: on a terminal only, and only for work that takes over a second.
+struct bar {
+    double started;
+    bool shown;
+};
+
+static void show_progress(void *user, const char *what, double fraction) {
+    struct bar *bar = user;
+    enum { WIDTH = 30 };
+    if (!isatty(STDERR_FILENO)) return;
+    double now = clock_seconds();
+    if (bar->started == 0) bar->started = now;
+    if (now - bar->started < 1 && !bar->shown) return;
+    bar->shown = true;
+    int full = (int)(fraction * WIDTH);
+    fprintf(stderr, "\r%s [", what);
+    for (int i = 0; i < WIDTH; i++) fputc(i < full ? '#' : ' ', stderr);
+    fprintf(stderr, "] %3d%%", (int)(100 * fraction));
+    if (fraction >= 1) {
+        fprintf(stderr, "\r\033[K");
+        *bar = (struct bar){0};
+    }
+}
+
+static void show_message(void *user, enum tandem_log_level level, const char *text) {
+    (void)user;
+    fprintf(stderr, "tandem: %s: %s%s\n", command_name, level == TANDEM_LOG_WARN ? "warning: " : "", text);
+}
+
+const char *cli_model(const struct cli_options *o) {
+    if (o->model) return o->model;
+    const char *found = cli_default_model();
+    if (!found)
+        cli_fail(
+            "no MODEL was given, and the default model tandem-tiny was found neither beside the program nor under its "
+            "prefix");
+    return found;
+}
+
+tandem_engine *cli_open(const struct cli_options *o) {
+    size_t threads = 0, context = 0;
+    if (!cli_size(o, OPT_THREADS, 1, 1024, &threads) || !cli_size(o, OPT_CTX, 1, (size_t)1 << 24, &context))
+        return NULL;
+    const char *model = cli_model(o);
+    if (!model) return NULL;
+    struct bar bar = {0};
+    tandem_options options = {.model = model,
+                              .threads = (int)threads,
+                              .context = context,
+                              .fusion = o->text[OPT_FUSION],
+                              .isa = o->text[OPT_ISA],
+                              .kv_type = o->text[OPT_KV_TYPE],
+                              .chat_template = o->text[OPT_TEMPLATE],
+                              .log = show_message,
+                              .progress = show_progress,
+                              .user = &bar};
+    char err[1024];
+    tandem_engine *engine = tandem_open(&options, err, sizeof err);
+    if (!engine) cli_fail("%s", err);
+    return engine;
+}
+
+struct tokenizer *cli_open_tokenizer(const struct cli_options *o, enum template_kind *kind) {
+    struct error err = {0};
+    enum model_kind files;
+    struct buffer path = {0};
+    struct tokenizer *tok = NULL;
+    const char *model = cli_model(o);
+    if (!model) return NULL;
+    if (hub_resolve(model, &files, &path, &err)) {
+        struct gguf g;
+        if (files == MODEL_FOLDER) {
+            tok = tokenizer_open_folder(path.data, &err);
+        } else if (gguf_open(path.data, &g, &err)) {
+            tok = tokenizer_open_gguf(&g, &err);
+            gguf_close(&g);
+        }
+    }
+    buffer_free(&path);
+    const char *name = o->text[OPT_TEMPLATE];
+    if (tok && !name) *kind = template_recognise(tokenizer_chat_template(tok));
+    if (tok && name && !template_from_name(name, kind)) {
+        error_set(&err, "--template: expected one of %s, found \"%s\"", template_names(), name);
+        tokenizer_free(tok);
+        tok = NULL;
+    }
+    if (!tok) cli_fail("%s", err.text);
+    return tok;
+}
+
+// ---- Sampling
+// --------------------------------------------------------------------------------------------------------
+
+bool cli_thinking(const struct cli_options *o, const tandem_engine *engine, bool *out) {
+    int think;
+    if (!cli_on_off(o, OPT_THINK, &think)) return false;
+    *out = template_has_thinking(engine->template_kind) && (think != 0 || !template_can_hush(engine->template_kind));
+    return true;
+}
+
+static bool number_flag(const struct cli_options *o, enum option_id id, double min, double max, const char *flag,
+                        double *value, const char **source) {
+    if (!cli_number(o, id, min, max, value)) return false;
+    if (o->given[id]) *source = flag;
+    return true;
+}
+
+bool cli_sampling(const struct cli_options *o, const tandem_engine *engine, bool thinking, struct cli_sampling *s) {
+    *s = (struct cli_sampling){.max_tokens = SIZE_MAX, .presence_source = "default", .frequency_source = "default"};
+    sampling_defaults(engine, thinking, &s->values, &s->sources);
+    size_t top_k = (size_t)s->values.top_k, seed = 0;
+    if (!number_flag(o, OPT_TEMP, 0, 100, "--temp", &s->values.temperature, &s->sources.temperature) ||
+        !number_flag(o, OPT_TOP_P, 1e-9, 1, "--top-p", &s->values.top_p, &s->sources.top_p) ||
+        !number_flag(o, OPT_MIN_P, 0, 1, "--min-p", &s->values.min_p, &s->sources.min_p) ||
+        !number_flag(o, OPT_REPEAT_PENALTY, 1e-3, 100, "--repeat-penalty", &s->values.repeat_penalty,
+                     &s->sources.repeat_penalty) ||
+        !number_flag(o, OPT_PRESENCE_PENALTY, -2, 2, "--presence-penalty", &s->values.presence_penalty,
+                     &s->presence_source) ||
+        !number_flag(o, OPT_FREQUENCY_PENALTY, -2, 2, "--frequency-penalty", &s->values.frequency_penalty,
+                     &s->frequency_source) ||
+        !cli_size(o, OPT_TOP_K, 0, INT32_MAX, &top_k) || !cli_size(o, OPT_MAX_TOKENS, 0, SIZE_MAX, &s->max_tokens) ||
+        !cli_size(o, OPT_SEED, 0, SIZE_MAX, &seed))
+        return false;
+    s->values.top_k = (int32_t)top_k;
+    if (o->given[OPT_TOP_K]) s->sources.top_k = "--top-k";
+    if (o->given[OPT_GREEDY]) {
+        s->values.temperature = 0;
+        s->sources.temperature = "--greedy";
+    }
+    s->values.seed = seed;
+    s->seed_source = o->given[OPT_SEED] ? "--seed" : "random";
+    if (!o->given[OPT_SEED] && getrandom(&s->values.seed, sizeof s->values.seed, 0) != sizeof s->values.seed)
+        s->values.seed = (uint64_t)(clock_seconds() * 1e9);
+    s->values.seed &= INT64_MAX; // what JSON readers can hold
+    s->values.bias_ids = o->bias_ids;
+    s->values.bias = o->bias;
+    s->values.n_bias = o->n_biases;
+    s->values.ignore_end = o->given[OPT_IGNORE_EOS];
+    return true;
+}
+
+json_t *cli_sampling_json(const struct cli_sampling *s) {
+    return json_pack(
+        "{s:{s:f,s:s},s:{s:i,s:s},s:{s:f,s:s},s:{s:f,s:s},s:{s:f,s:s},s:{s:f,s:s},s:{s:f,s:s},s:{s:I,s:s}}",
+        "temperature", "value", s->values.temperature, "source", s->sources.temperature, "top_k", "value",
+        (int)s->values.top_k, "source", s->sources.top_k, "top_p", "value", s->values.top_p, "source", s->sources.top_p,
+        "min_p", "value", s->values.min_p, "source", s->sources.min_p, "repeat_penalty", "value",
+        s->values.repeat_penalty, "source", s->sources.repeat_penalty, "presence_penalty", "value",
+        s->values.presence_penalty, "source", s->presence_source, "frequency_penalty", "value",
+        s->values.frequency_penalty, "source", s->frequency_source, "seed", "value", (json_int_t)s->values.seed,
+        "source", s->seed_source);
+}
+
+// ---- Input and output
+// ------------------------------------------------------------------------------------------------
+
+bool cli_read(const char *path, struct buffer *out) {
+    struct error err = {0};
+    if (path && strcmp(path, "-") != 0) {
+        if (file_read(path, (size_t)1 << 30, out, &err)) return true;
+        cli_fail("%s", err.text);
+        return false;
+    }
+    char piece[65536];
+    for (ssize_t n; (n = read(STDIN_FILENO, piece, sizeof piece)) != 0;) {
+        if (n < 0 && errno == EINTR) continue;
+        if (n < 0 || !buffer_append(out, piece, (size_t)n)) {
+            cli_fail("cannot read standard input: %s", n < 0 ? strerror(errno) : "out of memory");
+            return false;
+        }
+    }
+    return true;
+}
+
+bool cli_parse_ids(const char *text, struct token_ids *out) {
+    for (const char *p = text; *p;) {
+        if (*p == ',' || *p == ' ' || *p == '\n' || *p == '\t' || *p == '\r') {
+            p++;
+            continue;
+        }
+        char *end;
+        errno = 0;
+        long id = strtol(p, &end, 10);
+        if (end == p || errno || id < 0 || id > INT32_MAX || (*end && !strchr(", \n\t\r", *end))) {
+            cli_fail("expected token ids separated by commas or spaces, found \"%.20s\"", p);
+            return false;
+        }
+        int32_t value = (int32_t)id;
+        if (!token_ids_append(out, &value, 1)) {
+            cli_fail("out of memory");
+            return false;
+        }
+        p = end;
+    }
+    return true;
+}
+
+bool cli_flush(void) {
+    if (fflush(stdout) == 0 && !ferror(stdout)) return true;
+    cli_fail("cannot write to standard output: %s", strerror(errno));
+    return false;
+}
+
+bool cli_print_json(json_t *value) {
+    if (!value) {
+        cli_fail("out of memory for the JSON answer");
+        return false;
+    }
+    int bad = json_dumpf(value, stdout, JSON_COMPACT | JSON_ENCODE_ANY);
+    json_decref(value);
+    fputc('\n', stdout);
+    return cli_flush() && !bad;
+}

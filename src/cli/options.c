@@ -1,0 +1,186 @@
+// options.c: the one table of all options: spelling, argument, help; and their parsing.
+#include "cli/cli.h"
+
+#include <errno.h>
+#include <getopt.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static const struct {
+    const char *name;
+    char letter;          // 0: none
+    const char *argument; // NULL: a flag
+    const char *help;
+} specs[OPT_COUNT] = {
+    [OPT_HELP] = {"help", 'h', NULL, "show this help"},
+    [OPT_JSON] = {"json", 0, NULL, "print one JSON object (or array) on stdout"},
+    [OPT_THREADS] = {"threads", 't', "N", "threads (default: the CPUs that this process may use)"},
+    [OPT_CTX] = {"ctx", 'c', "N", "context in tokens (default: the model's, at most 8192)"},
+    [OPT_FUSION] = {"fusion", 0, "on|off|LIST", "fused ops: all, none (the standard path), or a list of names"},
+    [OPT_KV_TYPE] = {"kv-type", 0, "bf16|f32", "type in which K and V are stored (default bf16)"},
+    [OPT_ISA] = {"isa", 0, "NAME", "instruction set: auto, portable, avx2 (default auto)"},
+    [OPT_DEVICE] = {"device", 0, "auto|cpu", "where to run (default auto; this build has the CPU)"},
+    [OPT_TEMPLATE] = {"template", 0, "NAME", "chat template, in place of recognising the model's"},
+    [OPT_SEED] = {"seed", 0, "N", "seed of the sampling noise (default: random)"},
+    [OPT_TEMP] = {"temp", 0, "X", "temperature, 0 to 100; 0 is greedy"},
+    [OPT_TOP_K] = {"top-k", 0, "N", "sample from the N best tokens; 0: off"},
+    [OPT_TOP_P] = {"top-p", 0, "X", "sample from the best tokens that hold X of the probability; 1: off"},
+    [OPT_MIN_P] = {"min-p", 0, "X", "drop tokens below X times the best one's probability; 0: off"},
+    [OPT_REPEAT_PENALTY] = {"repeat-penalty", 0, "X", "divide the logits of tokens in the context; 1: off"},
+    [OPT_PRESENCE_PENALTY] = {"presence-penalty", 0, "X", "subtract X once from a generated token's logit; -2 to 2"},
+    [OPT_FREQUENCY_PENALTY] = {"frequency-penalty", 0, "X", "subtract X for each time a token was generated; -2 to 2"},
+    [OPT_LOGIT_BIAS] = {"logit-bias", 0, "ID:X", "add X to a token's logit; may be repeated"},
+    [OPT_MAX_TOKENS] = {"max-tokens", 'n', "N", "most tokens to generate (default: until the context is full)"},
+    [OPT_STOP] = {"stop", 0, "TEXT", "end before this text; may be repeated"},
+    [OPT_GREEDY] = {"greedy", 0, NULL, "always take the most probable token (--temp 0)"},
+    [OPT_IGNORE_EOS] = {"ignore-eos", 0, NULL, "never sample an end token"},
+    [OPT_THINK] = {"think", 0, "on|off", "thinking (default: as the chat template has it)"},
+    [OPT_SYSTEM] = {"system", 0, "TEXT", "system prompt"},
+    [OPT_PROMPT] = {"prompt", 'p', "TEXT", "the prompt"},
+    [OPT_FILE] = {"file", 'f', "FILE", "read the prompt from a file (default: standard input)"},
+    [OPT_RAW] = {"raw", 0, NULL, "continue the text as it is: no chat template; special tokens count"},
+    [OPT_MESSAGES] = {"messages", 0, "FILE", "chat messages as JSON: an array, or {messages, tools, ...}; - is stdin"},
+    [OPT_IDS] = {"ids", 0, "1,2,3", "token ids, no template"},
+    [OPT_IDS_FILE] = {"ids-file", 0, "FILE", "token ids from a file"},
+    [OPT_LOGPROBS] = {"logprobs", 0, "N", "with --json: log-probabilities of each token and the N best (0 to 100)"},
+    [OPT_LOAD] = {"load", 0, "FILE", "continue a conversation that /save wrote"},
+    [OPT_HIDE_THINKING] = {"hide-thinking", 0, NULL, "do not show what the model thinks"},
+    [OPT_SPECIAL] = {"special", 0, NULL, "text of special tokens (<|im_start|>) becomes their ids"},
+    [OPT_DECODE] = {"decode", 'd', NULL, "ids in (a sequence a line), text out"},
+    [OPT_SKIP_SPECIAL] = {"skip-special", 0, NULL, "with --decode: leave special tokens out"},
+    [OPT_NULL] = {"null", '0', NULL, "NUL-separated documents on stdin"},
+    [OPT_TENSORS] = {"tensors", 0, NULL, "list every tensor"},
+    [OPT_GLOBS] = {"tensors", 0, "GLOB,...", "which tensors (default: logits; see --help)"},
+    [OPT_STATS] = {"stats", 0, NULL, "read every value: minimum, maximum, RMS, NaN, Inf; q/k-norm maxima by layer"},
+    [OPT_MACHINE] = {"machine", 0, NULL, "say what this machine and this build can do"},
+    [OPT_PATH] = {"path", 0, "fused|standard", "which path runs (default fused)"},
+    [OPT_OUTPUT] = {"output", 'o', "FILE", "where to write"},
+};
+
+static void print_help(const struct command *c) {
+    printf("usage: tandem %s %s\n\n%s\n", c->name, c->usage, c->summary);
+    if (c->details) printf("\n%s", c->details);
+    printf("\noptions:\n");
+    for (size_t i = 0; i < c->n_options; i++) {
+        char left[64], letter[6] = "    ";
+        enum option_id id = c->options[i];
+        if (specs[id].letter) snprintf(letter, sizeof letter, "-%c, ", specs[id].letter);
+        snprintf(left, sizeof left, "%s--%s%s%s", letter, specs[id].name, specs[id].argument ? " " : "",
+                 specs[id].argument ? specs[id].argument : "");
+        printf("  %-32s %s\n", left, specs[id].help);
+    }
+}
+
+// ID:X
+static bool parse_bias(const char *text, struct cli_options *o) {
+    char *end;
+    errno = 0;
+    long id = strtol(text, &end, 10);
+    if (end == text || *end != ':' || errno || id < 0 || id > INT32_MAX || o->n_biases == MAX_BIASES) return false;
+    const char *number = end + 1;
+    float x = strtof(number, &end);
+    if (end == number || *end || !isfinite(x)) return false;
+    o->bias_ids[o->n_biases] = (int32_t)id;
+    o->bias[o->n_biases++] = x;
+    return true;
+}
+
+static bool take(struct cli_options *o, enum option_id id, const char *argument, int *status) {
+    o->given[id] = true;
+    o->text[id] = argument;
+    if (id == OPT_STOP) {
+        if (!*argument || o->n_stops == MAX_STOPS) {
+            *status = cli_usage("--stop: expected at most %d texts, none empty", MAX_STOPS);
+            return false;
+        }
+        o->stops[o->n_stops++] = argument;
+    }
+    if (id == OPT_LOGIT_BIAS && !parse_bias(argument, o)) {
+        *status = cli_usage("--logit-bias: expected ID:NUMBER (at most %d times), found \"%s\"", MAX_BIASES, argument);
+        return false;
+    }
+    if (id == OPT_DEVICE && strcmp(argument, "auto") != 0 && strcmp(argument, "cpu") != 0) {
+        *status = cli_usage("--device: this build has the CPU only: expected auto or cpu, found \"%s\"", argument);
+        return false;
+    }
+    return true;
+}
+
+bool cli_parse(const struct command *c, int argc, char **argv, struct cli_options *o, int *status) {
+    struct option longs[OPT_COUNT + 1];
+    char shorts[2 * OPT_COUNT + 2] = ":";
+    size_t n_short = 1;
+    memset(longs, 0, sizeof longs);
+    memset(o, 0, sizeof *o);
+    for (size_t i = 0; i < c->n_options; i++) {
+        enum option_id id = c->options[i];
+        longs[i] = (struct option){.name = specs[id].name, .has_arg = specs[id].argument != NULL, .val = 256 + (int)id};
+        if (!specs[id].letter) continue;
+        shorts[n_short++] = specs[id].letter;
+        if (specs[id].argument) shorts[n_short++] = ':';
+    }
+    opterr = 0;
+    optind = 1;
+    for (int got; (got = getopt_long(argc, argv, shorts, longs, NULL)) != -1;) {
+        const char *word = optind > 1 && optind <= argc ? argv[optind - 1] : "";
+        if (got == '?' || got == ':') {
+            *status = cli_usage(got == ':' ? "%s needs an argument" : "unknown option %s", word);
+            return false;
+        }
+        enum option_id id = OPT_COUNT;
+        for (size_t i = 0; i < c->n_options; i++)
+            if (got == 256 + (int)c->options[i] || got == specs[c->options[i]].letter) id = c->options[i];
+        if (id == OPT_HELP) {
+            print_help(c);
+            *status = EXIT_GOOD;
+            return false;
+        }
+        if (!take(o, id, optarg, status)) return false;
+    }
+    if (optind < argc) o->model = argv[optind++];
+    if (optind < argc) {
+        *status = cli_usage("expected one MODEL, found also \"%s\"", argv[optind]);
+        return false;
+    }
+    return true;
+}
+
+bool cli_number(const struct cli_options *o, enum option_id id, double min, double max, double *out) {
+    if (!o->given[id]) return true;
+    char *end;
+    double x = strtod(o->text[id], &end);
+    if (end == o->text[id] || *end || !(x >= min && x <= max)) {
+        cli_usage("--%s: expected a number from %g to %g, found \"%s\"", specs[id].name, min, max, o->text[id]);
+        return false;
+    }
+    *out = x;
+    return true;
+}
+
+bool cli_size(const struct cli_options *o, enum option_id id, size_t min, size_t max, size_t *out) {
+    if (!o->given[id]) return true;
+    char *end;
+    errno = 0;
+    unsigned long long n = strtoull(o->text[id], &end, 10);
+    const char *digits = o->text[id];
+    if (*digits < '0' || *digits > '9' || *end || errno || n < min || n > max) {
+        cli_usage("--%s: expected a whole number from %zu to %zu, found \"%s\"", specs[id].name, min, max, o->text[id]);
+        return false;
+    }
+    *out = (size_t)n;
+    return true;
+}
+
+bool cli_on_off(const struct cli_options *o, enum option_id id, int *out) {
+    *out = -1;
+    if (!o->given[id]) return true;
+    if (strcmp(o->text[id], "on") == 0) *out = 1;
+    else if (strcmp(o->text[id], "off") == 0) *out = 0;
+    else {
+        cli_usage("--%s: expected on or off, found \"%s\"", specs[id].name, o->text[id]);
+        return false;
+    }
+    return true;
+}
