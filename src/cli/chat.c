@@ -156,10 +156,7 @@ static const char help[] = "/help            this list\n"
 
 static bool is_role(const struct chat *c, size_t i, const char *role) {
     const struct pyjson *message = template_message(c->talk.doc, i);
-    const struct pyjson *value = message ? pyjson_get(message, "role") : NULL;
-    size_t n;
-    const char *text = value ? pyjson_text(value, &n) : NULL;
-    return text && n == strlen(role) && memcmp(text, role, n) == 0;
+    return message && pyjson_is_text(pyjson_get(message, "role"), role);
 }
 
 static void clear(struct chat *c) {
