@@ -3,6 +3,7 @@
 #include "base/file.h"
 #include "format/json.h"
 #include "text/tokenizer_parts.h"
+#include "text/tokenizer_reader.h"
 
 #include <inttypes.h>
 #include <stdlib.h>
@@ -109,49 +110,14 @@ static bool read_decoder(const json_t *root, struct error *err) {
     return error_set(err, FILE_NAME ": decoder %.60s is not supported; tandem knows ByteLevel", type_of(decoder));
 }
 
-static bool read_vocabulary(struct tokenizer *tok, json_t *vocab, struct error *err) {
-    const char *text;
-    json_t *id;
-    if (!json_is_object(vocab)) return error_set(err, FILE_NAME ": model: \"vocab\": expected an object");
-    json_object_foreach(vocab, text, id) {
-        if (!json_is_integer(id)) return error_set(err, FILE_NAME ": vocab: the id of \"%.60s\" is no integer", text);
-        if (!bpe_add_token(tok->bpe, json_integer_value(id), text, strlen(text), err))
-            return error_prefix(err, FILE_NAME ": vocab: ");
-    }
-    return true;
-}
-
-// A merge is "left right" or ["left", "right"].
-static bool read_merge(struct tokenizer *tok, const json_t *merge, size_t i, struct error *err) {
-    const json_t *left = json_array_get(merge, 0), *right = json_array_get(merge, 1);
-    if (json_is_string(merge)) {
-        const char *text = json_string_value(merge), *space = strchr(text, ' ');
-        if (!space || strchr(space + 1, ' '))
-            return error_set(err, "merge %zu, \"%.60s\", is no pair with one space between", i, text);
-        size_t n = (size_t)(space - text);
-        return bpe_add_merge(tok->bpe, text, n, space + 1, json_string_length(merge) - n - 1, err);
-    }
-    if (json_array_size(merge) != 2 || !json_is_string(left) || !json_is_string(right))
-        return error_set(err, "merge %zu is neither a string nor a pair of strings", i);
-    return bpe_add_merge(tok->bpe, json_string_value(left), json_string_length(left), json_string_value(right),
-                         json_string_length(right), err);
-}
-
-static bool read_merges(struct tokenizer *tok, const json_t *merges, struct error *err) {
-    if (!json_is_array(merges)) return error_set(err, FILE_NAME ": model: \"merges\": expected an array");
-    for (size_t i = 0; i < json_array_size(merges); i++) {
-        if (!read_merge(tok, json_array_get(merges, i), i, err)) return error_prefix(err, FILE_NAME ": merges: ");
-    }
-    return true;
-}
-
-static bool read_model(struct tokenizer *tok, const json_t *root, bool *ignore_merges, struct error *err) {
+static bool read_model(struct tokenizer *tok, const struct tokenizer_outline *outline, const json_t *root,
+                       bool *ignore_merges, struct error *err) {
     const char *where = FILE_NAME ": model", *prefix = "", *suffix = "";
     const json_t *model = member(root, "model");
     double dropout = 0;
     bool byte_fallback = false;
     if (!json_is_object(model)) return error_set(err, FILE_NAME ": \"model\": expected an object");
-    if (member(model, "type") ? !is_type(model, "BPE") : !member(model, "merges")) // old files name no type
+    if (member(model, "type") && !is_type(model, "BPE")) // old files name no type
         return error_set(err, "%s %.60s is not supported; tandem knows byte-level BPE", where, type_of(model));
     if (!json_read_text(model, where, "continuing_subword_prefix", &prefix, err) ||
         !json_read_text(model, where, "end_of_word_suffix", &suffix, err) ||
@@ -163,7 +129,7 @@ static bool read_model(struct tokenizer *tok, const json_t *root, bool *ignore_m
         return error_set(err, "%s: continuing_subword_prefix and end_of_word_suffix are not supported", where);
     if (dropout != 0) return error_set(err, "%s: dropout %g is not supported", where, dropout);
     if (byte_fallback) return error_set(err, "%s: byte_fallback (SentencePiece) is not supported", where);
-    return read_vocabulary(tok, json_object_get(model, "vocab"), err) && read_merges(tok, member(model, "merges"), err);
+    return tokenizer_read_vocab(outline, tok->bpe, err) && tokenizer_read_merges(outline, tok->bpe, err);
 }
 
 static bool read_added(struct tokenizer *tok, const json_t *root, struct error *err) {
@@ -279,28 +245,33 @@ static bool read_config(struct tokenizer *tok, const json_t *config, struct erro
     return true;
 }
 
-static bool read_tokenizer(struct tokenizer *tok, const json_t *root, struct error *err) {
+static bool read_tokenizer(struct tokenizer *tok, const struct tokenizer_outline *outline, const json_t *root,
+                           struct error *err) {
     bool ignore_merges = false;
     if (!json_is_object(root)) return error_set(err, FILE_NAME ": expected an object");
     return read_normalizer(tok, root, err) && read_pretokenizer(tok, root, err) && read_decoder(root, err) &&
-           read_model(tok, root, &ignore_merges, err) && read_added(tok, root, err) &&
+           read_model(tok, outline, root, &ignore_merges, err) && read_added(tok, root, err) &&
            read_post_processor(tok, root, err) &&
            (tokenizer_finish(tok, ignore_merges, err) || error_prefix(err, FILE_NAME ": "));
 }
 
 struct tokenizer *tokenizer_open_bytes(const char *json, size_t n_json, const char *config, size_t n_config,
                                        struct error *err) {
-    json_t *root = json_parse(json, n_json, FILE_NAME, err), *settings = NULL;
+    struct tokenizer_outline outline;
     struct tokenizer *tok = NULL;
+    json_t *root = NULL, *settings = NULL;
     bool ok = false;
+    if (!tokenizer_outline(json, n_json, &outline, err)) return NULL;
+    root = json_parse(buffer_text(&outline.rest), outline.rest.len, FILE_NAME, err);
     if (!root || !(tok = tokenizer_create(err))) goto done;
-    if (!read_tokenizer(tok, root, err)) goto done;
+    if (!read_tokenizer(tok, &outline, root, err)) goto done;
     if (config) {
         settings = json_parse(config, n_config, CONFIG_NAME, err);
         if (!settings || !read_config(tok, settings, err)) goto done;
     }
     ok = true;
 done:
+    buffer_free(&outline.rest);
     json_decref(settings);
     json_decref(root);
     if (ok) return tok;
