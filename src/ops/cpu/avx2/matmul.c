@@ -62,6 +62,12 @@ INLINE void dots_stored(enum dtype type, float *out, size_t stride, const uint8_
     for (; r < n_rows; r++) dot_stored(type, out + r * stride, stride, w + r * row_bytes, row_bytes, x, n, 1);
 }
 
+// Holds a value in a register: gcc would fold the load into every fma that uses it, and loads are the limit then.
+INLINE __m256 keep(__m256 v) {
+    __asm__("" : "+x"(v));
+    return v;
+}
+
 // Continues the partial sums of R rows (a chunk in f32, CHUNK apart) and N tokens (n_in apart) over n terms.
 // acc: [CHUNK_ROWS, TILE_TOKENS, 16]
 INLINE void dot_chunk(float *acc, const float *w, const float *x, size_t n_in, size_t n, bool first, const size_t R,
@@ -77,11 +83,11 @@ INLINE void dot_chunk(float *acc, const float *w, const float *x, size_t n_in, s
     size_t k = 0;
     for (; k + DOT_LANES <= n; k += DOT_LANES) {
         for (size_t r = 0; r < R; r++) {
-            __m256 a = _mm256_load_ps(w + r * CHUNK + k);
+            __m256 a = keep(_mm256_load_ps(w + r * CHUNK + k));
             for (size_t t = 0; t < N; t++) low[r][t] = _mm256_fmadd_ps(a, _mm256_loadu_ps(x + t * n_in + k), low[r][t]);
         }
         for (size_t r = 0; r < R; r++) {
-            __m256 a = _mm256_load_ps(w + r * CHUNK + k + 8);
+            __m256 a = keep(_mm256_load_ps(w + r * CHUNK + k + 8));
             for (size_t t = 0; t < N; t++)
                 high[r][t] = _mm256_fmadd_ps(a, _mm256_loadu_ps(x + t * n_in + k + 8), high[r][t]);
         }
