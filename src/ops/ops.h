@@ -176,7 +176,7 @@ struct ops {
     // x[t] = row token[t] of the table, converted exactly to f32. Ids are in range: the caller checked.
     void (*embed)(const struct op_ctx *ctx, float *x, const struct matrix *table, const int32_t *token,
                   size_t n_tokens);
-    // y = x * r * w, r = 1 / sqrt(sum16(x^2) / n + eps), evaluated as (x * r) * w; y may be x.
+    // y = x * r * w, r = 1 / sqrt(dot16(x, x) / n + eps), evaluated as (x * r) * w; y may be x.
     void (*rmsnorm)(const struct op_ctx *ctx, float *y, const float *x, const float *w, float eps, size_t n_rows,
                     size_t n);
     // y[t][o] = dot16(W[o], round(x[t])). round(): to bf16 (nearest even) for bf16 weights; none for other weights,
