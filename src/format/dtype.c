@@ -39,22 +39,25 @@ bool dtype_row_bytes(enum dtype type, size_t n, size_t *out) {
     return n % info->block_len == 0 && size_mul(n / info->block_len, info->block_bytes, out);
 }
 
-// Exact: a half's exponent is rebiased by 112; for the subnormal ones the sum with, and the difference to, 2^-14 puts
-// the value in place, and infinity and NaN get the rest of the largest exponent.
-float f16_to_f32(uint16_t h) {
+// Exact, and without branches, so that a loop over it becomes vector code. A normal number only needs its exponent
+// moved from bias 15 to bias 127; a subnormal m * 2^-24 is what (0.5 with m as its low bits) - 0.5 gives; for infinity
+// and NaN the exponent moves on to 255. No step meets an f32 subnormal, so flush-to-zero cannot change it.
+static inline float widen_f16(uint32_t h) {
     union {
         uint32_t u;
         float f;
-    } v = {.u = (uint32_t)(h & 0x7FFF) << 13}, least = {.u = 113u << 23};
-    uint32_t exponent = v.u & (0x7C00u << 13);
-    v.u += 112u << 23;
-    if (exponent == 0x7C00u << 13) v.u += 112u << 23;
-    if (exponent == 0) {
-        v.u += 1u << 23;
-        v.f -= least.f;
-    }
-    v.u |= (uint32_t)(h & 0x8000) << 16;
-    return v.f;
+    } normal, subnormal;
+    uint32_t magnitude = h & 0x7FFFu;
+    uint32_t is_subnormal = 0u - (uint32_t)(magnitude < 0x400u), is_special = 0u - (uint32_t)(magnitude >= 0x7C00u);
+    normal.u = (magnitude << 13) + (112u << 23) + (is_special & 112u << 23);
+    subnormal.u = 0x3F000000u | magnitude;
+    subnormal.f -= 0.5f;
+    normal.u = (subnormal.u & is_subnormal) | (normal.u & ~is_subnormal) | (h & 0x8000u) << 16;
+    return normal.f;
+}
+
+float f16_to_f32(uint16_t h) {
+    return widen_f16(h);
 }
 
 uint16_t f16_from_f32(float f) {
@@ -77,11 +80,19 @@ uint16_t f16_from_f32(float f) {
 }
 
 static void f16_row_to_f32(const unsigned char *src, float *dst, size_t n) {
-    for (size_t i = 0; i < n; i++) dst[i] = f16_to_f32((uint16_t)(src[2 * i] | src[2 * i + 1] << 8));
+    for (size_t i = 0; i < n; i++) {
+        uint16_t h;
+        memcpy(&h, src + 2 * i, sizeof h);
+        dst[i] = widen_f16(h);
+    }
 }
 
 static void bf16_row_to_f32(const unsigned char *src, float *dst, size_t n) {
-    for (size_t i = 0; i < n; i++) dst[i] = bf16_to_f32((uint16_t)(src[2 * i] | src[2 * i + 1] << 8));
+    for (size_t i = 0; i < n; i++) {
+        uint16_t h;
+        memcpy(&h, src + 2 * i, sizeof h);
+        dst[i] = bf16_to_f32(h);
+    }
 }
 
 void dtype_to_f32(enum dtype type, const void *src, float *dst, size_t n) {
