@@ -154,10 +154,8 @@ void pool_free(struct pool *pool) {
     if (!pool) return;
     pthread_mutex_lock(&pool->lock);
     pool->quit = true;
+    pool->n = 0;                            // written before `generation` tells the workers to look
     atomic_fetch_add(&pool->generation, 1); // ends the spinning too
-    pool->fn = NULL;
-    pool->n = 0;
-    atomic_store(&pool->next, 0);
     pthread_cond_broadcast(&pool->wake);
     pthread_mutex_unlock(&pool->lock);
     for (int i = 0; i < pool->n_started; i++) pthread_join(pool->workers[i], NULL);
