@@ -10,7 +10,9 @@ void *size_alloc(size_t count, size_t item) {
 }
 
 void *size_alloc_zero(size_t count, size_t item) {
-    return count && item ? calloc(count, item) : calloc(1, 1);
+    size_t bytes;
+    if (!size_mul(count, item, &bytes)) return NULL;
+    return calloc(bytes ? bytes : 1, 1);
 }
 
 void *size_realloc(void *old, size_t count, size_t item) {
