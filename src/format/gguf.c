@@ -287,6 +287,14 @@ static bool find_alignment(const struct gguf *g, size_t *alignment, struct error
     return true;
 }
 
+// A model split over several files stands in none of them; to run one part would miss tensors for no visible reason.
+static bool check_whole(const struct gguf *g, struct error *err) {
+    uint32_t n_parts = 1;
+    if (gguf_find(g, "split.count") && !gguf_get_u32(g, "split.count", &n_parts, err)) return false;
+    return n_parts <= 1 ||
+           error_set(err, "one part of a model split into %" PRIu32 " files: merge them into one file first", n_parts);
+}
+
 static int compare_places(const void *a, const void *b) {
     uintptr_t x = (uintptr_t)((const struct tensor *)a)->data, y = (uintptr_t)((const struct tensor *)b)->data;
     return (x > y) - (x < y);
@@ -342,7 +350,8 @@ static bool fill(struct cursor c, struct gguf *g, size_t n_values, size_t n_tens
         if (!take_tensor(&c, t, &offsets[g->tensors.n], arena, name, sizeof name)) goto done;
         t->file = file;
     }
-    ok = check_keys(g, c.err) && place_tensors(g, offsets, &c) && tensor_set_sort(&g->tensors, c.err);
+    ok = check_keys(g, c.err) && check_whole(g, c.err) && place_tensors(g, offsets, &c) &&
+         tensor_set_sort(&g->tensors, c.err);
 done:
     free(offsets);
     return ok;
@@ -455,7 +464,8 @@ static struct gguf_value element(const struct gguf_value *array, size_t i) {
 
 int64_t gguf_array_i64(const struct gguf_value *array, size_t i) {
     struct gguf_value v = element(array, i);
-    return v.type == GGUF_F32 || v.type == GGUF_F64 ? (int64_t)v.as.f : v.as.i;
+    if (v.type != GGUF_F32 && v.type != GGUF_F64) return v.as.i;
+    return v.as.f > -0x1p63 && v.as.f < 0x1p63 ? (int64_t)v.as.f : INT64_MIN; // NaN and what is out of range too
 }
 
 double gguf_array_f64(const struct gguf_value *array, size_t i) {

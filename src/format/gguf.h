@@ -2,8 +2,8 @@
 // (source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
 //
 // GGUF lists dimensions innermost first; `struct tensor` has them outermost first, so that a projection is [n_out,
-// n_in] here too. Tensor names and the order of rows are as the file has them: translating those is model/weights.c's
-// work.
+// n_in] here too. A file that is one part of a split model is refused. Tensor names and the order of rows are as the
+// file has them: translating those is model/weights.c's work.
 #ifndef TANDEM_FORMAT_GGUF_H
 #define TANDEM_FORMAT_GGUF_H
 
@@ -71,7 +71,8 @@ bool gguf_get_u32(const struct gguf *g, const char *key, uint32_t *out, struct e
 bool gguf_get_f64(const struct gguf *g, const char *key, double *out, struct error *err); // F32 or F64
 bool gguf_get_bool(const struct gguf *g, const char *key, bool *out, struct error *err);
 bool gguf_get_string(const struct gguf *g, const char *key, struct gguf_string *out, struct error *err);
-// Element `i` of an array as a number; the array's type and length were checked by the caller.
+// Element `i` of an array as a number; that i < n and that the elements are numbers was checked by the caller. A float
+// is cut to an integer, INT64_MIN where none fits.
 int64_t gguf_array_i64(const struct gguf_value *array, size_t i);
 double gguf_array_f64(const struct gguf_value *array, size_t i);
 
