@@ -1,0 +1,80 @@
+#!/usr/bin/env python3
+"""Writes a small seed corpus for the format fuzzers: make_seeds.py FOLDER fills FOLDER/gguf, /safetensors and /config.
+
+Only the standard library is used, so that a fuzz run needs no Python packages. Each seed is a good file, or one with a
+single fault, so that the fuzzer starts on both sides of every check.
+"""
+import json
+import struct
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def gguf_string(text):
+    data = text.encode()
+    return struct.pack("<Q", len(data)) + data
+
+
+def gguf(values=(), tensors=(), version=3, alignment=32, n_data=512):
+    """values: (key, type number, packed bytes); tensors: (name, dims, type number, offset)."""
+    out = b"GGUF" + struct.pack("<IQQ", version, len(tensors), len(values))
+    for key, kind, packed in values:
+        out += gguf_string(key) + struct.pack("<I", kind) + packed
+    for name, dims, kind, offset in tensors:
+        out += gguf_string(name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, kind, offset)
+    return out + bytes(-len(out) % alignment) + bytes(range(256)) * (n_data // 256)
+
+
+def gguf_seeds():
+    scalars = [(f"v{kind}", kind, struct.pack("<" + code, 1)) for kind, code in enumerate("BbHhIifB")]
+    scalars += [("u64", 10, struct.pack("<Q", 1)), ("i64", 11, struct.pack("<q", -1)), ("f64", 12, struct.pack("<d", 2))]
+    texts = [("s", 8, gguf_string("qwen3")), ("a", 9, struct.pack("<IQ", 8, 2) + gguf_string("x") + gguf_string(""))]
+    arrays = [(f"a{kind}", 9, struct.pack("<IQ", kind, 2) + struct.pack("<2" + code, 1, 0))
+              for kind, code in [(0, "B"), (3, "h"), (6, "f"), (7, "B"), (10, "Q"), (12, "d")]]
+    aligned = [("general.alignment", 4, struct.pack("<I", 64))]
+    split = [("split.count", 2, struct.pack("<H", 3))]
+    two = [("a.weight", (32, 2), 8, 0), ("b.weight", (4,), 0, 96)]
+    yield from (gguf(), gguf(version=2), gguf(version=1), gguf(version=0x03000000), gguf(scalars), gguf(texts))
+    yield from (gguf(arrays), gguf(aligned, two[:1], alignment=64), gguf(split), gguf(scalars + texts + arrays, two))
+    yield from (gguf(tensors=[("t", (256,), kind, 0)]) for kind in (1, 2, 3, 6, 7, 10, 11, 12, 13, 14, 16, 30, 39))
+    yield gguf(tensors=two + two)
+    yield gguf(tensors=[("t", (2, 2, 2, 2), 28, 0)])
+
+
+def safetensors(header, n_data):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + bytes(n_data)
+
+
+def safetensors_seeds():
+    def entry(kind, shape, begin, end):
+        return {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
+    yield safetensors({}, 0)
+    yield safetensors({"__metadata__": {"format": "pt"}, "a": entry("F32", [2, 2], 0, 16)}, 16)
+    yield safetensors({"b": entry("BF16", [3], 4, 10), "a": entry("I32", [], 0, 4), "e": entry("U8", [0], 4, 4)}, 10)
+    yield safetensors({"a": entry("F64", [1], 0, 8), "b": entry("F16", [1], 4, 6)}, 8)
+    yield safetensors({"a": entry("Q9", [2**63], -1, 1)}, 1)
+    yield safetensors(b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"\\u0061":{}}   ', 1)
+
+
+def config_seeds():
+    for path in sorted((REPOSITORY / "models/tandem-tiny").glob("*config.json")):
+        yield path.read_bytes()
+    yield b'{"a": 1e400, "b": -1, "c": 1.5, "d": 9007199254740993, "e": 99999999999999999999}'
+    yield b'{"a": 1, "\\u0061": 2}'
+    yield b'{"a": "\\u0000\\ud83d\\ude00\\ud83d", "b": null, "c": true, "d": [], "e": {}}'
+    yield b"[" * 3000 + b"]" * 3000
+
+
+def main():
+    for name, seeds in [("gguf", gguf_seeds()), ("safetensors", safetensors_seeds()), ("config", config_seeds())]:
+        folder = Path(sys.argv[1]) / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for i, seed in enumerate(seeds):
+            (folder / f"seed{i:02}").write_bytes(seed)
+
+
+if __name__ == "__main__":
+    main()
