@@ -216,6 +216,8 @@ static bool run_pattern(const struct run *run, size_t i, const char *text, size_
     size_t done = 0, at = 0;
     while (at < n) {
         int found = pcre2_match(stage->code, (PCRE2_SPTR)text, n, at, 0, match, run->p->limits);
+        if (found == PCRE2_ERROR_JIT_STACKLIMIT) // the interpreter has more room
+            found = pcre2_match(stage->code, (PCRE2_SPTR)text, n, at, PCRE2_NO_JIT, match, run->p->limits);
         if (found == PCRE2_ERROR_NOMATCH) break;
         if (found < 0) {
             char reason[200] = "unknown";
