@@ -12,7 +12,7 @@
 struct token {
     uint32_t text, n_text;   // in b->text
     uint32_t bytes, n_bytes; // in b->text as well
-    bool present;
+    bool present, added;
 };
 
 struct merge {
@@ -31,7 +31,7 @@ struct bpe {
     size_t pair_slots;
     int32_t byte_ids[256]; // -1: no token
     size_t longest;        // text of a token, in bytes
-    bool ignore_merges;
+    bool ignore_merges, model_ended;
 };
 
 #define NO_MERGE UINT32_MAX
@@ -164,7 +164,7 @@ bool bpe_add_token(struct bpe *b, int64_t id, const char *text, size_t n, struct
                          b->tokens[id].n_text < 60 ? (int)b->tokens[id].n_text : 60, b->text.data + b->tokens[id].text,
                          shown, text);
     size_t start = b->text.len;
-    struct token t = {.text = (uint32_t)start, .n_text = (uint32_t)n, .present = true};
+    struct token t = {.text = (uint32_t)start, .n_text = (uint32_t)n, .present = true, .added = b->model_ended};
     if (!buffer_append(&b->text, text, n) || !append_bytes(b, start, n, &t) || !grow_ids(b, (int32_t)id))
         return error_set(err, "vocabulary: out of memory");
     b->tokens[id] = t;
@@ -237,6 +237,10 @@ bool bpe_add_merge(struct bpe *b, const char *left, size_t n_left, const char *r
     b->by_pair[slot] = (uint32_t)rank;
     b->n_merges++;
     return true;
+}
+
+void bpe_end_model(struct bpe *b) {
+    b->model_ended = true;
 }
 
 int bpe_finish(struct bpe *b, bool ignore_merges) {
@@ -378,7 +382,7 @@ static bool missing_byte(unsigned char byte, struct error *err) {
 bool bpe_encode(const struct bpe *b, const char *word, size_t n, struct bpe_scratch *scratch, struct token_ids *out,
                 struct error *err) {
     int32_t ids[32];
-    if (b->ignore_merges && (ids[0] = find_alphabet(b, word, n)) >= 0) {
+    if (b->ignore_merges && (ids[0] = find_alphabet(b, word, n)) >= 0 && !b->tokens[ids[0]].added) {
         return token_ids_append(out, ids, 1) || error_set(err, "tokenising: out of memory");
     }
     if (n <= 32) {

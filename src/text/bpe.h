@@ -25,6 +25,8 @@ bool bpe_add_token(struct bpe *b, int64_t id, const char *text, size_t n, struct
 // pair is merged twice.
 bool bpe_add_merge(struct bpe *b, const char *left, size_t n_left, const char *right, size_t n_right,
                    struct error *err);
+// Tokens added from here on are found by bpe_find, but are no words to ignore_merges: they are added tokens.
+void bpe_end_model(struct bpe *b);
 // Looks up the tokens of the 256 bytes, after all tokens were added. Returns how many have none; encoding such a byte
 // is an error then.
 int bpe_finish(struct bpe *b, bool ignore_merges);

@@ -35,7 +35,9 @@ void tokenizer_free(struct tokenizer *tok); // NULL is fine
 
 // Appends the ids of `text`, any bytes. Invalid UTF-8 is tokenised as its bytes. With `special` the text of special
 // tokens becomes their ids; without, it is plain text. Added tokens that are not flagged special (<think>, <tool_call>)
-// are always ids. Nothing is added in front or behind. Linear in n.
+// are always ids. Nothing is added in front or behind. Linear in n, but for a logarithm in very long words. Errors: a
+// byte for which the vocabulary has no token (none of the supported families), a pattern that meets its limits, memory;
+// `out` is as it was then.
 bool tokenizer_encode(const struct tokenizer *tok, const char *text, size_t n, bool special, struct token_ids *out,
                       struct error *err);
 

@@ -129,7 +129,9 @@ static bool read_model(struct tokenizer *tok, const struct tokenizer_outline *ou
         return error_set(err, "%s: continuing_subword_prefix and end_of_word_suffix are not supported", where);
     if (dropout != 0) return error_set(err, "%s: dropout %g is not supported", where, dropout);
     if (byte_fallback) return error_set(err, "%s: byte_fallback (SentencePiece) is not supported", where);
-    return tokenizer_read_vocab(outline, tok->bpe, err) && tokenizer_read_merges(outline, tok->bpe, err);
+    if (!tokenizer_read_vocab(outline, tok->bpe, err) || !tokenizer_read_merges(outline, tok->bpe, err)) return false;
+    bpe_end_model(tok->bpe);
+    return true;
 }
 
 static bool read_added(struct tokenizer *tok, const json_t *root, struct error *err) {
