@@ -79,17 +79,22 @@ static void test_matmul(void **state) {
 static void test_rmsnorm(void **state) {
     (void)state;
     enum { N = 203 };
-    float *x = random_floats(N, 2.0f, 3), *w = random_floats(N, 128.0f, 4), y[N];
-    x[7] = 3000.0f; // one hot channel
+    float *x = random_floats(N, 2.0f, 21), *w = random_floats(N, 128.0f, 22), y[N];
     struct op_ctx c = open_portable(2);
-    c.ops->rmsnorm(&c, y, x, w, 1e-6f, 1, N);
-    double sum = 0;
-    for (int i = 0; i < N; i++) sum += (double)x[i] * (double)x[i];
-    double r = 1 / sqrt(sum / N + (double)1e-6f);
-    // the sum's relative error is halved by the root; six single roundings besides
-    for (int i = 0; i < N; i++)
-        assert_true(fabs((double)y[i] - (double)x[i] * r * (double)w[i]) <=
-                    ((N / 16 + 5) / 2.0 + 6) * U * fabs((double)y[i]));
+    // One hot channel; then values so small that eps is most of the root; then eps alone.
+    for (int round = 0; round < 3; round++) {
+        x[7] = round == 0 ? 3000.0f : 1.0f;
+        for (int i = 0; round > 0 && i < N; i++) x[i] *= round == 1 ? 3e-4f : 0.0f;
+        c.ops->rmsnorm(&c, y, x, w, 1e-6f, 1, N);
+        double sum = 0;
+        for (int i = 0; i < N; i++) sum += (double)x[i] * (double)x[i];
+        double r = 1 / sqrt(sum / N + (double)1e-6f);
+        // the sum's relative error is halved by the root; six single roundings besides
+        for (int i = 0; i < N; i++) {
+            double e = (double)x[i] * r * (double)w[i];
+            assert_true(fabs((double)y[i] - e) <= ((N / 16 + 5) / 2.0 + 6) * U * fabs(e));
+        }
+    }
     close_ctx(&c);
     free(x);
     free(w);
