@@ -2,6 +2,7 @@
 
 Besides the two that the repository has, small tokenizers of other families are trained here, on the repository's text.
 TANDEM_THOROUGH=1 compares a million generated strings in place of a hundred thousand."""
+import json
 import os
 import pathlib
 import random
@@ -131,3 +132,15 @@ def test_long_words():
              "".join(rng.choice("a\u0435\u0438\ud55c\u4e2d") for _ in range(100_000))]
     for folder in (TINY, QWEN3):
         compare(folder, texts, False)
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_command(special):
+    """The same ids come out of the program."""
+    texts = [t.replace("\0", "") for t in generated(12, 5000)]
+    command = [os.environ.get("TANDEM", "build/tandem"), "tokenize", QWEN3, "-0"] + (["--special"] if special else [])
+    out = subprocess.run(command, input="\0".join(texts).encode() + b"\0", check=True, stdout=subprocess.PIPE).stdout
+    reference = Tokenizer.from_file(QWEN3 + "/tokenizer.json")
+    reference.encode_special_tokens = not special
+    expected = reference.encode_batch_fast(texts, add_special_tokens=False)
+    assert [json.loads(line) for line in out.splitlines()] == [e.ids for e in expected]
