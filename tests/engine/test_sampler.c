@@ -1,0 +1,227 @@
+// test_sampler.c: filters keep what they say, noise follows the softmax, and choices depend on nothing else.
+#include <math.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+#include "engine/sampler.h"
+
+enum { N = 300 };
+
+static struct sampler sampler;
+
+static int set_up(void **state) {
+    (void)state;
+    return sampler_create(&sampler, N, NULL) ? 0 : 1;
+}
+
+static int tear_down(void **state) {
+    (void)state;
+    sampler_free(&sampler);
+    return 0;
+}
+
+static tandem_sampling plain(void) {
+    return (tandem_sampling){.temperature = 1, .top_p = 1, .repeat_penalty = 1};
+}
+
+// Logits 0, -0.1, -0.2 ... in a shuffled order: rank r stands at id (r * 7) % N.
+static void ramp(float *logits) {
+    for (int r = 0; r < N; r++) logits[r * 7 % N] = -0.1f * (float)r;
+}
+
+static int rank_of(int32_t id) {
+    for (int r = 0; r < N; r++)
+        if (r * 7 % N == id) return r;
+    return -1;
+}
+
+static int32_t draw(const tandem_sampling *p, const float *logits, size_t position) {
+    static const int32_t zeros[4096];
+    struct sampler_history h = {.ids = zeros, .n = position, .n_prompt = position};
+    return sampler_choose(&sampler, p, logits, h, NULL, 0);
+}
+
+static void greedy_takes_the_best(void **state) {
+    (void)state;
+    float logits[N];
+    ramp(logits);
+    tandem_sampling p = plain();
+    p.temperature = 0;
+    assert_int_equal(draw(&p, logits, 3), 0);
+    logits[5] = logits[9] = 100; // a tie: the smaller id
+    assert_int_equal(draw(&p, logits, 3), 5);
+}
+
+static void filters_bound_the_rank(void **state) {
+    (void)state;
+    float logits[N];
+    ramp(logits);
+    int largest_k = 0, largest_p = 0, largest_min = 0;
+    for (uint64_t seed = 0; seed < 3000; seed++) {
+        tandem_sampling k = plain(), top = plain(), min = plain();
+        k.seed = top.seed = min.seed = seed;
+        k.top_k = 5;
+        top.top_p = 0.5;
+        min.min_p = 0.5;
+        int a = rank_of(draw(&k, logits, 1)), b = rank_of(draw(&top, logits, 1)), c = rank_of(draw(&min, logits, 1));
+        if (a > largest_k) largest_k = a;
+        if (b > largest_p) largest_p = b;
+        if (c > largest_min) largest_min = c;
+    }
+    // The ramp's probabilities are geometric with ratio e^-0.1: half of the mass lies in the first 7, and e^-0.6 > 0.5.
+    assert_int_equal(largest_k, 4);
+    assert_int_equal(largest_p, 6);
+    assert_int_equal(largest_min, 6);
+}
+
+static void frequencies_follow_the_softmax(void **state) {
+    (void)state;
+    float logits[N];
+    for (int i = 0; i < N; i++) logits[i] = -INFINITY;
+    for (int i = 0; i < N; i++) logits[i] = -1000;
+    logits[10] = logf(0.5f), logits[20] = logf(0.3f), logits[30] = logf(0.2f);
+    int count[N] = {0};
+    enum { DRAWS = 20000 };
+    tandem_sampling p = plain();
+    for (uint64_t i = 0; i < DRAWS; i++) {
+        p.seed = i;
+        count[draw(&p, logits, 7)]++;
+    }
+    // Five standard deviations of a binomial count.
+    assert_true(fabs(count[10] - 0.5 * DRAWS) < 5 * sqrt(DRAWS * 0.25));
+    assert_true(fabs(count[20] - 0.3 * DRAWS) < 5 * sqrt(DRAWS * 0.21));
+    assert_true(fabs(count[30] - 0.2 * DRAWS) < 5 * sqrt(DRAWS * 0.16));
+}
+
+// The draw among the survivors is the same whether the others were cut or are hopeless: noise belongs to ids, not
+// ranks.
+static void noise_belongs_to_the_id(void **state) {
+    (void)state;
+    float full[N], cut[N];
+    ramp(full);
+    for (int i = 0; i < N; i++) cut[i] = rank_of(i) < 20 ? full[i] : -1e4f;
+    for (uint64_t seed = 0; seed < 500; seed++) {
+        tandem_sampling a = plain(), b = plain();
+        a.seed = b.seed = seed;
+        a.top_k = 20;
+        assert_int_equal(draw(&a, full, 11), draw(&b, cut, 11));
+    }
+}
+
+static void top_k_equals_a_full_sort(void **state) {
+    (void)state;
+    uint64_t rng = 5;
+    for (int round = 0; round < 200; round++) {
+        float logits[N];
+        for (int i = 0; i < N; i++) {
+            rng = rng * 6364136223846793005u + 1442695040888963407u;
+            logits[i] = (float)((rng >> 33) % 50); // many ties
+        }
+        tandem_sampling a = plain(), b = plain();
+        a.seed = b.seed = (uint64_t)round;
+        a.top_k = 1 + round % 40;
+        int32_t got = draw(&a, logits, 2);
+        int better = 0; // tokens that rank before the drawn one
+        for (int i = 0; i < N; i++) better += logits[i] > logits[got] || (logits[i] == logits[got] && i < got);
+        assert_true(better < a.top_k);
+    }
+}
+
+static void penalties(void **state) {
+    (void)state;
+    float logits[N];
+    for (int i = 0; i < N; i++) logits[i] = -5;
+    logits[1] = 2, logits[2] = 1.9f;
+    int32_t ids[] = {2, 1, 1};
+    struct sampler_history h = {.ids = ids, .n = 3, .n_prompt = 1};
+    tandem_sampling p = plain();
+    p.temperature = 0;
+    assert_int_equal(sampler_choose(&sampler, &p, logits, h, NULL, 0), 1);
+    p.presence_penalty = 0.2; // token 1 was generated, token 2 is prompt
+    assert_int_equal(sampler_choose(&sampler, &p, logits, h, NULL, 0), 2);
+    p.presence_penalty = 0;
+    p.frequency_penalty = 0.06; // twice
+    assert_int_equal(sampler_choose(&sampler, &p, logits, h, NULL, 0), 2);
+    p.frequency_penalty = 0;
+    p.repeat_penalty = 2; // both are in the context: their order stays
+    assert_int_equal(sampler_choose(&sampler, &p, logits, h, NULL, 0), 1);
+    int32_t bias_id = 7;
+    float bias = 50;
+    p.bias_ids = &bias_id, p.bias = &bias, p.n_bias = 1;
+    assert_int_equal(sampler_choose(&sampler, &p, logits, h, NULL, 0), 7);
+    assert_int_equal(sampler_choose(&sampler, &p, logits, h, &bias_id, 1), 1); // banned wins
+}
+
+static void uniform_is_open(void **state) {
+    (void)state;
+    for (int32_t i = 0; i < 100000; i++) {
+        double u = sampler_uniform(3, 9, i);
+        assert_true(u > 0 && u < 1);
+    }
+    assert_true(sampler_uniform(1, 2, 3) == sampler_uniform(1, 2, 3));
+    assert_true(sampler_uniform(1, 2, 3) != sampler_uniform(2, 2, 3));
+    assert_true(sampler_uniform(1, 2, 3) != sampler_uniform(1, 3, 3));
+    assert_true(sampler_uniform(1, 2, 3) != sampler_uniform(1, 2, 4));
+}
+
+static void refuses_bad_fields(void **state) {
+    (void)state;
+    struct error err;
+    int32_t outside = N;
+    float nan_bias = NAN, fine = 1;
+    tandem_sampling bad[8];
+    static const char *const names[8] = {"temperature",    "top_k",    "top_p",      "min_p",
+                                         "repeat_penalty", "presence", "logit_bias", "logit_bias"};
+    for (int i = 0; i < 8; i++) bad[i] = plain();
+    bad[0].temperature = NAN;
+    bad[1].top_k = -1;
+    bad[2].top_p = 0;
+    bad[3].min_p = 1.5;
+    bad[4].repeat_penalty = 0;
+    bad[5].presence_penalty = 3;
+    bad[6].bias_ids = &outside, bad[6].bias = &fine, bad[6].n_bias = 1;
+    outside = N;
+    int32_t inside = 1;
+    bad[7].bias_ids = &inside, bad[7].bias = &nan_bias, bad[7].n_bias = 1;
+    for (int i = 0; i < 8; i++) {
+        assert_false(sampling_check(&bad[i], N, &err));
+        assert_non_null(strstr(err.text, names[i]));
+    }
+    tandem_sampling good = plain();
+    assert_true(sampling_check(&good, N, &err));
+}
+
+static void logprobs_and_finiteness(void **state) {
+    (void)state;
+    float logits[4] = {0, logf(2), logf(5), -INFINITY};
+    assert_true(fabs((double)logits_logprob(logits, 3, 1) - log(0.25)) < 1e-6);
+    tandem_token top[2];
+    logits_top(logits, 3, top, 2);
+    assert_int_equal(top[0].id, 2);
+    assert_int_equal(top[1].id, 1);
+    assert_true(logits_finite(logits, 3));
+    assert_false(logits_finite(logits, 4));
+    logits[0] = NAN;
+    assert_false(logits_finite(logits, 3));
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(greedy_takes_the_best),
+        cmocka_unit_test(filters_bound_the_rank),
+        cmocka_unit_test(frequencies_follow_the_softmax),
+        cmocka_unit_test(noise_belongs_to_the_id),
+        cmocka_unit_test(top_k_equals_a_full_sort),
+        cmocka_unit_test(penalties),
+        cmocka_unit_test(uniform_is_open),
+        cmocka_unit_test(refuses_bad_fields),
+        cmocka_unit_test(logprobs_and_finiteness),
+    };
+    return cmocka_run_group_tests(tests, set_up, tear_down);
+}
