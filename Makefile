@@ -116,6 +116,94 @@ test-real:
 .PHONY: programs
 programs: $(TEST_BIN)
 
+# The unit tests of this build alone, as in `make asan`.
+.PHONY: unit-tests
+unit-tests: $(TEST_BIN)
+	@python3 tools/run-tests $(TEST_BIN)
+
+.PHONY: debug asan ubsan tsan coverage
+VARIANT = @tools/deps test </dev/null && $(MAKE) -s BUILD=build/$@ all unit-tests </dev/null
+debug:
+	$(VARIANT) OPT="-O0 -g3"
+asan:
+	$(VARIANT) OPT="-O1 -g" SAN="-fsanitize=address -fno-omit-frame-pointer"
+ubsan:
+	$(VARIANT) OPT="-O1 -g" SAN="-fsanitize=undefined -fno-sanitize-recover=all"
+tsan:
+	$(VARIANT) OPT="-O1 -g" SAN="-fsanitize=thread"
+# Lines of each file that the unit tests reach.
+coverage:
+	$(VARIANT) OPT="-O0 -g" SAN="--coverage"
+	@cd build/coverage && find src -name '*.gcda' | sort | while read -r f; do \
+	    gcov -n -r -s "$(CURDIR)" "$$f" 2>/dev/null; done | \
+	    awk "/^File 'src/ { f = \$$2 } /^Lines executed/ && f { print f, \$$2, \$$4; f = \"\" }" | tr -d "'"
+
+# ---- Style --------------------------------------------------------------------------------------------------------
+
+C_FILES = $(shell find src include tests examples -name '*.[ch]')
+.PHONY: format lint style
+format:
+	@tools/deps lint </dev/null
+	clang-format -i $(C_FILES)
+style:
+	@tools/check-style
+lint: style
+	@tools/deps lint </dev/null
+	@clang-format --dry-run -Werror $(C_FILES)
+
+# ---- Installing ---------------------------------------------------------------------------------------------------
+
+# Internal symbols become local, so that the archive shows what tandem.h declares and no more.
+$(BUILD)/libtandem.a: $(LIB_OBJ)
+	ld -r -o $(BUILD)/libtandem.o $^
+	objcopy --localize-hidden $(BUILD)/libtandem.o
+	rm -f $@ && ar rcs $@ $(BUILD)/libtandem.o
+
+$(BUILD)/libtandem.so.$(VERSION): $(LIB_OBJ)
+	$(CC) -shared -Wl,-soname,libtandem.so.$(SOVERSION) $(LDFLAGS) -o $@ $^ $(LDLIBS)
+
+# The program knows PREFIX: another one compiles main.c again.
+.PHONY: force
+$(BUILD)/prefix: force
+	@mkdir -p $(@D)
+	@printf '%s\n' '$(PREFIX)' | cmp -s - $@ || printf '%s\n' '$(PREFIX)' > $@
+$(BUILD)/src/cli/main.o: $(BUILD)/prefix
+$(BUILD)/src/cli/main.o: CPPFLAGS += -DTANDEM_PREFIX='"$(PREFIX)"'
+
+MODEL_FILES = README.md config.json generation_config.json model.safetensors tokenizer.json tokenizer_config.json
+D = $(DESTDIR)$(PREFIX)
+.PHONY: install uninstall
+install: $(BUILD)/tandem $(BUILD)/libtandem.a $(BUILD)/libtandem.so.$(VERSION)
+	install -d $(D)/bin $(D)/include $(D)/lib/pkgconfig $(D)/share/man/man1 $(D)/share/bash-completion/completions \
+	    $(D)/share/tandem/models/tandem-tiny
+	install -m 755 $(BUILD)/tandem $(D)/bin/tandem
+	install -m 644 include/tandem.h $(D)/include/tandem.h
+	install -m 644 $(BUILD)/libtandem.a $(D)/lib/libtandem.a
+	install -m 755 $(BUILD)/libtandem.so.$(VERSION) $(D)/lib/libtandem.so.$(VERSION)
+	ln -sf libtandem.so.$(VERSION) $(D)/lib/libtandem.so.$(SOVERSION)
+	ln -sf libtandem.so.$(SOVERSION) $(D)/lib/libtandem.so
+	sed -e 's|@PREFIX@|$(PREFIX)|' -e 's|@VERSION@|$(VERSION)|' packaging/tandem.pc.in > $(D)/lib/pkgconfig/tandem.pc
+	install -m 644 packaging/tandem.1 $(D)/share/man/man1/tandem.1
+	install -m 644 packaging/tandem.bash $(D)/share/bash-completion/completions/tandem
+	install -m 644 $(MODEL_FILES:%=models/tandem-tiny/%) $(D)/share/tandem/models/tandem-tiny
+
+uninstall:
+	rm -f $(D)/bin/tandem $(D)/include/tandem.h $(D)/lib/libtandem.a $(D)/lib/libtandem.so $(D)/lib/libtandem.so.* \
+	    $(D)/lib/pkgconfig/tandem.pc $(D)/share/man/man1/tandem.1 $(D)/share/bash-completion/completions/tandem
+	rm -rf $(D)/share/tandem
+
+.PHONY: help
+help:
+	@echo 'make            build/tandem'
+	@echo 'make chat       install what is missing, build, and talk with the default model (ARGS="MODEL --think on")'
+	@echo 'make test       all tests (test-real: also on models from PyPI)'
+	@echo 'make deps       install the Debian packages that are missing'
+	@echo 'make install    PREFIX=/usr/local DESTDIR=; make uninstall'
+	@echo 'make debug, asan, ubsan, tsan, coverage    the unit tests in another build, in build/NAME'
+	@echo 'make fuzz       every fuzz target for FUZZ_SECONDS=20'
+	@echo 'make format     clang-format; make lint checks it and the limits of style'
+	@echo 'make clean'
+
 .PHONY: clean
 clean:
 	rm -rf $(BUILD)

@@ -1,0 +1,25 @@
+# bash completion for tandem. Options come from the subcommand's own --help, so that they are never stale.
+_tandem() {
+    local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD - 1]}
+    local commands
+    commands=$(tandem --help 2>/dev/null | sed -n 's/^  \([a-z]*\)  .*/\1/p')
+    COMPREPLY=()
+    if [ "$COMP_CWORD" -eq 1 ]; then
+        mapfile -t COMPREPLY < <(compgen -W "$commands --help --version" -- "$cur")
+        return
+    fi
+    case $prev in
+    --think | --fusion) mapfile -t COMPREPLY < <(compgen -W "on off" -- "$cur") && return ;;
+    --device) mapfile -t COMPREPLY < <(compgen -W "auto cpu" -- "$cur") && return ;;
+    --isa) mapfile -t COMPREPLY < <(compgen -W "auto portable avx2" -- "$cur") && return ;;
+    --kv-type) mapfile -t COMPREPLY < <(compgen -W "bf16 f32" -- "$cur") && return ;;
+    esac
+    if [[ $cur == -* ]]; then
+        local options
+        options=$(tandem "${COMP_WORDS[1]}" --help 2>/dev/null | grep -oE -- '--[a-z0-9-]+' | sort -u)
+        mapfile -t COMPREPLY < <(compgen -W "$options" -- "$cur")
+        return
+    fi
+    mapfile -t COMPREPLY < <(compgen -f -- "$cur")
+}
+complete -o filenames -F _tandem tandem

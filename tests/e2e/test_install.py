@@ -1,0 +1,62 @@
+"""make install into a folder: what arrives, whether it runs, and whether a program builds against both libraries."""
+import os
+import pathlib
+import shlex
+import subprocess
+
+import pytest
+
+TURNS = "What is the capital of France?\nWho are you?\n"
+
+
+@pytest.fixture(scope="module")
+def prefix(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("install")
+    subprocess.run(["make", "-s", "install", f"DESTDIR={folder}", "PREFIX=/usr"], check=True)
+    return folder / "usr"
+
+
+def test_files(prefix):
+    for name in ["bin/tandem", "lib/libtandem.a", "lib/libtandem.so", "include/tandem.h", "lib/pkgconfig/tandem.pc",
+                 "share/man/man1/tandem.1", "share/bash-completion/completions/tandem",
+                 "share/tandem/models/tandem-tiny/model.safetensors"]:
+        assert (prefix / name).exists(), name
+    assert not (prefix / "share/tandem/models/tandem-tiny/golden").exists()
+    assert not (prefix / "share/tandem/models/tandem-tiny/training").exists()
+
+
+def test_exported_symbols(prefix):
+    """Both libraries show the public names and no others."""
+    for options, name in [(["-g"], "libtandem.a"), (["-D"], "libtandem.so")]:
+        output = subprocess.run(["nm", *options, "--defined-only", prefix / "lib" / name], check=True,
+                                capture_output=True, text=True).stdout
+        symbols = {line.split()[2] for line in output.splitlines() if len(line.split()) == 3}
+        assert "tandem_open" in symbols and all(s.startswith("tandem_") for s in symbols), sorted(symbols)[:5]
+
+
+def test_the_program_finds_its_model(prefix, tmp_path):
+    done = subprocess.run([prefix / "bin/tandem", "run", "--greedy", "--think", "off", "-p",
+                           "What is the capital of France?"], cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert "Paris" in done.stdout
+
+
+@pytest.mark.parametrize("static", [True, False], ids=["static", "shared"])
+def test_example(prefix, tmp_path, static):
+    env = {**os.environ, "PKG_CONFIG_PATH": str(prefix / "lib/pkgconfig"), "LD_LIBRARY_PATH": str(prefix / "lib")}
+    command = ["pkg-config", f"--define-variable=prefix={prefix}", "--cflags", "--libs", "tandem"]
+    flags = shlex.split(subprocess.run(command + ["--static"] * static, env=env, check=True, capture_output=True,
+                                       text=True).stdout)
+    if static:
+        flags = ["-l:libtandem.a" if flag == "-ltandem" else flag for flag in flags]
+    program = tmp_path / "chat"
+    subprocess.run(["gcc", "-std=c17", "-Wall", "-Wextra", "-Werror", "examples/chat.c", "-o", program, *flags], check=True)
+    model = pathlib.Path("models/tandem-tiny").resolve()
+    done = subprocess.run([program, model], input=TURNS, env=env, check=True, capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2 and "Paris" in lines[0] and "Tandem Tiny" in lines[1]
+
+
+def test_uninstall(tmp_path):
+    for verb in ("install", "uninstall"):
+        subprocess.run(["make", "-s", verb, f"DESTDIR={tmp_path}", "PREFIX=/opt/tandem"], check=True)
+    assert [p for p in tmp_path.rglob("*") if p.is_file() or p.is_symlink()] == []
