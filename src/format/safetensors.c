@@ -183,7 +183,7 @@ static bool parse(const unsigned char *bytes, size_t size, const char *file, str
         *t = (struct tensor){.name = name, .file = file};
         if (!read_tensor(value, data, n_data, t, err)) goto done;
     }
-    ok = check_tiling(list->items + first, list->n - first, data, n_data, err);
+    ok = check_tiling(list->n ? &list->items[first] : NULL, list->n - first, data, n_data, err);
 done:
     json_decref(header);
     return ok;
