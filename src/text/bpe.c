@@ -259,7 +259,7 @@ int bpe_finish(struct bpe *b, bool ignore_merges) {
 static int32_t find_alphabet(const struct bpe *b, const char *bytes, size_t n) {
     char local[512], *text = n <= sizeof local / 2 ? local : NULL;
     size_t room, len = 0;
-    if (n > b->longest) return -1;
+    if (n == 0 || n > b->longest) return -1;
     if (!text && (!size_mul(n, 2, &room) || !(text = malloc(room)))) return -1;
     for (size_t i = 0; i < n; i++) len += unicode_encode(byte_to_char((unsigned char)bytes[i]), text + len);
     int32_t id = bpe_find(b, text, len);
