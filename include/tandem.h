@@ -54,7 +54,8 @@ enum tandem_log_level { TANDEM_LOG_INFO = 0, TANDEM_LOG_WARN = 1 };
 
 /* All zero is a good default for every field but `model`. */
 typedef struct tandem_options {
-    const char *model;   /* a folder in Hugging Face's layout, a .gguf file, or OWNER/NAME in the Hugging Face cache */
+    const char *model;   /* a folder in Hugging Face's layout, a .gguf file, OWNER/NAME in the Hugging Face cache, or
+                            synthetic:SHAPE[:TYPE[:SEED]] for random weights */
     int threads;         /* 0: as many as this process may use */
     size_t context;      /* most tokens of a session; 0: the model's, at most 8,192 */
     size_t kv_tokens;    /* tokens that the KV of all sessions together holds; 0: `context` */

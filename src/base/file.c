@@ -106,6 +106,16 @@ bool file_map_open(struct file_map *map, const char *path, struct error *err) {
     return true;
 }
 
+bool file_map_memory(struct file_map *map, size_t size, unsigned char **writable, struct error *err) {
+    *map = (struct file_map){0};
+    void *data = mmap(NULL, size ? size : 1, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (data == MAP_FAILED) return error_set(err, "out of memory: cannot map %zu bytes: %s", size, strerror(errno));
+    madvise(data, size, MADV_HUGEPAGE); // refused where there are none: then pages are small
+    *map = (struct file_map){.data = data, .size = size ? size : 1};
+    *writable = data;
+    return true;
+}
+
 void file_map_close(struct file_map *map) {
     if (map->data) {
         guard_remove(map->data);

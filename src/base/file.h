@@ -18,6 +18,10 @@ struct file_map {
 bool file_map_open(struct file_map *map, const char *path, struct error *err);
 void file_map_close(struct file_map *map);
 
+// Memory of no file, cleared and writable through `*writable`, that is closed like a mapping. Backed by huge pages
+// where the system gives them.
+bool file_map_memory(struct file_map *map, size_t size, unsigned char **writable, struct error *err);
+
 // Reads a whole file of at most `max_bytes` into `out` (appended). Errors: missing, not a regular file, too large, I/O.
 bool file_read(const char *path, size_t max_bytes, struct buffer *out, struct error *err);
 

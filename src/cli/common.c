@@ -116,7 +116,9 @@ struct tokenizer *cli_open_tokenizer(const struct cli_options *o, enum template_
     if (!model) return NULL;
     if (hub_resolve(model, &files, &path, &err)) {
         struct gguf g;
-        if (files == MODEL_FOLDER) {
+        if (files == MODEL_SYNTHETIC) {
+            error_set(&err, "model %s: a synthetic model has no tokenizer", model);
+        } else if (files == MODEL_FOLDER) {
             tok = tokenizer_open_folder(path.data, &err);
         } else if (gguf_open(path.data, &g, &err)) {
             tok = tokenizer_open_gguf(&g, &err);

@@ -86,12 +86,14 @@ static size_t kv_bytes_per_token(const struct model_config *c) {
 
 static json_t *model_json(const struct model *m, const struct tokenizer *tok, enum template_kind kind) {
     const struct model_config *c = &m->config;
+    static const char *const formats[] = {
+        [MODEL_FOLDER] = "safetensors", [MODEL_GGUF] = "gguf", [MODEL_SYNTHETIC] = "synthetic"};
     json_t *eos = json_array();
     for (size_t i = 0; i < c->n_eos; i++) json_array_append_new(eos, json_integer(c->eos[i]));
     return json_pack("{s:s,s:s,s:s,s:{s:I,s:I,s:I,s:I,s:I,s:I,s:I,s:I,s:f,s:f,s:b,s:b,s:b,s:o},s:I,s:I,s:s?,s:s}",
-                     "path", m->path, "format", m->kind == MODEL_GGUF ? "gguf" : "safetensors", "architecture",
-                     arch_name(c->arch), "config", "n_layers", (json_int_t)c->n_layers, "hidden", (json_int_t)c->hidden,
-                     "n_heads", (json_int_t)c->n_heads, "n_kv_heads", (json_int_t)c->n_kv_heads, "head_dim",
+                     "path", m->path, "format", formats[m->kind], "architecture", arch_name(c->arch), "config",
+                     "n_layers", (json_int_t)c->n_layers, "hidden", (json_int_t)c->hidden, "n_heads",
+                     (json_int_t)c->n_heads, "n_kv_heads", (json_int_t)c->n_kv_heads, "head_dim",
                      (json_int_t)c->head_dim, "n_ff", (json_int_t)c->n_ff, "n_vocab", (json_int_t)c->n_vocab, "context",
                      (json_int_t)c->context, "rms_eps", c->rms_eps, "rope_theta", c->rope.theta, "qk_norm", c->qk_norm,
                      "qkv_bias", c->qkv_bias, "tied", c->tied, "eos", eos, "weight_bytes", (json_int_t)m->weight_bytes,
@@ -154,8 +156,9 @@ static void warn(void *user, enum log_level level, const char *text) {
 static int inspect_model(const struct cli_options *o, const struct model *m) {
     struct error why = {0};
     bool json = o->given[OPT_JSON], bad = false;
-    struct tokenizer *tok =
-        m->kind == MODEL_GGUF ? tokenizer_open_gguf(&m->gguf, &why) : tokenizer_open_folder(m->path, &why);
+    struct tokenizer *tok = NULL;
+    if (m->kind == MODEL_SYNTHETIC) error_set(&why, "none: the model is synthetic");
+    else tok = m->kind == MODEL_GGUF ? tokenizer_open_gguf(&m->gguf, &why) : tokenizer_open_folder(m->path, &why);
     enum template_kind kind = template_recognise(tok ? tokenizer_chat_template(tok) : NULL);
     json_t *out = json ? model_json(m, tok, kind) : NULL;
     if (!json) print_model(m, tok, why.text, kind);

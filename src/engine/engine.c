@@ -102,11 +102,13 @@ bool engine_is_end(const tandem_engine *e, int32_t id) {
 // The tokenizer and the chat template. A model without a tokenizer is still good for ids.
 static bool open_text(tandem_engine *e, const tandem_options *o, struct error *err) {
     struct error why = {0};
-    e->tokenizer = e->model->kind == MODEL_GGUF ? tokenizer_open_gguf(&e->model->gguf, &why)
-                                                : tokenizer_open_folder(e->model->path, &why);
+    if (e->model->kind == MODEL_SYNTHETIC) error_set(&why, "a synthetic model has none");
+    else
+        e->tokenizer = e->model->kind == MODEL_GGUF ? tokenizer_open_gguf(&e->model->gguf, &why)
+                                                    : tokenizer_open_folder(e->model->path, &why);
     if (!e->tokenizer) {
         snprintf(e->tokenizer_error, sizeof e->tokenizer_error, "%.500s", why.text);
-        log_warn(&e->log, "no tokenizer: %s", why.text);
+        if (e->model->kind != MODEL_SYNTHETIC) log_warn(&e->log, "no tokenizer: %s", why.text);
     }
     if (o->chat_template && !template_from_name(o->chat_template, &e->template_kind))
         return error_set(err, "unknown chat template \"%s\"; expected one of %s", o->chat_template, template_names());

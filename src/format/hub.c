@@ -119,6 +119,10 @@ bool hub_resolve(const char *model, enum model_kind *kind, struct buffer *path, 
         if (!resolve_file(model, kind, err)) return false;
         return buffer_append_text(path, model) || out_of_memory(err);
     }
+    if (strncmp(model, "synthetic:", 10) == 0) {
+        *kind = MODEL_SYNTHETIC;
+        return buffer_append_text(path, model) || out_of_memory(err);
+    }
     const char *slash = strchr(model, '/');
     if (!slash || !is_hub_word(model, (size_t)(slash - model)) || !is_hub_word(slash + 1, strlen(slash + 1)))
         return error_set(err,

@@ -51,6 +51,9 @@ struct model *model_load(enum model_kind kind, const char *path, const struct mo
                          struct error *err);
 void model_free(struct model *model);
 
+// For what fills a model otherwise than model_load: binds the tensors of `files` (or `gguf`) to the config that is set.
+bool model_bind(struct model *model, const struct log *log, struct error *err);
+
 // ---- Running a step
 // --------------------------------------------------------------------------------------------------
 

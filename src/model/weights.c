@@ -5,40 +5,14 @@
 #include "base/size.h"
 #include "format/json.h"
 #include "format/safetensors.h"
+#include "model/names.h"
+#include "model/synthetic.h"
 
 #include <math.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
-// ---- Names
-// -----------------------------------------------------------------------------------------------------------
-
-enum part { EMBED, HEAD, FINAL_NORM, ATTN_NORM, WQ, WK, WV, BQ, BK, BV, Q_NORM, K_NORM, WO, MLP_NORM, GATE, UP, DOWN };
-
-// What each weight is called in a Hugging Face folder and in GGUF; %zu is the layer.
-static const struct {
-    const char *hf, *gguf;
-} names[] = {
-    [EMBED] = {"model.embed_tokens.weight", "token_embd.weight"},
-    [HEAD] = {"lm_head.weight", "output.weight"},
-    [FINAL_NORM] = {"model.norm.weight", "output_norm.weight"},
-    [ATTN_NORM] = {"model.layers.%zu.input_layernorm.weight", "blk.%zu.attn_norm.weight"},
-    [WQ] = {"model.layers.%zu.self_attn.q_proj.weight", "blk.%zu.attn_q.weight"},
-    [WK] = {"model.layers.%zu.self_attn.k_proj.weight", "blk.%zu.attn_k.weight"},
-    [WV] = {"model.layers.%zu.self_attn.v_proj.weight", "blk.%zu.attn_v.weight"},
-    [BQ] = {"model.layers.%zu.self_attn.q_proj.bias", "blk.%zu.attn_q.bias"},
-    [BK] = {"model.layers.%zu.self_attn.k_proj.bias", "blk.%zu.attn_k.bias"},
-    [BV] = {"model.layers.%zu.self_attn.v_proj.bias", "blk.%zu.attn_v.bias"},
-    [Q_NORM] = {"model.layers.%zu.self_attn.q_norm.weight", "blk.%zu.attn_q_norm.weight"},
-    [K_NORM] = {"model.layers.%zu.self_attn.k_norm.weight", "blk.%zu.attn_k_norm.weight"},
-    [WO] = {"model.layers.%zu.self_attn.o_proj.weight", "blk.%zu.attn_output.weight"},
-    [MLP_NORM] = {"model.layers.%zu.post_attention_layernorm.weight", "blk.%zu.ffn_norm.weight"},
-    [GATE] = {"model.layers.%zu.mlp.gate_proj.weight", "blk.%zu.ffn_gate.weight"},
-    [UP] = {"model.layers.%zu.mlp.up_proj.weight", "blk.%zu.ffn_up.weight"},
-    [DOWN] = {"model.layers.%zu.mlp.down_proj.weight", "blk.%zu.ffn_down.weight"},
-};
 
 // The state of binding: which tensors of the file something asked for.
 struct binder {
@@ -47,13 +21,6 @@ struct binder {
     bool *used; // [set->n]
     struct error *err;
 };
-
-static void weight_name(const struct binder *b, enum part part, size_t layer, char *name, size_t size) {
-    const char *pattern = b->model->kind == MODEL_GGUF ? names[part].gguf : names[part].hf;
-    const char *mark = strstr(pattern, "%zu");
-    if (!mark) snprintf(name, size, "%s", pattern);
-    else snprintf(name, size, "%.*s%zu%s", (int)(mark - pattern), pattern, layer, mark + 3);
-}
 
 // Finds a tensor by name and exact shape (columns 0: a vector of `rows`), and marks it as used.
 static const struct tensor *find(struct binder *b, const char *name, size_t rows, size_t columns) {
@@ -80,9 +47,10 @@ static const struct tensor *find(struct binder *b, const char *name, size_t rows
     return t;
 }
 
-static bool bind_matrix(struct binder *b, enum part part, size_t layer, size_t n_out, size_t n_in, struct matrix *out) {
-    char name[96];
-    weight_name(b, part, layer, name, sizeof name);
+static bool bind_matrix(struct binder *b, enum weight_part part, size_t layer, size_t n_out, size_t n_in,
+                        struct matrix *out) {
+    char name[WEIGHT_NAME_SIZE];
+    weight_name(b->model->kind, part, layer, name, sizeof name);
     const struct tensor *t = find(b, name, n_out, n_in);
     if (!t) return false;
     *out = (struct matrix){.name = t->name, .type = t->type, .n_out = n_out, .n_in = n_in, .data = t->data};
@@ -94,9 +62,9 @@ static bool bind_matrix(struct binder *b, enum part part, size_t layer, size_t n
 }
 
 // A vector, converted to f32 into the arena.
-static bool bind_vector(struct binder *b, enum part part, size_t layer, size_t n, const float **out) {
-    char name[96];
-    weight_name(b, part, layer, name, sizeof name);
+static bool bind_vector(struct binder *b, enum weight_part part, size_t layer, size_t n, const float **out) {
+    char name[WEIGHT_NAME_SIZE];
+    weight_name(b->model->kind, part, layer, name, sizeof name);
     const struct tensor *t = find(b, name, n, 0);
     if (!t) return false;
     if (dtype_info(t->type)->is_quantised)
@@ -132,18 +100,19 @@ static bool bind_layer(struct binder *b, size_t i) {
     const struct model_config *c = &b->model->config;
     struct layer_weights *w = &b->model->layers[i];
     size_t q = c->n_heads * c->head_dim, kv = c->n_kv_heads * c->head_dim;
-    if (!bind_vector(b, ATTN_NORM, i, c->hidden, &w->attn_norm) || !bind_matrix(b, WQ, i, q, c->hidden, &w->wq) ||
-        !bind_matrix(b, WK, i, kv, c->hidden, &w->wk) || !bind_matrix(b, WV, i, kv, c->hidden, &w->wv) ||
-        !bind_matrix(b, WO, i, c->hidden, q, &w->wo) || !bind_vector(b, MLP_NORM, i, c->hidden, &w->mlp_norm) ||
-        !bind_matrix(b, GATE, i, c->n_ff, c->hidden, &w->w_gate) ||
-        !bind_matrix(b, UP, i, c->n_ff, c->hidden, &w->w_up) ||
-        !bind_matrix(b, DOWN, i, c->hidden, c->n_ff, &w->w_down))
+    if (!bind_vector(b, PART_ATTN_NORM, i, c->hidden, &w->attn_norm) ||
+        !bind_matrix(b, PART_WQ, i, q, c->hidden, &w->wq) || !bind_matrix(b, PART_WK, i, kv, c->hidden, &w->wk) ||
+        !bind_matrix(b, PART_WV, i, kv, c->hidden, &w->wv) || !bind_matrix(b, PART_WO, i, c->hidden, q, &w->wo) ||
+        !bind_vector(b, PART_MLP_NORM, i, c->hidden, &w->mlp_norm) ||
+        !bind_matrix(b, PART_GATE, i, c->n_ff, c->hidden, &w->w_gate) ||
+        !bind_matrix(b, PART_UP, i, c->n_ff, c->hidden, &w->w_up) ||
+        !bind_matrix(b, PART_DOWN, i, c->hidden, c->n_ff, &w->w_down))
         return false;
-    if (c->qkv_bias &&
-        (!bind_vector(b, BQ, i, q, &w->bq) || !bind_vector(b, BK, i, kv, &w->bk) || !bind_vector(b, BV, i, kv, &w->bv)))
+    if (c->qkv_bias && (!bind_vector(b, PART_BQ, i, q, &w->bq) || !bind_vector(b, PART_BK, i, kv, &w->bk) ||
+                        !bind_vector(b, PART_BV, i, kv, &w->bv)))
         return false;
-    if (c->qk_norm &&
-        (!bind_vector(b, Q_NORM, i, c->head_dim, &w->q_norm) || !bind_vector(b, K_NORM, i, c->head_dim, &w->k_norm)))
+    if (c->qk_norm && (!bind_vector(b, PART_Q_NORM, i, c->head_dim, &w->q_norm) ||
+                       !bind_vector(b, PART_K_NORM, i, c->head_dim, &w->k_norm)))
         return false;
     if (b->model->kind == MODEL_GGUF && c->arch == ARCH_LLAMA)
         return unpermute_heads(b->model, &w->wq, b->err) && unpermute_heads(b->model, &w->wk, b->err);
@@ -152,8 +121,8 @@ static bool bind_layer(struct binder *b, size_t i) {
 
 // With a tied head a stored one is redundant: skipped when it equals the embedding, named when it does not.
 static void skip_stored_head(struct binder *b, const struct log *log) {
-    char name[96];
-    weight_name(b, HEAD, 0, name, sizeof name);
+    char name[WEIGHT_NAME_SIZE];
+    weight_name(b->model->kind, PART_HEAD, 0, name, sizeof name);
     const struct tensor *head = tensor_find(b->set, name);
     if (!head) return;
     b->used[head - b->set->tensors] = true;
@@ -202,20 +171,20 @@ static bool bind_rope(struct binder *b) {
     return true;
 }
 
-static bool bind_all(struct model *m, const struct log *log, struct error *err) {
+bool model_bind(struct model *m, const struct log *log, struct error *err) {
     struct binder b = {.model = m, .set = m->kind == MODEL_GGUF ? &m->gguf.tensors : &m->files, .err = err};
     const struct model_config *c = &m->config;
     b.used = arena_alloc_zero(&m->arena, b.set->n, sizeof *b.used);
     m->layers = arena_alloc_zero(&m->arena, c->n_layers, sizeof *m->layers);
     if (!b.used || !m->layers) return error_set(err, "out of memory for %zu layers", c->n_layers);
-    if (!bind_matrix(&b, EMBED, 0, c->n_vocab, c->hidden, &m->embed)) return false;
+    if (!bind_matrix(&b, PART_EMBED, 0, c->n_vocab, c->hidden, &m->embed)) return false;
     if (c->tied) {
         m->head = m->embed;
         skip_stored_head(&b, log);
-    } else if (!bind_matrix(&b, HEAD, 0, c->n_vocab, c->hidden, &m->head)) {
+    } else if (!bind_matrix(&b, PART_HEAD, 0, c->n_vocab, c->hidden, &m->head)) {
         return false;
     }
-    if (!bind_vector(&b, FINAL_NORM, 0, c->hidden, &m->final_norm)) return false;
+    if (!bind_vector(&b, PART_FINAL_NORM, 0, c->hidden, &m->final_norm)) return false;
     for (size_t i = 0; i < c->n_layers; i++)
         if (!bind_layer(&b, i)) return false;
     if (!bind_rope(&b)) return false;
@@ -316,6 +285,7 @@ static bool open_folder(struct model *m, struct error *err) {
 
 struct model *model_load(enum model_kind kind, const char *path, const struct model_load_options *options,
                          struct error *err) {
+    if (kind == MODEL_SYNTHETIC) return model_synthetic(path, options->pool, options->log, err);
     struct model *m = size_alloc_zero(1, sizeof *m);
     if (!m) {
         error_set(err, "out of memory");
@@ -326,7 +296,7 @@ struct model *model_load(enum model_kind kind, const char *path, const struct mo
     bool ok = m->path || error_set(err, "out of memory");
     if (ok && kind == MODEL_FOLDER) ok = open_folder(m, err);
     else if (ok) ok = gguf_open(path, &m->gguf, err) && model_config_from_gguf(&m->gguf, &m->config, err);
-    ok = ok && bind_all(m, options->log, err) && (!options->check_values || check_values(m, options, err));
+    ok = ok && model_bind(m, options->log, err) && (!options->check_values || check_values(m, options, err));
     if (!ok) {
         model_free(m);
         return NULL;
