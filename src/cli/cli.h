@@ -54,6 +54,7 @@ enum option_id {
     OPT_STATS,
     OPT_MACHINE,
     OPT_PATH,
+    OPT_POSITIONS,
     OPT_OUTPUT,
     OPT_GLOBS,
     OPT_COUNT

@@ -55,7 +55,8 @@ static const struct {
     [OPT_GLOBS] = {"tensors", 0, "GLOB,...", "which tensors (default: logits; see --help)"},
     [OPT_STATS] = {"stats", 0, NULL, "read every value: minimum, maximum, RMS, NaN, Inf; q/k-norm maxima by layer"},
     [OPT_MACHINE] = {"machine", 0, NULL, "say what this machine and this build can do"},
-    [OPT_PATH] = {"path", 0, "fused|standard", "which path runs (default fused)"},
+    [OPT_PATH] = {"path", 0, "fused|standard|T|H", "which path runs (default fused)"},
+    [OPT_POSITIONS] = {"positions", 0, "LIST", "rows to write, as in 0,10-20,-1 (default: all; -1 is the last)"},
     [OPT_OUTPUT] = {"output", 'o', "FILE", "where to write"},
 };
 
