@@ -1,5 +1,7 @@
-// pool.c: the thread pool. Workers spin for a short while after a loop, since the next one is usually microseconds
-// away, then sleep on a condition variable.
+// pool.c: the thread pool. Workers spin for a few dozen microseconds after a loop, since the next one is usually closer
+// than that, then sleep. A loop never waits for a worker that the system has not let run: the caller hands out pieces
+// until none is left, closes the loop, and waits only for workers that had joined it. How many CPUs there are is
+// cpus.c's.
 #include "base/pool.h"
 
 #include "base/size.h"
@@ -8,29 +10,37 @@
 #include <sched.h>
 #include <stdatomic.h>
 #include <stdbool.h>
-#include <stdio.h>
+#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
-enum { SPIN_ROUNDS = 20000, MAX_THREADS = 1024 };
+enum {
+    SPIN_ROUNDS = 2000, // of cpu_relax(): 30 to 100 microseconds
+    YIELDS = 50,        // of the caller, before it sleeps too
+    MAX_THREADS = 1024,
+};
+
+// The state of the loop in progress, in one word: its number, whether workers may still join, and how many are at it.
+static const uint64_t loop_unit = UINT64_C(1) << 32, loop_open = UINT64_C(1) << 31, loop_workers = 0xFFFF;
 
 struct pool {
     int n_threads;        // the caller included
     int n_started;        // workers running: n_threads - 1 once created
+    int spin_rounds;      // 0 with more threads than CPUs: whoever spins then keeps another from working
     pthread_t *workers;   // [n_threads - 1]
     pthread_mutex_t lock; // guards sleeping and waking
-    pthread_cond_t wake;
+    pthread_cond_t wake, done;
     bool quit; // under lock
     atomic_int n_sleeping;
+    atomic_bool caller_sleeps;
+    atomic_int next_index; // hands every worker its thread number at start
 
-    // The loop in progress, written by the caller before it raises `generation`.
+    // The loop: written by the caller while no worker is at it, read by workers that joined.
     pool_fn *fn;
     void *ctx;
     size_t n, grain;
-    atomic_size_t next;     // first item not handed out yet
-    atomic_uint generation; // counts loops
-    atomic_int n_busy;      // workers that have not finished this loop
-    atomic_int next_index;  // hands every worker its thread number at start
+    _Alignas(64) _Atomic uint64_t state;
+    _Alignas(64) atomic_size_t next; // first item not handed out yet
 };
 
 static void cpu_relax(void) {
@@ -48,30 +58,63 @@ static void work(struct pool *pool, int thread) {
     }
 }
 
+static bool is_new(uint64_t state, uint64_t seen) {
+    return state / loop_unit != seen / loop_unit;
+}
+
 // Waits for a loop after `seen`; false: the pool is closing.
-static bool wait_for_loop(struct pool *pool, unsigned seen) {
-    for (int i = 0; i < SPIN_ROUNDS; i++) {
-        if (atomic_load_explicit(&pool->generation, memory_order_acquire) != seen) return true;
+static bool wait_for_loop(struct pool *pool, uint64_t seen) {
+    for (int i = 0; i < pool->spin_rounds; i++) {
+        if (is_new(atomic_load_explicit(&pool->state, memory_order_relaxed), seen)) return true;
         cpu_relax();
     }
     pthread_mutex_lock(&pool->lock);
     atomic_fetch_add(&pool->n_sleeping, 1);
-    while (atomic_load(&pool->generation) == seen && !pool->quit) pthread_cond_wait(&pool->wake, &pool->lock);
+    while (!is_new(atomic_load(&pool->state), seen) && !pool->quit) pthread_cond_wait(&pool->wake, &pool->lock);
     atomic_fetch_sub(&pool->n_sleeping, 1);
     bool quit = pool->quit;
     pthread_mutex_unlock(&pool->lock);
     return !quit;
 }
 
+// Joins the loop in progress, if it is still open; its state either way.
+static bool join_loop(struct pool *pool, uint64_t *state) {
+    *state = atomic_load_explicit(&pool->state, memory_order_relaxed);
+    while (*state & loop_open)
+        if (atomic_compare_exchange_weak_explicit(&pool->state, state, *state + 1, memory_order_acquire,
+                                                  memory_order_relaxed))
+            return true;
+    return false;
+}
+
 static void *worker_main(void *arg) {
     struct pool *pool = arg;
     int thread = atomic_fetch_add(&pool->next_index, 1);
-    for (unsigned seen = 0; wait_for_loop(pool, seen);) {
-        seen = atomic_load_explicit(&pool->generation, memory_order_acquire);
+    for (uint64_t seen = 0; wait_for_loop(pool, seen);) {
+        if (!join_loop(pool, &seen)) continue;
         work(pool, thread);
-        atomic_fetch_sub_explicit(&pool->n_busy, 1, memory_order_release);
+        uint64_t before = atomic_fetch_sub(&pool->state, 1);
+        if ((before & (loop_workers | loop_open)) == 1 && atomic_load(&pool->caller_sleeps)) {
+            pthread_mutex_lock(&pool->lock);
+            pthread_cond_signal(&pool->done);
+            pthread_mutex_unlock(&pool->lock);
+        }
     }
     return NULL;
+}
+
+// Waits until the workers that joined have finished their pieces.
+static void wait_for_workers(struct pool *pool) {
+    for (int i = 0; i < pool->spin_rounds + YIELDS; i++) {
+        if ((atomic_load_explicit(&pool->state, memory_order_acquire) & loop_workers) == 0) return;
+        if (i < pool->spin_rounds) cpu_relax();
+        else sched_yield();
+    }
+    pthread_mutex_lock(&pool->lock);
+    atomic_store(&pool->caller_sleeps, true);
+    while ((atomic_load(&pool->state) & loop_workers) > 0) pthread_cond_wait(&pool->done, &pool->lock);
+    atomic_store(&pool->caller_sleeps, false);
+    pthread_mutex_unlock(&pool->lock);
 }
 
 void pool_for(struct pool *pool, size_t n, size_t grain, pool_fn *fn, void *ctx) {
@@ -86,37 +129,16 @@ void pool_for(struct pool *pool, size_t n, size_t grain, pool_fn *fn, void *ctx)
     pool->n = n;
     pool->grain = grain;
     atomic_store_explicit(&pool->next, 0, memory_order_relaxed);
-    atomic_store_explicit(&pool->n_busy, pool->n_threads - 1, memory_order_relaxed);
-    atomic_fetch_add(&pool->generation, 1);
+    uint64_t number = atomic_load_explicit(&pool->state, memory_order_relaxed) / loop_unit + 1;
+    atomic_store(&pool->state, number * loop_unit | loop_open);
     if (atomic_load(&pool->n_sleeping) > 0) {
         pthread_mutex_lock(&pool->lock);
         pthread_cond_broadcast(&pool->wake);
         pthread_mutex_unlock(&pool->lock);
     }
     work(pool, 0);
-    for (int i = 0; atomic_load_explicit(&pool->n_busy, memory_order_acquire) > 0; i++) {
-        if (i < SPIN_ROUNDS) cpu_relax();
-        else sched_yield();
-    }
-}
-
-// The CPU quota of the cgroup (v2) that this process sees as its root, in whole CPUs; 0 when there is none.
-static int cgroup_cpus(void) {
-    FILE *f = fopen("/sys/fs/cgroup/cpu.max", "re");
-    if (!f) return 0;
-    long quota = 0, period = 0;
-    int n = fscanf(f, "%ld %ld", &quota, &period);
-    fclose(f);
-    if (n != 2 || quota <= 0 || period <= 0) return 0;
-    return (int)((quota + period - 1) / period);
-}
-
-int pool_usable_cpus(void) {
-    cpu_set_t set;
-    int n = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1;
-    int quota = cgroup_cpus();
-    if (quota > 0 && quota < n) n = quota;
-    return n < 1 ? 1 : n > MAX_THREADS ? MAX_THREADS : n;
+    atomic_fetch_and(&pool->state, ~loop_open);
+    wait_for_workers(pool);
 }
 
 struct pool *pool_create(int n_threads, struct error *err) {
@@ -125,7 +147,7 @@ struct pool *pool_create(int n_threads, struct error *err) {
         return NULL;
     }
     if (n_threads == 0) n_threads = pool_usable_cpus();
-    struct pool *pool = size_alloc_zero(1, sizeof *pool);
+    struct pool *pool = size_alloc_aligned(1, sizeof *pool);
     pthread_t *workers = size_alloc_zero((size_t)n_threads, sizeof *workers);
     if (!pool || !workers) {
         free(pool);
@@ -133,11 +155,14 @@ struct pool *pool_create(int n_threads, struct error *err) {
         error_set(err, "out of memory for %d threads", n_threads);
         return NULL;
     }
+    memset(pool, 0, sizeof *pool);
     pool->n_threads = n_threads;
+    pool->spin_rounds = n_threads <= pool_usable_cpus() ? SPIN_ROUNDS : 0;
     pool->workers = workers;
     atomic_init(&pool->next_index, 1);
     pthread_mutex_init(&pool->lock, NULL);
     pthread_cond_init(&pool->wake, NULL);
+    pthread_cond_init(&pool->done, NULL);
     for (int i = 0; i + 1 < n_threads; i++) {
         int code = pthread_create(&workers[i], NULL, worker_main, pool);
         if (code != 0) {
@@ -154,12 +179,12 @@ void pool_free(struct pool *pool) {
     if (!pool) return;
     pthread_mutex_lock(&pool->lock);
     pool->quit = true;
-    pool->n = 0;                            // written before `generation` tells the workers to look
-    atomic_fetch_add(&pool->generation, 1); // ends the spinning too
+    atomic_fetch_add(&pool->state, loop_unit); // a closed loop: ends the spinning
     pthread_cond_broadcast(&pool->wake);
     pthread_mutex_unlock(&pool->lock);
     for (int i = 0; i < pool->n_started; i++) pthread_join(pool->workers[i], NULL);
     pthread_cond_destroy(&pool->wake);
+    pthread_cond_destroy(&pool->done);
     pthread_mutex_destroy(&pool->lock);
     free(pool->workers);
     free(pool);

@@ -14,6 +14,9 @@ struct pool *pool_create(int n_threads, struct error *err);
 void pool_free(struct pool *pool); // NULL is fine
 int pool_size(const struct pool *pool);
 int pool_usable_cpus(void);
+// The smallest CPU quota, in CPUs rounded up, of the groups that `list` (in the format of /proc/self/cgroup) names
+// under `mount`, and of those above them; 0: there is none. For pool_usable_cpus and its test.
+int pool_cgroup_cpus(const char *list, const char *mount);
 
 // Calls fn(ctx, begin, end, thread) for pieces of [0, n) of at most `grain` items until all are done; `thread` is in
 // [0, pool_size). The caller takes part; returns when every piece is done. One loop at a time: only the thread that

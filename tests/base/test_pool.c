@@ -6,7 +6,10 @@
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <cmocka.h>
@@ -85,11 +88,57 @@ static void test_create_and_free(void **state) {
     pool_free(pool);
 }
 
+static void put(const char *folder, const char *file, const char *text) {
+    char path[256];
+    snprintf(path, sizeof path, "%s/%s", folder, file);
+    FILE *f = fopen(path, "w");
+    assert_non_null(f);
+    assert_true(fputs(text, f) >= 0);
+    assert_int_equal(fclose(f), 0);
+}
+
+// Quotas of both cgroup versions: the process's own group, one above it, and a container's root.
+static void test_cgroup_quota(void **state) {
+    (void)state;
+    char root[] = "/tmp/tandem-cgroup-XXXXXX", a[64], b[64], v1[64], list[64];
+    assert_non_null(mkdtemp(root));
+    snprintf(a, sizeof a, "%s/a", root);
+    snprintf(b, sizeof b, "%s/a/b", root);
+    snprintf(v1, sizeof v1, "%s/cpu", root);
+    snprintf(list, sizeof list, "%s/list", root);
+    assert_true(mkdir(a, 0700) == 0 && mkdir(b, 0700) == 0 && mkdir(v1, 0700) == 0);
+    assert_int_equal(pool_cgroup_cpus(list, root), 0); // no such file
+    put(root, "list", "0::/a/b\n");
+    assert_int_equal(pool_cgroup_cpus(list, root), 0); // no quota
+    put(b, "cpu.max", "max 100000\n");
+    put(a, "cpu.max", "350000 100000\n");
+    assert_int_equal(pool_cgroup_cpus(list, root), 4); // 3.5, from above
+    put(b, "cpu.max", "100000 100000\n");
+    assert_int_equal(pool_cgroup_cpus(list, root), 1);
+    put(root, "list", "0::/not/here\n");
+    assert_int_equal(pool_cgroup_cpus(list, root), 0);
+    put(root, "cpu.max", "250000 100000\n");
+    assert_int_equal(pool_cgroup_cpus(list, root), 3); // a container's root
+    put(root, "list", "5:memory:/x\n4:cpu,cpuacct:/elsewhere\n");
+    assert_int_equal(pool_cgroup_cpus(list, root), 0);
+    put(v1, "cpu.cfs_quota_us", "-1\n");
+    put(v1, "cpu.cfs_period_us", "100000\n");
+    assert_int_equal(pool_cgroup_cpus(list, root), 0);
+    put(v1, "cpu.cfs_quota_us", "200000\n");
+    assert_int_equal(pool_cgroup_cpus(list, root), 2);
+    put(root, "list", "nonsense\n::\n4:cpu\n");
+    assert_int_equal(pool_cgroup_cpus(list, root), 3); // "::" is the root of version 2
+    char command[128];
+    snprintf(command, sizeof command, "rm -r %s", root);
+    assert_int_equal(system(command), 0);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_every_item_once),
         cmocka_unit_test(test_many_loops),
         cmocka_unit_test(test_create_and_free),
+        cmocka_unit_test(test_cgroup_quota),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
