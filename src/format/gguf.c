@@ -337,7 +337,7 @@ static bool fill(struct cursor c, struct gguf *g, size_t n_values, size_t n_tens
     char name[256];
     bool ok = false;
     g->values = arena_alloc(arena, n_values, sizeof *g->values);
-    g->tensors.tensors = arena_alloc(arena, n_tensors, sizeof *g->tensors.tensors);
+    g->tensors.tensors = size_alloc(n_tensors, sizeof *g->tensors.tensors);
     if (!offsets || !g->values || !g->tensors.tensors) {
         error_set(c.err, "out of memory for %zu metadata values and %zu tensors", n_values, n_tensors);
         goto done;

@@ -5,6 +5,7 @@
 #include "base/file.h"
 
 #include <inttypes.h>
+#include <string.h>
 
 json_t *json_parse(const char *text, size_t n, const char *name, struct error *err) {
     if (n > JSON_MAX_BYTES) {
@@ -15,6 +16,12 @@ json_t *json_parse(const char *text, size_t n, const char *name, struct error *e
     json_t *root = json_loadb(n ? text : "", n, JSON_REJECT_DUPLICATES, &problem);
     if (!root)
         error_set(err, "%s: line %d, column %d: not valid JSON: %s", name, problem.line, problem.column, problem.text);
+    // jansson 2.14 steps over a NUL that follows a number or a word.
+    if (root && n && memchr(text, '\0', n)) {
+        error_set(err, "%s: not valid JSON: NUL byte", name);
+        json_decref(root);
+        root = NULL;
+    }
     return root;
 }
 

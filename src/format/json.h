@@ -1,5 +1,5 @@
-// json.h: JSON from files and requests, by way of jansson, with the limits that hostile input needs: duplicate keys are
-// errors, depth is bounded, and messages name the file, line and column.
+// json.h: small JSON from files and requests, by way of jansson, with the limits that hostile input needs: duplicate
+// keys are errors, depth is bounded, and messages name the file, line and column.
 #ifndef TANDEM_FORMAT_JSON_H
 #define TANDEM_FORMAT_JSON_H
 
@@ -10,7 +10,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum { JSON_MAX_BYTES = 256 << 20 };
+// A tree takes up to 40 times its text. Larger files have readers of their own (json_scan.h, text/tokenizer_reader.h).
+enum { JSON_MAX_BYTES = 16 << 20 };
 
 // Parses `n` bytes; `name` is used in messages. The caller owns the reference. NULL on error.
 json_t *json_parse(const char *text, size_t n, const char *name, struct error *err);

@@ -5,12 +5,14 @@
 #include "base/buffer.h"
 #include "base/size.h"
 #include "format/json.h"
+#include "format/json_scan.h"
 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-enum { LENGTH_BYTES = 8, MAX_HEADER = 100000000, MAX_INDEX = JSON_MAX_BYTES }; // the format's own limit: 100 MB
+// The header's limit is the format's own. Indexes in use have at most 10 MB (100,000 tensors).
+enum { LENGTH_BYTES = 8, MAX_HEADER = 100000000, MAX_INDEX = 64 << 20 };
 #define META_KEY "__metadata__"
 
 // Tensors collected from one file or many, before they become a set.
@@ -19,16 +21,16 @@ struct list {
     size_t n, cap;
 };
 
-static struct tensor *list_add(struct list *list) {
-    if (list->n == list->cap) {
-        size_t cap;
-        if (!size_mul_add(list->cap, 2, 64, &cap)) return NULL;
-        struct tensor *items = size_realloc(list->items, cap, sizeof *items);
-        if (!items) return NULL;
-        list->items = items;
-        list->cap = cap;
-    }
-    return &list->items[list->n++];
+// Makes room for `extra` more, and no more than that.
+static bool list_reserve(struct list *list, size_t extra, struct error *err) {
+    size_t cap;
+    if (!size_add(list->n, extra, &cap)) return error_set(err, "out of memory");
+    if (cap <= list->cap) return true;
+    struct tensor *items = size_realloc(list->items, cap, sizeof *items);
+    if (!items) return error_set(err, "out of memory");
+    list->items = items;
+    list->cap = cap;
+    return true;
 }
 
 static uint64_t read_u64(const unsigned char *p) {
@@ -54,38 +56,68 @@ static bool refuse_type(const char *tensor, const char *found, struct error *err
     return error_set(err, "tensor %s: the element type %.40s is not supported (supported:%s)", tensor, found, known);
 }
 
-// A size from the header: a JSON integer that is not negative.
-static bool read_size(const json_t *value, size_t *out) {
-    return json_is_integer(value) && json_integer_value(value) >= 0 &&
-           size_from_u64((uint64_t)json_integer_value(value), out);
-}
-
-static bool read_shape(const json_t *shape, struct tensor *t, struct error *err) {
-    if (!json_is_array(shape)) return error_set(err, "tensor %s: \"shape\" is missing or no list", t->name);
-    size_t rank = json_array_size(shape);
-    if (rank > TENSOR_MAX_RANK)
-        return error_set(err, "tensor %s: %zu dimensions, at most %d are supported", t->name, rank, TENSOR_MAX_RANK);
-    t->rank = (int)rank;
-    for (size_t i = 0; i < rank; i++) {
-        if (!read_size(json_array_get(shape, i), &t->shape[i]))
-            return error_set(err, "tensor %s: dimension %zu of \"shape\" is no integer of 0 or more", t->name, i);
+// The list of sizes at the cursor, of which the first `max` land in `out`; *n gets how many there are. False: it is no
+// list (*n is 0), or item *n is no integer of 0 or more.
+static bool read_sizes(struct json_cursor *c, size_t max, size_t *out, size_t *n) {
+    *n = 0;
+    if (json_cursor_type(c) != '[') return false;
+    for (json_cursor_enter(c); json_cursor_more(c); ++*n) {
+        size_t value;
+        if (!json_cursor_size(c, &value)) {
+            if (*n < max) return false;
+            json_cursor_skip(c);
+        } else if (*n < max) {
+            out[*n] = value;
+        }
     }
     return true;
 }
 
-// One entry of the header. `data` is the file's data part, `n_data` bytes.
-static bool read_tensor(const json_t *entry, const unsigned char *data, size_t n_data, struct tensor *t,
-                        struct error *err) {
-    if (!json_is_object(entry)) return error_set(err, "tensor %s: expected an object in the header", t->name);
-    const json_t *type = json_object_get(entry, "dtype");
-    if (!json_is_string(type)) return error_set(err, "tensor %s: \"dtype\" is missing or no string", t->name);
-    if (!read_type(json_string_value(type), &t->type)) return refuse_type(t->name, json_string_value(type), err);
-    if (!read_shape(json_object_get(entry, "shape"), t, err) || !tensor_measure(t, err)) return false;
-    const json_t *offsets = json_object_get(entry, "data_offsets");
-    size_t begin, end;
-    if (!json_is_array(offsets) || json_array_size(offsets) != 2 || !read_size(json_array_get(offsets, 0), &begin) ||
-        !read_size(json_array_get(offsets, 1), &end))
+static bool read_shape(struct json_cursor *c, struct tensor *t, struct error *err) {
+    size_t rank;
+    bool is_list = json_cursor_type(c) == '[', good = read_sizes(c, TENSOR_MAX_RANK, t->shape, &rank);
+    if (!is_list) return error_set(err, "tensor %s: \"shape\" is missing or no list", t->name);
+    if (rank > TENSOR_MAX_RANK)
+        return error_set(err, "tensor %s: %zu dimensions, at most %d are supported", t->name, rank, TENSOR_MAX_RANK);
+    if (!good) return error_set(err, "tensor %s: dimension %zu of \"shape\" is no integer of 0 or more", t->name, rank);
+    t->rank = (int)rank;
+    return true;
+}
+
+static bool read_dtype(struct json_cursor *c, struct tensor *t, struct buffer *text, struct error *err) {
+    if (json_cursor_type(c) != '"') return error_set(err, "tensor %s: \"dtype\" is missing or no string", t->name);
+    if (!json_cursor_text(c, text)) return error_set(err, "out of memory");
+    return read_type(buffer_text(text), &t->type) || refuse_type(t->name, buffer_text(text), err);
+}
+
+// Where the members of one entry stand; a cursor of n 0 (type 0) is an absent one.
+struct entry {
+    struct json_cursor dtype, shape, offsets;
+};
+
+static bool find_members(struct json_cursor *c, struct entry *e, struct buffer *key, struct error *err) {
+    *e = (struct entry){0};
+    for (json_cursor_enter(c); json_cursor_more(c); json_cursor_skip(c)) {
+        if (!json_cursor_key(c, key)) return error_set(err, "out of memory");
+        if (strcmp(buffer_text(key), "dtype") == 0) e->dtype = *c;
+        if (strcmp(buffer_text(key), "shape") == 0) e->shape = *c;
+        if (strcmp(buffer_text(key), "data_offsets") == 0) e->offsets = *c;
+    }
+    return true;
+}
+
+// One entry of the header, at the cursor. `data` is the file's data part, `n_data` bytes.
+static bool read_tensor(struct json_cursor *c, const unsigned char *data, size_t n_data, struct tensor *t,
+                        struct buffer *scratch, struct error *err) {
+    struct entry e;
+    size_t offsets[2], n_offsets;
+    if (json_cursor_type(c) != '{') return error_set(err, "tensor %s: expected an object in the header", t->name);
+    if (!find_members(c, &e, scratch, err) || !read_dtype(&e.dtype, t, scratch, err) || !read_shape(&e.shape, t, err) ||
+        !tensor_measure(t, err))
+        return false;
+    if (!read_sizes(&e.offsets, 2, offsets, &n_offsets) || n_offsets != 2)
         return error_set(err, "tensor %s: \"data_offsets\" is no list of two integers of 0 or more", t->name);
+    size_t begin = offsets[0], end = offsets[1];
     if (begin > end) return error_set(err, "tensor %s: data_offsets [%zu, %zu] are reversed", t->name, begin, end);
     if (end > n_data)
         return error_set(err,
@@ -102,12 +134,12 @@ static bool read_tensor(const json_t *entry, const unsigned char *data, size_t n
     return true;
 }
 
-static bool check_metadata(const json_t *meta, struct error *err) {
-    if (!json_is_object(meta)) return error_set(err, META_KEY " is no object");
-    const char *key;
-    json_t *value;
-    json_object_foreach((json_t *)(uintptr_t)meta, key, value) {
-        if (!json_is_string(value)) return error_set(err, META_KEY ": the value of \"%.80s\" is no string", key);
+static bool check_metadata(struct json_cursor *c, struct buffer *key, struct error *err) {
+    if (json_cursor_type(c) != '{') return error_set(err, META_KEY " is no object");
+    for (json_cursor_enter(c); json_cursor_more(c); json_cursor_skip(c)) {
+        if (!json_cursor_key(c, key)) return error_set(err, "out of memory");
+        if (json_cursor_type(c) != '"')
+            return error_set(err, META_KEY ": the value of \"%.80s\" is no string", buffer_text(key));
     }
     return true;
 }
@@ -148,6 +180,40 @@ done:
     return ok;
 }
 
+// At most how many tensors a checked header describes: members whose text is long enough for an entry.
+static size_t count_entries(struct json_cursor c) {
+    size_t n = 0;
+    for (json_cursor_enter(&c); json_cursor_more(&c);) {
+        json_cursor_skip(&c); // the key
+        if (json_cursor_type(&c) == ':') c.at++;
+        size_t start = c.at;
+        json_cursor_skip(&c);
+        if (c.at - start >= sizeof "{'dtype':'U8','shape':[],'data_offsets':[0,0]}" - 1) n++;
+    }
+    return n;
+}
+
+// Appends the tensors of a checked header to `list`, which has room for them.
+static bool read_header(struct json_cursor c, const unsigned char *data, size_t n_data, const char *file,
+                        struct arena *arena, struct list *list, struct error *err) {
+    struct buffer text = {0};
+    bool ok = true;
+    for (json_cursor_enter(&c); ok && json_cursor_more(&c);) {
+        if (!json_cursor_key(&c, &text)) {
+            ok = error_set(err, "out of memory");
+        } else if (strcmp(buffer_text(&text), META_KEY) == 0) {
+            ok = check_metadata(&c, &text, err);
+        } else {
+            struct tensor t = {.name = arena_copy_text(arena, buffer_text(&text), text.len), .file = file};
+            ok = t.name ? read_tensor(&c, data, n_data, &t, &text, err) : error_set(err, "out of memory");
+            if (ok && list->n == list->cap) ok = error_set(err, "the header changed while it was read");
+            if (ok) list->items[list->n++] = t;
+        }
+    }
+    buffer_free(&text);
+    return ok;
+}
+
 // Appends the tensors of one file to `list`; names go into `arena`. `file` lives as long as the arena.
 static bool parse(const unsigned char *bytes, size_t size, const char *file, struct arena *arena, struct list *list,
                   struct error *err) {
@@ -164,37 +230,17 @@ static bool parse(const unsigned char *bytes, size_t size, const char *file, str
     const unsigned char *data = bytes + LENGTH_BYTES + n_header;
     size_t n_data = size - LENGTH_BYTES - n_header, first = list->n;
     if (n_header == 0 || bytes[LENGTH_BYTES] != '{') return error_set(err, "the header does not begin with '{'");
-    bool ok = false;
-    json_t *header = json_parse((const char *)bytes + LENGTH_BYTES, n_header, "header", err);
-    if (!header) return false;
-    const char *key;
-    json_t *value;
-    json_object_foreach(header, key, value) {
-        if (strcmp(key, META_KEY) == 0) {
-            if (!check_metadata(value, err)) goto done;
-            continue;
-        }
-        struct tensor *t = list_add(list);
-        char *name = arena_copy_text(arena, key, strlen(key));
-        if (!t || !name) {
-            error_set(err, "out of memory");
-            goto done;
-        }
-        *t = (struct tensor){.name = name, .file = file};
-        if (!read_tensor(value, data, n_data, t, err)) goto done;
-    }
-    ok = check_tiling(list->n ? &list->items[first] : NULL, list->n - first, data, n_data, err);
-done:
-    json_decref(header);
-    return ok;
+    struct json_cursor header = {(const char *)bytes + LENGTH_BYTES, n_header, 0};
+    return json_scan_check(header.text, n_header, "header", err) && list_reserve(list, count_entries(header), err) &&
+           read_header(header, data, n_data, file, arena, list, err) &&
+           check_tiling(list->n > first ? &list->items[first] : NULL, list->n - first, data, n_data, err);
 }
 
-// Moves the collected tensors into the set's arena, sorted.
-static bool finish(struct tensor_set *set, const struct list *list, struct error *err) {
-    set->tensors = arena_alloc(&set->arena, list->n, sizeof *set->tensors);
-    if (!set->tensors) return error_set(err, "out of memory");
-    if (list->n) memcpy(set->tensors, list->items, list->n * sizeof *set->tensors);
+// Hands the collected tensors to the set, sorted.
+static bool finish(struct tensor_set *set, struct list *list, struct error *err) {
+    set->tensors = list->items;
     set->n = list->n;
+    *list = (struct list){0};
     return tensor_set_sort(set, err);
 }
 
@@ -236,67 +282,129 @@ static bool is_plain_name(const char *name) {
     return name[0] != '\0' && !strpbrk(name, "/\\") && !strstr(name, "..") && strcmp(name, ".") != 0;
 }
 
-// The distinct shards of the index, as the keys of a new object; NULL on error.
-static json_t *list_shards(const json_t *weight_map, struct error *err) {
-    json_t *shards = json_object();
-    if (!shards) {
-        error_set(err, "out of memory");
-        return NULL;
+// An index: where it places each tensor.
+struct place {
+    const char *tensor, *shard;
+};
+struct index {
+    struct place *places; // [n] malloc'ed, sorted by tensor
+    const char **shards;  // [n_shards] malloc'ed, sorted, each once
+    size_t n, n_shards;
+    struct arena names;
+};
+
+static void index_free(struct index *index) {
+    free(index->places);
+    free(index->shards);
+    arena_free(&index->names);
+}
+
+static int by_tensor(const void *a, const void *b) {
+    return strcmp(((const struct place *)a)->tensor, ((const struct place *)b)->tensor);
+}
+
+static int by_text(const void *a, const void *b) {
+    return strcmp(*(const char *const *)a, *(const char *const *)b);
+}
+
+// One member of "weight_map", at the cursor.
+static bool read_place(struct json_cursor *c, struct index *index, struct buffer *text, struct error *err) {
+    struct place *place = &index->places[index->n];
+    if (!json_cursor_key(c, text) || !(place->tensor = arena_copy_text(&index->names, buffer_text(text), text->len)))
+        return error_set(err, "out of memory");
+    if (json_cursor_type(c) != '"') return error_set(err, "the shard of tensor %s is no string", place->tensor);
+    if (!json_cursor_text(c, text)) return error_set(err, "out of memory");
+    if (!is_plain_name(buffer_text(text)))
+        return error_set(err, "tensor %s: the shard name \"%s\" is no plain file name in the model's folder",
+                         place->tensor, buffer_text(text));
+    // Tensors of one shard mostly follow each other.
+    const struct place *previous = index->n ? place - 1 : NULL;
+    place->shard = previous && strcmp(previous->shard, buffer_text(text)) == 0
+                       ? previous->shard
+                       : arena_copy_text(&index->names, buffer_text(text), text->len);
+    if (!place->shard) return error_set(err, "out of memory");
+    index->n++;
+    return true;
+}
+
+static bool list_shards(struct index *index, struct error *err) {
+    index->shards = size_alloc(index->n, sizeof(const char *));
+    if (!index->shards) return error_set(err, "out of memory");
+    for (size_t i = 0; i < index->n; i++) index->shards[i] = index->places[i].shard;
+    qsort(index->shards, index->n, sizeof(const char *), by_text);
+    for (size_t i = 0; i < index->n; i++)
+        if (i == 0 || strcmp(index->shards[i], index->shards[i - 1]) != 0)
+            index->shards[index->n_shards++] = index->shards[i];
+    return true;
+}
+
+// `c` stands at the value of "weight_map".
+static bool read_weight_map(struct json_cursor c, struct index *index, struct error *err) {
+    struct buffer text = {0};
+    size_t n = 0;
+    struct json_cursor counter = c;
+    for (json_cursor_enter(&counter); json_cursor_more(&counter); n++) {
+        json_cursor_skip(&counter);
+        if (json_cursor_type(&counter) == ':') counter.at++;
+        json_cursor_skip(&counter);
     }
-    const char *tensor;
-    json_t *value;
-    json_object_foreach((json_t *)(uintptr_t)weight_map, tensor, value) {
-        const char *shard = json_string_value(value);
-        if (!shard) {
-            error_set(err, "the shard of tensor %s is no string", tensor);
-        } else if (!is_plain_name(shard)) {
-            error_set(err, "tensor %s: the shard name \"%s\" is no plain file name in the model's folder", tensor,
-                      shard);
-        } else if (json_object_set_new(shards, shard, json_null()) != 0) {
-            error_set(err, "out of memory");
-        } else {
-            continue;
+    if (n == 0) return error_set(err, "weight_map names no shard");
+    index->places = size_alloc(n, sizeof *index->places);
+    bool ok = index->places || error_set(err, "out of memory");
+    for (json_cursor_enter(&c); ok && index->n < n && json_cursor_more(&c);) ok = read_place(&c, index, &text, err);
+    buffer_free(&text);
+    if (!ok) return false;
+    qsort(index->places, index->n, sizeof *index->places, by_tensor);
+    return list_shards(index, err);
+}
+
+static bool read_index(const char *path, struct index *index, struct error *err) {
+    struct buffer json = {0}, key = {0};
+    struct json_cursor weight_map = {0};
+    bool ok = file_read(path, MAX_INDEX, &json, err) && json_scan_check(buffer_text(&json), json.len, path, err);
+    if (!ok) goto done;
+    struct json_cursor c = {buffer_text(&json), json.len, 0};
+    if (json_cursor_type(&c) == '{') {
+        for (json_cursor_enter(&c); json_cursor_more(&c); json_cursor_skip(&c)) {
+            if (!json_cursor_key(&c, &key)) {
+                ok = error_set(err, "%s: out of memory", path);
+                goto done;
+            }
+            if (strcmp(buffer_text(&key), "weight_map") == 0) weight_map = c;
         }
-        json_decref(shards);
-        return NULL;
     }
-    if (json_object_size(shards) == 0) {
-        error_set(err, "weight_map names no shard");
-        json_decref(shards);
-        return NULL;
-    }
-    return shards;
+    if (json_cursor_type(&weight_map) == '{') ok = read_weight_map(weight_map, index, err);
+    else ok = error_set(err, "\"weight_map\" is missing or no object");
+    if (!ok) error_prefix(err, "%s: ", path);
+done:
+    buffer_free(&json);
+    buffer_free(&key);
+    return ok;
 }
 
 // Every tensor of the shard just read (list[first..]) must be placed there by the index.
-static bool check_shard(const struct list *list, size_t first, const json_t *weight_map, const char *shard,
+static bool check_shard(const struct list *list, size_t first, const struct index *index, const char *shard,
                         struct error *err) {
     for (size_t i = first; i < list->n; i++) {
-        const char *expected = json_string_value(json_object_get(weight_map, list->items[i].name));
-        if (!expected)
-            return error_set(err, "shard %s holds tensor %s, which the index does not list", shard,
-                             list->items[i].name);
-        if (strcmp(expected, shard) != 0)
-            return error_set(err, "shard %s holds tensor %s, which the index places in %s", shard, list->items[i].name,
-                             expected);
+        struct place wanted = {.tensor = list->items[i].name};
+        const struct place *place = bsearch(&wanted, index->places, index->n, sizeof wanted, by_tensor);
+        if (!place)
+            return error_set(err, "shard %s holds tensor %s, which the index does not list", shard, wanted.tensor);
+        if (strcmp(place->shard, shard) != 0)
+            return error_set(err, "shard %s holds tensor %s, which the index places in %s", shard, wanted.tensor,
+                             place->shard);
     }
     return true;
 }
 
-static bool open_shards(const char *folder, const json_t *weight_map, struct tensor_set *set, struct list *list,
+static bool open_shards(const char *folder, const struct index *index, struct tensor_set *set, struct list *list,
                         struct error *err) {
     bool ok = false;
     struct buffer path = {0};
-    json_t *shards = list_shards(weight_map, err);
-    if (!shards) return false;
-    set->maps = arena_alloc_zero(&set->arena, json_object_size(shards), sizeof *set->maps);
-    if (!set->maps) {
-        error_set(err, "out of memory");
-        goto done;
-    }
-    const char *shard;
-    json_t *unused;
-    json_object_foreach(shards, shard, unused) {
+    set->maps = arena_alloc_zero(&set->arena, index->n_shards, sizeof *set->maps);
+    if (!set->maps) return error_set(err, "out of memory");
+    for (size_t i = 0; i < index->n_shards; i++) {
+        const char *shard = index->shards[i];
         size_t first = list->n;
         buffer_clear(&path);
         if (!buffer_printf(&path, "%s/%s", folder, shard)) {
@@ -307,39 +415,30 @@ static bool open_shards(const char *folder, const json_t *weight_map, struct ten
             error_set(err, "shard %s is missing from the folder", shard);
             goto done;
         }
-        if (!map_shard(path.data, set, list, err) || !check_shard(list, first, weight_map, shard, err)) goto done;
+        if (!map_shard(path.data, set, list, err) || !check_shard(list, first, index, shard, err)) goto done;
     }
     if (!finish(set, list, err)) goto done;
-    const char *tensor;
-    json_t *value;
-    json_object_foreach((json_t *)(uintptr_t)weight_map, tensor, value) {
-        if (tensor_find(set, tensor)) continue;
-        error_set(err, "the index places tensor %s in shard %s, which does not hold it", tensor,
-                  json_string_value(value));
+    for (size_t i = 0; i < index->n; i++) {
+        if (tensor_find(set, index->places[i].tensor)) continue;
+        error_set(err, "the index places tensor %s in shard %s, which does not hold it", index->places[i].tensor,
+                  index->places[i].shard);
         goto done;
     }
     ok = true;
 done:
     buffer_free(&path);
-    json_decref(shards);
     return ok;
 }
 
 static bool open_index(const char *folder, const char *index_path, struct tensor_set *set, struct error *err) {
     *set = (struct tensor_set){0};
     struct list list = {0};
-    bool ok = false;
-    json_t *index = json_load_path(index_path, MAX_INDEX, err);
-    if (!index) return false;
-    const json_t *weight_map = json_object_get(index, "weight_map");
-    if (json_is_object(weight_map)) ok = open_shards(folder, weight_map, set, &list, err);
-    else error_set(err, "\"weight_map\" is missing or no object");
-    if (!ok) {
-        tensor_set_free(set);
-        error_prefix(err, "%s: ", index_path);
-    }
+    struct index index = {0};
+    bool ok = read_index(index_path, &index, err);
+    if (ok && !open_shards(folder, &index, set, &list, err)) ok = error_prefix(err, "%s: ", index_path);
+    if (!ok) tensor_set_free(set);
     free(list.items);
-    json_decref(index);
+    index_free(&index);
     return ok;
 }
 

@@ -21,6 +21,7 @@ const struct tensor *tensor_find(const struct tensor_set *set, const char *name)
 void tensor_set_free(struct tensor_set *set) {
     for (size_t i = 0; i < set->n_maps; i++) file_map_close(&set->maps[i]);
     arena_free(&set->arena);
+    free(set->tensors);
     *set = (struct tensor_set){0};
 }
 

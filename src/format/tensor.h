@@ -27,11 +27,11 @@ struct tensor {
 
 // The tensors of one model: one GGUF or safetensors file, or all shards of a folder. Sorted by name; names are unique.
 struct tensor_set {
-    struct tensor *tensors; // [n]
+    struct tensor *tensors; // [n] malloc'ed
     size_t n;
     struct file_map *maps; // [n_maps]
     size_t n_maps;
-    struct arena arena; // owns tensors, names and maps[]
+    struct arena arena; // owns names and maps[]
 };
 
 const struct tensor *tensor_find(const struct tensor_set *set, const char *name); // NULL when absent

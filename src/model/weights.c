@@ -258,13 +258,15 @@ static bool check_values(const struct model *m, const struct model_load_options 
 // ---- Opening
 // ---------------------------------------------------------------------------------------------------------
 
+enum { MAX_CONFIG_BYTES = 4 << 20 }; // those in use have a few KB; lists of modules make some longer
+
 static bool read_config_file(const char *folder, const char *file, bool optional, json_t **out, struct error *err) {
     struct buffer path = {0};
     *out = NULL;
     if (!buffer_printf(&path, "%s/%s", folder, file)) return error_set(err, "out of memory");
     bool ok = true;
     if (!optional || file_exists(path.data)) {
-        *out = json_load_path(path.data, 16 << 20, err);
+        *out = json_load_path(path.data, MAX_CONFIG_BYTES, err);
         ok = *out != NULL;
     }
     buffer_free(&path);

@@ -2,7 +2,7 @@
 #include "text/pyjson.h"
 
 #include "base/size.h"
-#include "text/utf8.h"
+#include "base/utf8.h"
 
 #include <math.h>
 #include <stdint.h>

@@ -4,7 +4,7 @@
 
 #include "base/buffer.h"
 #include "base/size.h"
-#include "text/utf8.h"
+#include "base/utf8.h"
 
 #include <stdlib.h>
 #include <string.h>

@@ -2,7 +2,7 @@
 // may hold is checked when it is rendered (template.c).
 #include "text/template_document.h"
 
-#include "text/utf8.h"
+#include "base/utf8.h"
 
 #include <stdlib.h>
 #include <string.h>

@@ -12,6 +12,10 @@
 #define FILE_NAME "tokenizer.json"
 #define CONFIG_NAME "tokenizer_config.json"
 
+// Vocabulary and merges take most of the file and are read in place; the rest goes to the general parser, whose own
+// limit is lower.
+enum { MAX_FILE_BYTES = 256 << 20 };
+
 // A member that may be absent or null: NULL then.
 static const json_t *member(const json_t *object, const char *key) {
     const json_t *value = json_object_get(object, key);
@@ -287,7 +291,7 @@ static bool read_file(const char *folder, const char *name, bool needed, struct 
     struct buffer path = {0};
     bool ok = buffer_printf(&path, "%s/%s", folder, name) || error_set(err, "%s: out of memory", name);
     *found = ok && (needed || file_exists(path.data));
-    if (*found) ok = file_read(path.data, JSON_MAX_BYTES, out, err);
+    if (*found) ok = file_read(path.data, MAX_FILE_BYTES, out, err);
     buffer_free(&path);
     return ok;
 }

@@ -2,6 +2,7 @@
 import json
 import os
 import pathlib
+import resource
 import shutil
 import struct
 import subprocess
@@ -187,3 +188,63 @@ def test_shard_names_stay_inside_the_folder(shard, tmp_path):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     done = tandem("inspect", folder)
     assert done.returncode == 1 and (shard in done.stderr)
+
+
+SIZE = 10_000_000  # of a hostile file; the format allows 100 MB
+
+
+def fill(item, around="{%s}"):
+    """JSON of about SIZE bytes: as many different items as fit."""
+    count, size = 0, 0
+    while size < SIZE:
+        count += 4096
+        size = len(item % count) * count
+    return (around % ",".join(item % i for i in range(count))).encode()
+
+
+def inspect_in(folder, limit):
+    """`inspect` with at most `limit` bytes of memory of its own, mapped files apart."""
+    return subprocess.run([TANDEM, "inspect", str(folder)], capture_output=True, text=True, timeout=60,
+                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit)))
+
+
+@pytest.mark.parametrize("header, words", [
+    (lambda: fill('"%x":0'), ["expected an object"]),
+    (lambda: fill('"%x":{}'), ['"dtype" is missing']),
+    (lambda: fill('"%x":""', '{"__metadata__":{%s}}'), ["missing"]),
+    (lambda: fill('"%x":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'), ["model.embed_tokens.weight", "missing"]),
+    (lambda: b'{"a":[' + b"[]," * (SIZE // 3) + b"[]]}", ["expected an object"]),
+    (lambda: b'{"a":' + b"[" * SIZE, ["depth"]),
+    (lambda: b'{"' + b"x" * SIZE + b'":{}}', ['tensor xxx']),
+    (lambda: b'{"a":' + b"1" * SIZE + b"}", ["too big integer"]),
+    (lambda: b'{"a":0.' + b"1" * SIZE + b"}", ["expected an object"]),
+])
+def test_hostile_headers_cost_little_memory(header, words, tmp_path):
+    folder = make_model(tmp_path / "m")[0]
+    text = header()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
+    done = inspect_in(folder, 3 * len(text) + 8_000_000)
+    assert done.returncode == 1 and all(word in done.stderr for word in words), done.stderr
+
+
+def test_hostile_index_costs_little_memory(tmp_path):
+    folder = make_model(tmp_path / "m")[0]
+    (folder / "model.safetensors").rename(folder / "a")
+    index = folder / "model.safetensors.index.json"
+    for item, word in (('"%x":"a"', "which the index does not list"), ('"%x":0', "is no string"),
+                       ('"":{"%x":0}', "duplicate")):
+        index.write_bytes(fill(item, '{"weight_map":{%s}}'))
+        done = inspect_in(folder, 5 * index.stat().st_size + 8_000_000)  # the file itself is one of the five
+        assert done.returncode == 1 and word in done.stderr, done.stderr
+    with index.open("wb") as file:
+        file.truncate((64 << 20) + 1)
+    assert "more than the limit of 67108864" in inspect_in(folder, 8_000_000).stderr
+
+
+@pytest.mark.parametrize("name, limit", [("config.json", 4 << 20), ("generation_config.json", 4 << 20),
+                                         ("tokenizer_config.json", 16 << 20), ("tokenizer.json", 16 << 20)])
+def test_small_files_have_small_limits(name, limit, tmp_path):
+    folder = make_model(tmp_path / "m")[0]
+    (folder / name).write_bytes(b'{"a":"' + b"x" * limit + b'"}')
+    done = tandem("run", folder, "-p", "x", "-n", "1")
+    assert done.returncode == 1 and name in done.stderr and "limit" in done.stderr, done.stderr

@@ -28,6 +28,7 @@ static void refused(const char *text, size_t n, const char *words) {
 
 static void test_refused(void **state) {
     (void)state;
+    struct error err = {""};
     refused("", 0, "line 1");
     refused("{\"a\":1,\n \"a\":2}", 15, "line 2, column");
     refused("{\"a\":1,\"\\u0061\":2}", 18, "duplicate");
@@ -40,6 +41,8 @@ static void test_refused(void **state) {
     refused("[\"\xc0\xaf\"]", 6, "decode"); // an overlong form
     refused("[NaN]", 5, "NaN");
     refused("{\"a\0\":1}", 8, "line 1");
+    assert_null(json_parse("[0\0]", 4, "t.json", &err));
+    assert_string_equal(err.text, "t.json: not valid JSON: NUL byte");
     struct buffer deep = {0};
     for (int i = 0; i < 100000; i++) assert_true(buffer_append_byte(&deep, '['));
     refused(deep.data, deep.len, "depth");

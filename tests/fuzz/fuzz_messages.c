@@ -3,7 +3,7 @@
 // nothing that is rendered.
 #include "text/template.h"
 
-#include "text/utf8.h"
+#include "base/utf8.h"
 
 #include <stdint.h>
 #include <stdlib.h>

@@ -1,6 +1,6 @@
 // utf8.h: one strict UTF-8 decoder. It owns no tables and no policy: callers decide what an invalid byte becomes.
-#ifndef TANDEM_TEXT_UTF8_H
-#define TANDEM_TEXT_UTF8_H
+#ifndef TANDEM_BASE_UTF8_H
+#define TANDEM_BASE_UTF8_H
 
 #include <stddef.h>
 #include <stdint.h>
