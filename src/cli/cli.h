@@ -57,6 +57,8 @@ enum option_id {
     OPT_POSITIONS,
     OPT_OUTPUT,
     OPT_GLOBS,
+    OPT_STAGE,
+    OPT_THOROUGH,
     OPT_COUNT
 };
 
@@ -85,7 +87,7 @@ struct command {
 };
 
 extern const struct command command_chat, command_run, command_tokenize, command_template, command_inspect,
-    command_trace;
+    command_trace, command_check;
 
 // Says `tandem: SUBCOMMAND: ...` on stderr and returns EXIT_FAULT (cli_usage: EXIT_USAGE).
 int cli_fail(const char *format, ...) __attribute__((format(printf, 1, 2)));
@@ -105,6 +107,13 @@ bool cli_on_off(const struct cli_options *o, enum option_id id, int *out); // -1
 const char *cli_model(const struct cli_options *o);
 const char *cli_default_model(void); // main.c: NULL when not found
 const char *cli_history_path(void);  // main.c: NULL when there is no home folder
+
+// Messages and a progress bar on stderr, for what takes a struct log. All zero is a bar that was never shown.
+struct cli_bar {
+    double started;
+    bool shown;
+};
+struct log cli_log(struct cli_bar *bar);
 
 // Opens the engine with a progress bar and warnings on stderr; NULL (reported) on failure.
 tandem_engine *cli_open(const struct cli_options *o);

@@ -45,14 +45,9 @@ int cli_usage(const char *format, ...) {
 // ---- Opening
 // ---------------------------------------------------------------------------------------------------------
 
-// The progress bar: on a terminal only, and only for work that takes over a second.
-struct bar {
-    double started;
-    bool shown;
-};
-
+// On a terminal only, and only for work that takes over a second.
 static void show_progress(void *user, const char *what, double fraction) {
-    struct bar *bar = user;
+    struct cli_bar *bar = user;
     enum { WIDTH = 30 };
     if (!isatty(STDERR_FILENO)) return;
     double now = clock_seconds();
@@ -65,13 +60,21 @@ static void show_progress(void *user, const char *what, double fraction) {
     fprintf(stderr, "] %3d%%", (int)(100 * fraction));
     if (fraction >= 1) {
         fprintf(stderr, "\r\033[K");
-        *bar = (struct bar){0};
+        *bar = (struct cli_bar){0};
     }
 }
 
 static void show_message(void *user, enum tandem_log_level level, const char *text) {
     (void)user;
     fprintf(stderr, "tandem: %s: %s%s\n", command_name, level == TANDEM_LOG_WARN ? "warning: " : "", text);
+}
+
+static void show_log(void *user, enum log_level level, const char *text) {
+    show_message(user, level == LOG_WARN ? TANDEM_LOG_WARN : TANDEM_LOG_INFO, text);
+}
+
+struct log cli_log(struct cli_bar *bar) {
+    return (struct log){.message = show_log, .progress = show_progress, .user = bar};
 }
 
 const char *cli_model(const struct cli_options *o) {
@@ -90,7 +93,7 @@ tandem_engine *cli_open(const struct cli_options *o) {
         return NULL;
     const char *model = cli_model(o);
     if (!model) return NULL;
-    struct bar bar = {0};
+    struct cli_bar bar = {0};
     tandem_options options = {.model = model,
                               .threads = (int)threads,
                               .context = context,

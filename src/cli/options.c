@@ -57,6 +57,8 @@ static const struct {
     [OPT_MACHINE] = {"machine", 0, NULL, "say what this machine and this build can do"},
     [OPT_PATH] = {"path", 0, "fused|standard|T|H", "which path runs (default fused)"},
     [OPT_POSITIONS] = {"positions", 0, "LIST", "rows to write, as in 0,10-20,-1 (default: all; -1 is the last)"},
+    [OPT_STAGE] = {"stage", 0, "LIST", "which stages: weights, ops, model, serving (default: all)"},
+    [OPT_THOROUGH] = {"thorough", 0, NULL, "every layer, every size, long contexts; no limit of time"},
     [OPT_OUTPUT] = {"output", 'o', "FILE", "where to write"},
 };
 

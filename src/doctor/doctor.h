@@ -61,10 +61,10 @@ struct stage_report {
     enum verdict verdict;
     size_t n_checks;
     double seconds;
-    size_t n_faults;                 // all that were found
-    struct fault faults[MAX_FAULTS]; // the first of them, in the order in which the model computes
-    struct buffer summary;           // one line: what was covered and the figures that matter
-    struct buffer notes;             // lines worth reading that are no fault
+    size_t n_faults;                     // all that were found
+    struct fault faults[MAX_FAULTS + 1]; // the first of them, in the order in which the model computes; and a spare
+    struct buffer summary;               // one line: what was covered and the figures that matter
+    struct buffer notes;                 // lines worth reading that are no fault
 };
 
 // A cause that explains a fault, and how sure that is.
