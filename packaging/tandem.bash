@@ -13,6 +13,15 @@ _tandem() {
     --device) mapfile -t COMPREPLY < <(compgen -W "auto cpu" -- "$cur") && return ;;
     --isa) mapfile -t COMPREPLY < <(compgen -W "auto portable avx2" -- "$cur") && return ;;
     --kv-type) mapfile -t COMPREPLY < <(compgen -W "bf16 f32" -- "$cur") && return ;;
+    --synthetic)
+        mapfile -t COMPREPLY < <(compgen -W "qwen3-0.6b qwen3-1.7b qwen3-4b qwen3-8b qwen3-14b qwen3-32b" -- "$cur")
+        return
+        ;;
+    --type)
+        mapfile -t COMPREPLY < <(compgen -W "bf16 f16 f32 q8_0 q4_0 q4_1 q5_0 q5_1 q2_k q3_k q4_k q5_k q6_k" -- "$cur")
+        return
+        ;;
+    --workload) mapfile -t COMPREPLY < <(compgen -W "offline-256" -- "$cur") && return ;;
     esac
     if [[ $cur == -* ]]; then
         local options

@@ -59,6 +59,17 @@ enum option_id {
     OPT_GLOBS,
     OPT_STAGE,
     OPT_THOROUGH,
+    OPT_SYNTHETIC,
+    OPT_TYPE,
+    OPT_PREFILL,
+    OPT_DECODE_STEPS,
+    OPT_DEPTH,
+    OPT_BATCH,
+    OPT_WORKLOAD,
+    OPT_REPEAT,
+    OPT_CSV,
+    OPT_CHUNK,
+    OPT_FUSIONS,
     OPT_COUNT
 };
 
@@ -87,7 +98,7 @@ struct command {
 };
 
 extern const struct command command_chat, command_run, command_tokenize, command_template, command_inspect,
-    command_trace, command_check;
+    command_trace, command_check, command_bench;
 
 // Says `tandem: SUBCOMMAND: ...` on stderr and returns EXIT_FAULT (cli_usage: EXIT_USAGE).
 int cli_fail(const char *format, ...) __attribute__((format(printf, 1, 2)));
@@ -99,6 +110,8 @@ bool cli_parse(const struct command *command, int argc, char **argv, struct cli_
 
 // Numbers in options. A bad one is reported; false then.
 bool cli_size(const struct cli_options *o, enum option_id id, size_t min, size_t max, size_t *out);
+bool cli_sizes(const struct cli_options *o, enum option_id id, size_t min, size_t max, size_t *list, size_t cap,
+               size_t *n); // "1,2,3"; *n stays as it is when the option was not given
 bool cli_number(const struct cli_options *o, enum option_id id, double min, double max, double *out);
 bool cli_on_off(const struct cli_options *o, enum option_id id, int *out); // -1 when absent
 
@@ -117,6 +130,8 @@ struct log cli_log(struct cli_bar *bar);
 
 // Opens the engine with a progress bar and warnings on stderr; NULL (reported) on failure.
 tandem_engine *cli_open(const struct cli_options *o);
+// The same with fields of `base` that are set in place of what the options say.
+tandem_engine *cli_open_as(const struct cli_options *o, const tandem_options *base);
 
 // The tokenizer and template of a model, without its weights; NULL (reported) on failure.
 struct tokenizer *cli_open_tokenizer(const struct cli_options *o, enum template_kind *kind);

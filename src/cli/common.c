@@ -88,16 +88,23 @@ const char *cli_model(const struct cli_options *o) {
 }
 
 tandem_engine *cli_open(const struct cli_options *o) {
+    return cli_open_as(o, &(tandem_options){0});
+}
+
+tandem_engine *cli_open_as(const struct cli_options *o, const tandem_options *base) {
     size_t threads = 0, context = 0;
     if (!cli_size(o, OPT_THREADS, 1, 1024, &threads) || !cli_size(o, OPT_CTX, 1, (size_t)1 << 24, &context))
         return NULL;
-    const char *model = cli_model(o);
+    const char *model = base->model ? base->model : cli_model(o);
     if (!model) return NULL;
     struct cli_bar bar = {0};
     tandem_options options = {.model = model,
                               .threads = (int)threads,
-                              .context = context,
-                              .fusion = o->text[OPT_FUSION],
+                              .context = base->context ? base->context : context,
+                              .kv_tokens = base->kv_tokens,
+                              .chunk = base->chunk,
+                              .max_batch = base->max_batch,
+                              .fusion = base->fusion ? base->fusion : o->text[OPT_FUSION],
                               .isa = o->text[OPT_ISA],
                               .kv_type = o->text[OPT_KV_TYPE],
                               .chat_template = o->text[OPT_TEMPLATE],

@@ -16,7 +16,7 @@
 #endif
 
 static const struct command *const commands[] = {&command_chat,    &command_run,   &command_tokenize, &command_template,
-                                                 &command_inspect, &command_trace, &command_check};
+                                                 &command_inspect, &command_trace, &command_check,    &command_bench};
 enum { N_COMMANDS = sizeof commands / sizeof commands[0] };
 
 static void print_usage(FILE *to) {

@@ -59,6 +59,17 @@ static const struct {
     [OPT_POSITIONS] = {"positions", 0, "LIST", "rows to write, as in 0,10-20,-1 (default: all; -1 is the last)"},
     [OPT_STAGE] = {"stage", 0, "LIST", "which stages: weights, ops, model, serving (default: all)"},
     [OPT_THOROUGH] = {"thorough", 0, NULL, "every layer, every size, long contexts; no limit of time"},
+    [OPT_SYNTHETIC] = {"synthetic", 0, "SHAPE", "random weights of a shape in place of a MODEL (qwen3-0.6b, ...)"},
+    [OPT_TYPE] = {"type", 0, "TYPE", "type of the weights"},
+    [OPT_PREFILL] = {"prefill", 0, "N,...", "measure prompts of these lengths"},
+    [OPT_DECODE_STEPS] = {"decode", 0, NULL, "measure decoding"},
+    [OPT_DEPTH] = {"depth", 0, "N,...", "decode with this many tokens in the KV already"},
+    [OPT_BATCH] = {"batch", 0, "N,...", "decode this many sequences side by side"},
+    [OPT_WORKLOAD] = {"workload", 0, "NAME", "measure a whole workload: offline-256"},
+    [OPT_REPEAT] = {"repeat", 0, "N", "repeats of every measurement"},
+    [OPT_CSV] = {"csv", 0, NULL, "print comma-separated values"},
+    [OPT_CHUNK] = {"chunk", 0, "N", "most prompt tokens of one step"},
+    [OPT_FUSIONS] = {"fusion", 0, "on|off|LIST|on,off", "fused ops, as in run; on,off measures both in alternation"},
     [OPT_OUTPUT] = {"output", 'o', "FILE", "where to write"},
 };
 
@@ -174,6 +185,25 @@ bool cli_size(const struct cli_options *o, enum option_id id, size_t min, size_t
     }
     *out = (size_t)n;
     return true;
+}
+
+bool cli_sizes(const struct cli_options *o, enum option_id id, size_t min, size_t max, size_t *list, size_t cap,
+               size_t *n) {
+    if (!o->given[id]) return true;
+    *n = 0;
+    for (const char *p = o->text[id];; p++) {
+        char *end;
+        errno = 0;
+        unsigned long long value = *p >= '0' && *p <= '9' ? strtoull(p, &end, 10) : (end = (char *)(uintptr_t)p, 0ull);
+        if (end == p || errno || value < min || value > max || *n == cap || (*end && *end != ',')) {
+            cli_usage("--%s: expected at most %zu whole numbers from %zu to %zu, separated by commas, found \"%s\"",
+                      specs[id].name, cap, min, max, o->text[id]);
+            return false;
+        }
+        list[(*n)++] = (size_t)value;
+        if (!*end) return true;
+        p = end;
+    }
 }
 
 bool cli_on_off(const struct cli_options *o, enum option_id id, int *out) {
