@@ -4,6 +4,8 @@
  * SESSION is one conversation: a list of token ids and the KV computed for them; it is mutable and belongs to one
  * caller.
  *
+ * Many users at once go through REQUESTS: they are submitted to an engine, which schedules them itself.
+ *
  * Threads: every call on an engine or on its sessions may come from any thread; calls on one engine take turns (a lock
  * inside), and one session must not be used by two threads at once. The one exception is tandem_session_cancel, which
  * any thread may call at any time. Callbacks run on the thread that made the call and must not call back into the same
@@ -41,6 +43,7 @@ enum tandem_status {
     TANDEM_END = 1,       /* the model ended its text: an end token came */
     TANDEM_CANCELLED = 2, /* tandem_session_cancel was called; the session is as it was after the last token */
     TANDEM_FULL = 3,      /* the context is full: nothing was generated */
+    TANDEM_BUSY = 4,      /* the queue of requests is full: try later */
     TANDEM_ERROR = -1
 };
 
@@ -60,7 +63,8 @@ typedef struct tandem_options {
     size_t context;      /* most tokens of a session; 0: the model's, at most 8,192 */
     size_t kv_tokens;    /* tokens that the KV of all sessions together holds; 0: `context` */
     size_t chunk;        /* most prompt tokens of one step; 0: 256 */
-    size_t max_batch;    /* most sessions in one tandem_next_many; 0: 8 */
+    size_t max_batch;    /* most sessions in one tandem_next_many, most sequences in one tandem_step; 0: 8 */
+    size_t max_queue;    /* most requests that wait for tandem_step; 0: 1,024 */
     const char *fusion;  /* "on", "off" or a list of fused ops; NULL: "on" */
     const char *isa;     /* "auto", "portable", "avx2"; NULL: "auto" */
     const char *kv_type; /* "bf16" or "f32"; NULL: "bf16" */
@@ -188,6 +192,93 @@ TANDEM_API void tandem_session_cancel(tandem_session *session);
 
 /* The session's ids, valid until the next call on it; *n tells how many. */
 TANDEM_API const int32_t *tandem_session_ids(const tandem_session *session, size_t *n);
+
+/* ---- Requests -----------------------------------------------------------------------------------------------------
+ *
+ * A request is a prompt and how to continue it. Any thread submits; one thread calls tandem_step in a loop and gets
+ * events. Each step runs one batch: a token for every sequence that generates and chunks of the prompts of others.
+ * Requests with the same `tenant` share the KV of equal beginnings; the events tell how many tokens that saved. A
+ * request's tokens and log-probabilities are the same bits, whatever runs beside it. Every accepted request gets
+ * exactly one TANDEM_EVENT_DONE for each of its choices.
+ */
+
+enum tandem_event_kind {
+    TANDEM_EVENT_START = 0,  /* its first tokens were computed: n_prompt, n_cached */
+    TANDEM_EVENT_PROMPT = 1, /* prompt_logprobs: the log-probability of the prompt's token at `position` */
+    TANDEM_EVENT_TOKEN = 2,  /* a generated token (end tokens come too) */
+    TANDEM_EVENT_DONE = 3    /* the choice has ended: finish, error */
+};
+
+enum tandem_finish {
+    TANDEM_FINISH_END = 0,       /* an end token came, or the callback returned false */
+    TANDEM_FINISH_LENGTH = 1,    /* max_tokens, or the context is full */
+    TANDEM_FINISH_CANCELLED = 2, /* tandem_cancel */
+    TANDEM_FINISH_ERROR = 3      /* `error` says what */
+};
+
+typedef struct tandem_event {
+    enum tandem_event_kind kind;
+    uint64_t request;
+    void *user;              /* the request's */
+    size_t choice;           /* 0 to n - 1 */
+    size_t position;         /* PROMPT, TOKEN: of the token in its sequence */
+    tandem_token token;      /* PROMPT, TOKEN; logprob is 0 unless asked for */
+    const tandem_token *top; /* [n_top] the most probable tokens in falling order, if asked for */
+    size_t n_top;
+    size_t n_prompt, n_cached, n_generated;
+    enum tandem_finish finish; /* DONE */
+    const char *error;         /* DONE with FINISH_ERROR; else NULL */
+    uint64_t logits_hash;      /* DONE: of all logits that tokens were sampled from, if asked for */
+} tandem_event;
+
+/* All zero but the prompt is good: one choice, the default sampling, until the context is full. */
+typedef struct tandem_request_options {
+    const int32_t *prompt; /* [n_prompt] copied; at least one token */
+    size_t n_prompt;
+    size_t max_tokens;               /* 0: until the context is full */
+    bool prompt_only;                /* nothing is generated */
+    const tandem_sampling *sampling; /* copied; NULL: the default. Choice i > 0 draws from a seed of its own */
+    size_t n;                        /* choices of the same prompt, whose KV they share; 0: 1 */
+    int priority;                    /* -1: after all others, 0, 1: before all others */
+    uint64_t tenant;                 /* who asks; below 2^62 */
+    bool logprobs;                   /* fill token.logprob */
+    size_t n_top;                    /* and so many of the most probable tokens; 0 to 100 */
+    bool prompt_logprobs; /* for the prompt's tokens from the second on, too (nothing is taken from the cache then) */
+    bool hash;            /* fill logits_hash */
+    void *user;
+    /* Called by tandem_step before a token is sampled. Returns a bit for each id that may come (bit id % 32 of word
+     * id / 32; at least one is set), valid until the next call, or NULL: all may. NULL: no such constraint. */
+    const uint32_t *(*mask)(void *user, size_t choice);
+} tandem_request_options;
+
+/* TANDEM_OK: *id (may be NULL) names the request, and events will come; TANDEM_BUSY: the queue is full; TANDEM_ERROR:
+ * a field is wrong, or the prompt is longer than the context or the KV. Does not wait for a step in progress. */
+TANDEM_API int tandem_submit(tandem_engine *engine, const tandem_request_options *options, uint64_t *id, char *err,
+                             size_t err_size);
+
+/* Ends a request at the next step; events that are under way may still come. An unknown id is fine. Does not wait. */
+TANDEM_API void tandem_cancel(tandem_engine *engine, uint64_t id);
+
+/* Called for each event, in order; must not call the engine, but for tandem_submit and tandem_cancel. Returning false
+ * for a TOKEN ends that choice with TANDEM_FINISH_END. */
+typedef bool tandem_event_callback(void *user, const tandem_event *event);
+
+/* Makes one step of all requests. TANDEM_OK: call again; TANDEM_END: there is no request. Faults end requests, not
+ * steps. */
+TANDEM_API int tandem_step(tandem_engine *engine, tandem_event_callback *callback, void *user);
+
+/* Waits until there is something to do for tandem_step, at most so long. True: there is. */
+TANDEM_API bool tandem_wait(tandem_engine *engine, double seconds);
+
+typedef struct tandem_stats {
+    size_t n_running, n_waiting; /* sequences now */
+    size_t kv_pages, kv_pages_used,
+        kv_pages_cached; /* all; held by sequences; kept for equal beginnings, held by none */
+    uint64_t n_steps, n_prompt_tokens, n_cached_tokens, n_generated_tokens, n_preemptions, n_evictions; /* ever */
+} tandem_stats;
+
+/* Of the moment after the last step. Does not wait. */
+TANDEM_API tandem_stats tandem_statistics(tandem_engine *engine);
 
 #ifdef __cplusplus
 }

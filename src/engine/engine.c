@@ -2,6 +2,7 @@
 // and steps are session.c's.
 #include "engine/engine.h"
 
+#include "base/clock.h"
 #include "base/size.h"
 #include "format/hub.h"
 
@@ -9,6 +10,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/random.h>
 
 enum { DEFAULT_CONTEXT = 8192, DEFAULT_CHUNK = 256, DEFAULT_BATCH = 8, MAX_BATCH = 1024, MAX_CHUNK = 65536 };
 
@@ -53,6 +55,13 @@ static bool choose_limits(tandem_engine *e, const tandem_options *o, struct erro
     return true;
 }
 
+// Keys the hash of the prefix cache, so that nobody can prepare prompts that collide.
+static uint64_t hash_seed(void) {
+    uint64_t seed = 0;
+    if (getrandom(&seed, sizeof seed, 0) != (ssize_t)sizeof seed) seed = (uint64_t)(clock_seconds() * 1e9);
+    return seed;
+}
+
 static bool plan_memory(tandem_engine *e, const tandem_options *o, struct error *err) {
     size_t per_session = (e->context + KV_PAGE_TOKENS - 1) / KV_PAGE_TOKENS;
     size_t kv_tokens = o->kv_tokens ? o->kv_tokens : e->context;
@@ -67,7 +76,8 @@ static bool plan_memory(tandem_engine *e, const tandem_options *o, struct error 
     size_t n_vocab = e->model->config.n_vocab;
     struct step_arrays *s = &e->step;
     if (!kv_store_create(&e->kv, &e->model->config, e->kv_type, n_pages, err) ||
-        !page_pool_create(&e->pages, n_pages, err) || !sampler_create(&e->sampler, n_vocab, err))
+        !kv_pool_create(&e->pages, n_pages, KV_PAGE_TOKENS, hash_seed(), err) ||
+        !sampler_create(&e->sampler, n_vocab, err))
         return false;
     e->run = run_create(e->model, &run, err);
     if (!e->run) return false;
@@ -82,6 +92,7 @@ static bool plan_memory(tandem_engine *e, const tandem_options *o, struct error 
     if (!s->token || !s->position || !s->seq || !s->seq_start || !s->page_start || !s->kv_len || !s->logit_rows ||
         !s->pages)
         return error_set(err, "out of memory for batches of %zu sessions", e->max_batch);
+    if (!requests_create(e, o, err)) return false;
     e->memory = (tandem_memory){.weights = e->model->weight_bytes,
                                 .kv = e->kv.bytes,
                                 .activations = run_bytes(e->model, &run) + sampler_bytes(n_vocab)};
@@ -161,12 +172,13 @@ tandem_engine *tandem_open(const tandem_options *options, char *err, size_t err_
 
 void tandem_close(tandem_engine *e) {
     if (!e) return;
+    requests_free(e);
     struct step_arrays *s = &e->step;
     int32_t *arrays[] = {s->token,      s->position, s->seq,    s->seq_start,
                          s->page_start, s->pages,    s->kv_len, s->logit_rows};
     for (size_t i = 0; i < sizeof arrays / sizeof arrays[0]; i++) free(arrays[i]);
     sampler_free(&e->sampler);
-    page_pool_free(&e->pages);
+    kv_pool_free(&e->pages);
     kv_store_free(&e->kv);
     run_free(e->run);
     tokenizer_free(e->tokenizer);

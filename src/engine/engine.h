@@ -1,13 +1,18 @@
 // engine.h: what an engine and a session are made of, for the command line, the server and the doctor; everybody else
-// uses include/tandem.h. The public functions are implemented in engine.c (the engine, text) and session.c (sessions,
-// steps).
+// uses include/tandem.h. The public functions are implemented in engine.c (the engine, text), session.c (sessions) and
+// request.c (requests); step.c runs the model for both.
+//
+// Sessions and requests stand side by side on one pool of pages. A session belongs to a caller, who decides what runs
+// when; its pages are never cached nor taken away. Requests belong to the scheduler. A session that needs a page takes
+// a cached one that nobody uses, and a request that finds all pages held by sessions fails by name.
 #ifndef TANDEM_ENGINE_ENGINE_H
 #define TANDEM_ENGINE_ENGINE_H
 
 #include "base/log.h"
 #include "base/pool.h"
-#include "engine/pages.h"
+#include "engine/kv.h"
 #include "engine/sampler.h"
+#include "engine/sched.h"
 #include "model/model.h"
 #include "tandem.h"
 #include "text/template.h"
@@ -34,7 +39,8 @@ struct tandem_engine {
     pthread_mutex_t lock; // one call at a time; guards all below
     struct run *run;
     struct kv_store kv;
-    struct page_pool pages;
+    struct kv_pool pages;
+    struct requests *requests; // request.c
     struct sampler sampler;
     struct step_arrays { // one step's batch, as in struct batch
         int32_t *token, *position, *seq, *seq_start, *page_start, *pages, *kv_len, *logit_rows;
@@ -44,12 +50,10 @@ struct tandem_engine {
 
 struct tandem_session {
     tandem_engine *engine;
-    int32_t *ids;    // [engine->context]
-    size_t n_ids;    // what the session holds
-    size_t n_prompt; // ids from here on were generated since the last append or set
-    size_t n_kv;     // ids whose K and V are computed: n_kv <= n_ids
-    int32_t *pages;  // [pages of a full context] the first n_pages are this session's
-    size_t n_pages;
+    int32_t *ids;     // [engine->context]
+    size_t n_ids;     // what the session holds
+    size_t n_prompt;  // ids from here on were generated since the last append or set
+    struct kv_seq kv; // kv.n_kv <= n_ids are computed; kv.pages: [pages of a full context]
     tandem_sampling sampling;
     int32_t *bias_ids; // owned copies behind `sampling`
     float *bias;
@@ -59,6 +63,32 @@ struct tandem_session {
     const float *last_logits; // [n_vocab] valid until the engine's next step
     uint64_t hash;            // of all logits that tokens were sampled from
 };
+
+// ---- A step (step.c)
+
+// A sequence's share of a step: its tokens ids[kv->n_kv] .. ids[kv->n_kv + n - 1]; the logits of the last n_rows of
+// them are wanted. The pages are there.
+struct engine_share {
+    const int32_t *ids;
+    const struct kv_seq *kv;
+    size_t n, n_rows;
+};
+
+// Runs one ragged batch. Returns the logits, a row for each that is wanted, in order, valid until the next step; the
+// caller says with kv_commit that the tokens are computed. At most max_batch shares, max_step_tokens tokens and
+// max_batch rows. The lock is held.
+const float *engine_run(tandem_engine *engine, const struct engine_share *shares, size_t n_shares);
+
+// Whether the logits for `position` can be sampled from: NaN or Inf is an error.
+bool engine_check_logits(tandem_engine *engine, const float *logits, size_t position, struct error *err);
+
+// Fills `to` with a copy of `from` whose biases are owned by the caller: free *ids and *bias. Checks every field.
+bool engine_copy_sampling(const tandem_engine *engine, const tandem_sampling *from, tandem_sampling *to, int32_t **ids,
+                          float **bias, struct error *err);
+
+// ---- Requests (request.c)
+bool requests_create(tandem_engine *engine, const tandem_options *options, struct error *err);
+void requests_free(tandem_engine *engine);
 
 // Where a sampling value came from, for people.
 struct sampling_sources {

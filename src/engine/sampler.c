@@ -142,11 +142,13 @@ static size_t cut_tail(const struct candidate *c, size_t n, const tandem_samplin
 }
 
 int32_t sampler_choose(struct sampler *s, const tandem_sampling *p, const float *logits, struct sampler_history h,
-                       const int32_t *banned, size_t n_banned) {
+                       const int32_t *banned, size_t n_banned, const uint32_t *mask) {
     memcpy(s->logits, logits, s->n_vocab * sizeof *logits);
     adjust(s, p, h);
     for (size_t i = 0; i < n_banned; i++)
         if (banned[i] >= 0 && (size_t)banned[i] < s->n_vocab) s->logits[banned[i]] = -INFINITY;
+    for (size_t i = 0; mask && i < s->n_vocab; i++)
+        if (!(mask[i / 32] >> i % 32 & 1)) s->logits[i] = -INFINITY;
     if (p->temperature == 0) return greedy(s->logits, s->n_vocab);
     for (size_t i = 0; i < s->n_vocab; i++)
         s->candidates[i] = (struct candidate){.logit = (float)(s->logits[i] / p->temperature), .id = (int32_t)i};

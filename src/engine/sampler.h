@@ -35,10 +35,10 @@ struct sampler_history {
     size_t n, n_prompt;
 };
 
-// Chooses the token at position history.n. `banned` ids (end tokens with ignore_end) are never chosen. Logits are
-// finite.
+// Chooses the token at position history.n. `banned` ids (end tokens with ignore_end) are never chosen, nor those whose
+// bit in `mask` (32 a word; NULL: all are set) is clear. Logits are finite, and something is left to choose.
 int32_t sampler_choose(struct sampler *s, const tandem_sampling *sampling, const float *logits,
-                       struct sampler_history history, const int32_t *banned, size_t n_banned);
+                       struct sampler_history history, const int32_t *banned, size_t n_banned, const uint32_t *mask);
 
 // Uniform noise in (0, 1) for one token at one position.
 double sampler_uniform(uint64_t seed, uint64_t position, int32_t id);

@@ -1,5 +1,5 @@
-// session.c: sessions and steps: which tokens of which sessions are computed next, in which pages, and what is sampled.
-// It owns no weights and no kernels.
+// session.c: sessions: which of their tokens are computed next, in which pages, and what is sampled. It owns no weights
+// and no kernels.
 #include "engine/engine.h"
 
 #include "base/size.h"
@@ -22,25 +22,15 @@ static size_t pages_for(size_t n_tokens) {
 // ------------------------------------------------------------------------------------------------------------
 
 static bool copy_sampling(tandem_session *s, const tandem_sampling *p, struct error *err) {
-    if (!sampling_check(p, s->engine->model->config.n_vocab, err)) return false;
-    int32_t *ids = size_alloc(p->n_bias, sizeof *ids);
-    float *bias = size_alloc(p->n_bias, sizeof *bias);
-    if (!ids || !bias) {
-        free(ids);
-        free(bias);
-        return error_set(err, "out of memory for %zu logit biases", p->n_bias);
-    }
-    for (size_t i = 0; i < p->n_bias; i++) {
-        ids[i] = p->bias_ids[i];
-        bias[i] = p->bias[i];
-    }
+    tandem_sampling copy;
+    int32_t *ids;
+    float *bias;
+    if (!engine_copy_sampling(s->engine, p, &copy, &ids, &bias, err)) return false;
     free(s->bias_ids);
     free(s->bias);
     s->bias_ids = ids;
     s->bias = bias;
-    s->sampling = *p;
-    s->sampling.bias_ids = ids;
-    s->sampling.bias = bias;
+    s->sampling = copy;
     return true;
 }
 
@@ -52,10 +42,11 @@ static tandem_session *session_create(tandem_engine *engine, const tandem_sampli
     }
     s->engine = engine;
     s->ids = size_alloc(engine->context, sizeof *s->ids);
-    s->pages = size_alloc(pages_for(engine->context), sizeof *s->pages);
+    s->kv.pages = size_alloc(pages_for(engine->context), sizeof *s->kv.pages);
+    s->kv.tenant = KV_PRIVATE;
     tandem_sampling defaults = tandem_sampling_default(engine, true);
-    bool ok = s->ids && s->pages ? copy_sampling(s, sampling ? sampling : &defaults, err)
-                                 : error_set(err, "out of memory for a session of %zu tokens", engine->context);
+    bool ok = s->ids && s->kv.pages ? copy_sampling(s, sampling ? sampling : &defaults, err)
+                                    : error_set(err, "out of memory for a session of %zu tokens", engine->context);
     if (!ok) {
         tandem_session_free(s);
         return NULL;
@@ -70,20 +61,13 @@ tandem_session *tandem_session_new(tandem_engine *engine, const tandem_sampling 
     return s;
 }
 
-// Drops the KV from position n on.
-static void drop_kv(tandem_session *s, size_t n) {
-    if (n >= s->n_kv) return;
-    while (s->n_pages > pages_for(n)) page_drop(&s->engine->pages, s->pages[--s->n_pages]);
-    s->n_kv = n;
-}
-
 void tandem_session_free(tandem_session *s) {
     if (!s) return;
     pthread_mutex_lock(&s->engine->lock);
-    while (s->n_pages > 0) page_drop(&s->engine->pages, s->pages[--s->n_pages]);
+    kv_trim(&s->engine->pages, &s->kv, 0);
     pthread_mutex_unlock(&s->engine->lock);
     free(s->ids);
-    free(s->pages);
+    free(s->kv.pages);
     free(s->bias_ids);
     free(s->bias);
     free(s);
@@ -99,12 +83,9 @@ tandem_session *tandem_session_fork(tandem_session *from, char *err, size_t err_
     if (!s) return NULL;
     pthread_mutex_lock(&s->engine->lock);
     memcpy(s->ids, from->ids, from->n_ids * sizeof *s->ids);
-    memcpy(s->pages, from->pages, from->n_pages * sizeof *s->pages);
-    for (size_t i = 0; i < from->n_pages; i++) page_share(&s->engine->pages, from->pages[i]);
+    kv_fork(&s->engine->pages, &s->kv, &from->kv);
     s->n_ids = from->n_ids;
     s->n_prompt = from->n_prompt;
-    s->n_kv = from->n_kv;
-    s->n_pages = from->n_pages;
     s->hash = from->hash;
     pthread_mutex_unlock(&s->engine->lock);
     return s;
@@ -141,9 +122,9 @@ int tandem_session_set(tandem_session *s, const int32_t *ids, size_t n, size_t *
     if (!check_ids(s, ids, n, &error) || !check_room(s, 0, n, &error)) return fail(&error, err, err_size);
     pthread_mutex_lock(&s->engine->lock);
     size_t same = 0;
-    while (same < n && same < s->n_kv && s->ids[same] == ids[same]) same++;
+    while (same < n && same < s->kv.n_kv && s->ids[same] == ids[same]) same++;
     if (same == n && n > 0) same--; // the last token's logits are wanted: it is computed again
-    drop_kv(s, same);
+    kv_trim(&s->engine->pages, &s->kv, same);
     if (n) memcpy(s->ids, ids, n * sizeof *ids);
     s->n_ids = s->n_prompt = n;
     pthread_mutex_unlock(&s->engine->lock);
@@ -158,7 +139,7 @@ int tandem_session_truncate(tandem_session *s, size_t n, char *err, size_t err_s
         return fail(&error, err, err_size);
     }
     pthread_mutex_lock(&s->engine->lock);
-    drop_kv(s, n > 0 ? n - 1 : 0); // the last token's logits will be wanted
+    kv_trim(&s->engine->pages, &s->kv, n > 0 ? n - 1 : 0); // the last token's logits will be wanted
     s->n_ids = n;
     if (s->n_prompt > n) s->n_prompt = n;
     pthread_mutex_unlock(&s->engine->lock);
@@ -179,24 +160,12 @@ const int32_t *tandem_session_ids(const tandem_session *s, size_t *n) {
 
 // Makes the pages of positions [n_kv, n_kv + n) exist and belong to this session alone.
 static bool make_room(tandem_session *s, size_t n, struct error *err) {
-    struct page_pool *pool = &s->engine->pages;
-    size_t slot = s->n_kv % KV_PAGE_TOKENS, last = s->n_kv / KV_PAGE_TOKENS;
-    if (slot != 0 && page_is_shared(pool, s->pages[last])) {
-        int32_t copy = page_take(pool);
-        if (copy < 0) goto full;
-        kv_store_copy_page(&s->engine->kv, (size_t)s->pages[last], (size_t)copy);
-        page_drop(pool, s->pages[last]);
-        s->pages[last] = copy;
-    }
-    while (s->n_pages < pages_for(s->n_kv + n)) {
-        int32_t page = page_take(pool);
-        if (page < 0) goto full;
-        s->pages[s->n_pages++] = page;
-    }
+    struct kv_copy copy;
+    if (!kv_reserve(&s->engine->pages, &s->kv, n, &copy))
+        return error_set(err, "no free KV page: all %zu (of %d tokens each) are in use by this engine's sessions",
+                         s->engine->pages.n_pages, KV_PAGE_TOKENS);
+    if (copy.to >= 0) kv_store_copy_page(&s->engine->kv, (size_t)copy.from, (size_t)copy.to);
     return true;
-full:
-    return error_set(err, "no free KV page: all %zu (of %d tokens each) are in use by this engine's sessions",
-                     pool->n_pages, KV_PAGE_TOKENS);
 }
 
 // A session's share of a step: its next n tokens, and whether the last one's logits are wanted.
@@ -206,37 +175,19 @@ struct share {
     bool wants_logits;
 };
 
+enum { GROUP = 64 }; // more sessions than that run in several steps: each row's bits are the same
+
 // Runs one ragged batch. The rooms were made. Returns the logits, a row for each share that wants them, in order.
 static const float *run_step(tandem_engine *e, const struct share *shares, size_t n_shares) {
-    struct step_arrays *a = &e->step;
-    struct batch b = {.token = a->token,
-                      .position = a->position,
-                      .seq = a->seq,
-                      .seq_start = a->seq_start,
-                      .page_start = a->page_start,
-                      .pages = a->pages,
-                      .kv_len = a->kv_len,
-                      .logit_rows = a->logit_rows,
-                      .n_seqs = n_shares};
-    size_t n_pages = 0;
-    for (size_t i = 0; i < n_shares; i++) {
-        const tandem_session *s = shares[i].session;
-        a->seq_start[i] = (int32_t)b.n_tokens;
-        a->page_start[i] = (int32_t)n_pages;
-        for (size_t k = 0; k < shares[i].n; k++, b.n_tokens++) {
-            a->token[b.n_tokens] = s->ids[s->n_kv + k];
-            a->position[b.n_tokens] = (int32_t)(s->n_kv + k);
-            a->seq[b.n_tokens] = (int32_t)i;
-        }
-        memcpy(a->pages + n_pages, s->pages, s->n_pages * sizeof *a->pages);
-        n_pages += s->n_pages;
-        a->kv_len[i] = (int32_t)(s->n_kv + shares[i].n);
-        if (shares[i].wants_logits) a->logit_rows[b.n_logit_rows++] = (int32_t)b.n_tokens - 1;
-    }
-    a->seq_start[n_shares] = (int32_t)b.n_tokens;
-    a->page_start[n_shares] = (int32_t)n_pages;
-    const float *logits = model_forward(e->model, e->run, &e->kv, &b);
-    for (size_t i = 0; i < n_shares; i++) shares[i].session->n_kv += shares[i].n;
+    struct engine_share list[GROUP];
+    for (size_t i = 0; i < n_shares; i++)
+        list[i] = (struct engine_share){.ids = shares[i].session->ids,
+                                        .kv = &shares[i].session->kv,
+                                        .n = shares[i].n,
+                                        .n_rows = shares[i].wants_logits};
+    const float *logits = engine_run(e, list, n_shares);
+    for (size_t i = 0; i < n_shares; i++)
+        kv_commit(&e->pages, &shares[i].session->kv, shares[i].session->ids, shares[i].n);
     return logits;
 }
 
@@ -244,18 +195,15 @@ static const float *run_step(tandem_engine *e, const struct share *shares, size_
 static int choose_token(tandem_session *s, const float *logits, tandem_token *token, struct error *err) {
     tandem_engine *e = s->engine;
     size_t n_vocab = e->model->config.n_vocab;
-    if (!logits_finite(logits, n_vocab)) {
-        size_t position = s->n_ids;
-        drop_kv(s, 0);
-        error_set(err, "the logits for position %zu hold NaN or Inf: nothing was sampled, the session's KV was dropped",
-                  position);
+    if (!engine_check_logits(e, logits, s->n_ids, err)) {
+        kv_trim(&e->pages, &s->kv, 0);
         return TANDEM_ERROR;
     }
     s->last_logits = logits;
     s->hash = logits_hash(s->hash, logits, n_vocab);
     struct sampler_history h = {.ids = s->ids, .n = s->n_ids, .n_prompt = s->n_prompt};
-    int32_t id =
-        sampler_choose(&e->sampler, &s->sampling, logits, h, e->end_ids, s->sampling.ignore_end ? e->n_end_ids : 0);
+    int32_t id = sampler_choose(&e->sampler, &s->sampling, logits, h, e->end_ids,
+                                s->sampling.ignore_end ? e->n_end_ids : 0, NULL);
     *token = (tandem_token){.id = id, .logprob = logits_logprob(logits, n_vocab, id)};
     s->ids[s->n_ids++] = id;
     return engine_is_end(e, id) ? TANDEM_END : TANDEM_OK;
@@ -263,9 +211,9 @@ static int choose_token(tandem_session *s, const float *logits, tandem_token *to
 
 // Computes all but a session's last token, in chunks. TANDEM_OK, TANDEM_CANCELLED or TANDEM_ERROR.
 static int prefill(tandem_session *s, struct error *err) {
-    while (s->n_ids - s->n_kv > 1) {
+    while (s->n_ids - s->kv.n_kv > 1) {
         if (atomic_exchange(&s->cancelled, false)) return TANDEM_CANCELLED;
-        size_t n = s->n_ids - 1 - s->n_kv;
+        size_t n = s->n_ids - 1 - s->kv.n_kv;
         if (n > s->engine->chunk) n = s->engine->chunk;
         if (!make_room(s, n, err)) return TANDEM_ERROR;
         run_step(s->engine, &(struct share){.session = s, .n = n}, 1);
@@ -301,12 +249,12 @@ int tandem_next_many(tandem_session *const *sessions, size_t n, tandem_token *to
     struct error error = {0};
     if (!check_group(sessions, n, &error)) return fail(&error, err, err_size);
     tandem_engine *e = sessions[0]->engine;
-    struct share shares[64]; // a group larger than this runs in several steps: each row's bits are the same
-    size_t where[64];
+    struct share shares[GROUP];
+    size_t where[GROUP];
     pthread_mutex_lock(&e->lock);
     for (size_t begin = 0; begin < n;) {
         size_t n_shares = 0;
-        for (; begin < n && n_shares < 64; begin++) {
+        for (; begin < n && n_shares < GROUP; begin++) {
             tandem_session *s = sessions[begin];
             status[begin] = can_continue(s, &error);
             if (status[begin] == TANDEM_OK) status[begin] = prefill(s, &error);
@@ -358,7 +306,7 @@ bool engine_trace(tandem_engine *e, const int32_t *ids, size_t n, uint32_t fusio
         s->n_ids = n;
     }
     // One token a step: the logits of every position, at the cost of speed; the bits are those of any other chunking.
-    while (ok && s->n_kv < n) {
+    while (ok && s->kv.n_kv < n) {
         ok = make_room(s, 1, err);
         if (ok) run_step(e, &(struct share){.session = s, .n = 1, .wants_logits = true}, 1);
     }

@@ -44,7 +44,7 @@ static int rank_of(int32_t id) {
 static int32_t draw(const tandem_sampling *p, const float *logits, size_t position) {
     static const int32_t zeros[4096];
     struct sampler_history h = {.ids = zeros, .n = position, .n_prompt = position};
-    return sampler_choose(&sampler, p, logits, h, NULL, 0);
+    return sampler_choose(&sampler, p, logits, h, NULL, 0, NULL);
 }
 
 static void greedy_takes_the_best(void **state) {
@@ -142,20 +142,20 @@ static void penalties(void **state) {
     struct sampler_history h = {.ids = ids, .n = 3, .n_prompt = 1};
     tandem_sampling p = plain();
     p.temperature = 0;
-    assert_int_equal(sampler_choose(&sampler, &p, logits, h, NULL, 0), 1);
+    assert_int_equal(sampler_choose(&sampler, &p, logits, h, NULL, 0, NULL), 1);
     p.presence_penalty = 0.2; // token 1 was generated, token 2 is prompt
-    assert_int_equal(sampler_choose(&sampler, &p, logits, h, NULL, 0), 2);
+    assert_int_equal(sampler_choose(&sampler, &p, logits, h, NULL, 0, NULL), 2);
     p.presence_penalty = 0;
     p.frequency_penalty = 0.06; // twice
-    assert_int_equal(sampler_choose(&sampler, &p, logits, h, NULL, 0), 2);
+    assert_int_equal(sampler_choose(&sampler, &p, logits, h, NULL, 0, NULL), 2);
     p.frequency_penalty = 0;
     p.repeat_penalty = 2; // both are in the context: their order stays
-    assert_int_equal(sampler_choose(&sampler, &p, logits, h, NULL, 0), 1);
+    assert_int_equal(sampler_choose(&sampler, &p, logits, h, NULL, 0, NULL), 1);
     int32_t bias_id = 7;
     float bias = 50;
     p.bias_ids = &bias_id, p.bias = &bias, p.n_bias = 1;
-    assert_int_equal(sampler_choose(&sampler, &p, logits, h, NULL, 0), 7);
-    assert_int_equal(sampler_choose(&sampler, &p, logits, h, &bias_id, 1), 1); // banned wins
+    assert_int_equal(sampler_choose(&sampler, &p, logits, h, NULL, 0, NULL), 7);
+    assert_int_equal(sampler_choose(&sampler, &p, logits, h, &bias_id, 1, NULL), 1); // banned wins
 }
 
 static void uniform_is_open(void **state) {

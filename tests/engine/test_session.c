@@ -230,10 +230,10 @@ static void nan_is_never_sampled(void **state) {
     assert_int_equal(tandem_session_append(s, ids, 40, err, sizeof err), TANDEM_OK);
     assert_int_equal(tandem_session_append(other, ids, 40, err, sizeof err), TANDEM_OK);
     assert_int_equal(tandem_session_next(s, &token, err, sizeof err), TANDEM_OK);
-    memset((unsigned char *)engine->kv.layers[0].v + (size_t)s->pages[0] * 2 * 32 * 128 * 2, 0xFF, 256); // bf16 NaN
+    memset((unsigned char *)engine->kv.layers[0].v + (size_t)s->kv.pages[0] * 2 * 32 * 128 * 2, 0xFF, 256); // bf16 NaN
     assert_int_equal(tandem_session_next(s, &token, err, sizeof err), TANDEM_ERROR);
     assert_non_null(strstr(err, "NaN"));
-    assert_int_equal(s->n_kv, 0);
+    assert_int_equal(s->kv.n_kv, 0);
     assert_int_equal(tandem_session_next(other, &token, err, sizeof err), TANDEM_OK);
     tandem_session_free(s);
     tandem_session_free(other);

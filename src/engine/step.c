@@ -1,0 +1,65 @@
+// step.c: one step of the model for whoever asks: sessions (session.c) and requests (request.c). It owns the step's
+// arrays and the check of the logits; which tokens run is decided elsewhere.
+#include "engine/engine.h"
+
+#include "base/size.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+const float *engine_run(tandem_engine *e, const struct engine_share *shares, size_t n_shares) {
+    struct step_arrays *a = &e->step;
+    struct batch b = {.token = a->token,
+                      .position = a->position,
+                      .seq = a->seq,
+                      .seq_start = a->seq_start,
+                      .page_start = a->page_start,
+                      .pages = a->pages,
+                      .kv_len = a->kv_len,
+                      .logit_rows = a->logit_rows,
+                      .n_seqs = n_shares};
+    size_t n_pages = 0;
+    for (size_t i = 0; i < n_shares; i++) {
+        const struct engine_share *s = &shares[i];
+        a->seq_start[i] = (int32_t)b.n_tokens;
+        a->page_start[i] = (int32_t)n_pages;
+        for (size_t k = 0; k < s->n; k++, b.n_tokens++) {
+            a->token[b.n_tokens] = s->ids[s->kv->n_kv + k];
+            a->position[b.n_tokens] = (int32_t)(s->kv->n_kv + k);
+            a->seq[b.n_tokens] = (int32_t)i;
+        }
+        memcpy(a->pages + n_pages, s->kv->pages, s->kv->n_pages * sizeof *a->pages);
+        n_pages += s->kv->n_pages;
+        a->kv_len[i] = (int32_t)(s->kv->n_kv + s->n);
+        for (size_t k = s->n_rows; k > 0; k--) a->logit_rows[b.n_logit_rows++] = (int32_t)(b.n_tokens - k);
+    }
+    a->seq_start[n_shares] = (int32_t)b.n_tokens;
+    a->page_start[n_shares] = (int32_t)n_pages;
+    return model_forward(e->model, e->run, &e->kv, &b);
+}
+
+bool engine_check_logits(tandem_engine *e, const float *logits, size_t position, struct error *err) {
+    if (logits_finite(logits, e->model->config.n_vocab)) return true;
+    return error_set(err, "the logits for position %zu hold NaN or Inf: nothing was sampled, the KV was dropped",
+                     position);
+}
+
+bool engine_copy_sampling(const tandem_engine *e, const tandem_sampling *from, tandem_sampling *to, int32_t **ids_out,
+                          float **bias_out, struct error *err) {
+    if (!sampling_check(from, e->model->config.n_vocab, err)) return false;
+    int32_t *ids = size_alloc(from->n_bias, sizeof *ids);
+    float *bias = size_alloc(from->n_bias, sizeof *bias);
+    if (!ids || !bias) {
+        free(ids);
+        free(bias);
+        return error_set(err, "out of memory for %zu logit biases", from->n_bias);
+    }
+    for (size_t i = 0; i < from->n_bias; i++) {
+        ids[i] = from->bias_ids[i];
+        bias[i] = from->bias[i];
+    }
+    *to = *from;
+    to->bias_ids = *ids_out = ids;
+    to->bias = *bias_out = bias;
+    return true;
+}
