@@ -72,15 +72,17 @@ static void record(void *user, const char *name, int layer, const float *data, s
             r->out_of_memory = true;
 }
 
-// The tap of the oracles. H's values are bf16 ones, exact in f32.
+// The tap of the oracles. H's values are bf16 ones, exact in f32. Of the last norm and the logits, an oracle computes
+// the wanted rows alone.
 static void record_oracle(void *user, const char *name, int layer, const double *data, size_t rows, size_t columns) {
     struct recorder *r = user;
     if (strcmp(name, "resid") == 0)
         log_progress(r->log, "tracing", r->chunk_first * r->n_layers + r->chunk * ((size_t)layer + 1),
                      r->n_ids * r->n_layers);
     struct traced *t = find_or_add(r, name, layer, columns);
+    bool all = layer < 0 && strcmp(name, "embed") != 0;
     for (size_t row = 0; t && row < rows; row++, t->n_seen++) {
-        if (t->n_seen >= r->n_ids || !r->rows[t->n_seen]) continue;
+        if (!all && (t->n_seen >= r->n_ids || !r->rows[t->n_seen])) continue;
         const double *v = data + row * columns;
         bool ok = true;
         if (r->type == DTYPE_F64) ok = buffer_append(&t->data, v, columns * sizeof *v);
@@ -209,9 +211,10 @@ static bool trace_oracle(struct recorder *r, const tandem_engine *e, enum oracle
     if (head && (!size_mul(CHUNK, n_vocab, &n_logits) || !(logits = size_alloc(n_logits, sizeof *logits))))
         return error_set(err, "out of memory for the logits");
     struct oracle *o = oracle_create(e->model, kind, e->pool, ids->n, err);
-    for (size_t i = 0; i < CHUNK; i++) rows[i] = i;
     for (size_t at = 0; o && ok && at < ids->n; at += CHUNK) {
-        size_t n = ids->n - at < CHUNK ? ids->n - at : CHUNK;
+        size_t n = ids->n - at < CHUNK ? ids->n - at : CHUNK, n_rows = 0;
+        for (size_t i = 0; head && i < n; i++)
+            if (r->rows[at + i]) rows[n_rows++] = i;
         r->chunk_first = at;
         r->chunk = n;
         ok = oracle_run(o,
@@ -221,7 +224,7 @@ static bool trace_oracle(struct recorder *r, const tandem_engine *e, enum oracle
                                               .tap = record_oracle,
                                               .tap_user = r,
                                               .logit_rows = rows,
-                                              .n_logit_rows = head ? n : 0},
+                                              .n_logit_rows = n_rows},
                         logits, err);
     }
     ok = ok && o;

@@ -78,7 +78,8 @@ enum {
     TILE = 4,    // rows of the inner loop
 };
 
-typedef double lanes __attribute__((vector_size(LANES * sizeof(double))));
+// The sums of LANES tokens with one weight row.
+typedef double lanes[LANES];
 
 struct product_job {
     enum oracle_kind kind;
@@ -89,33 +90,39 @@ struct product_job {
     size_t n_tokens, first_token; // of this block of at most TOKENS tokens
 };
 
-// sum[r] += w[r][i] x[i] for TILE rows, LANES tokens and n channels, i ascending. w: [TILE][ORACLE_CHUNK].
-static inline __attribute__((always_inline)) void tile_body(lanes *sum, const double *w, const lanes *x, size_t n) {
-    lanes a = sum[0], b = sum[1], c = sum[2], d = sum[3];
-    for (size_t i = 0; i < n; i++) {
-        a += w[i] * x[i];
-        b += w[ORACLE_CHUNK + i] * x[i];
-        c += w[2 * ORACLE_CHUNK + i] * x[i];
-        d += w[3 * ORACLE_CHUNK + i] * x[i];
-    }
-    sum[0] = a;
-    sum[1] = b;
-    sum[2] = c;
-    sum[3] = d;
-}
+// sum[r][l] += w[r][i] x[i][l] for TILE rows, LANES tokens and n channels, i ascending. w: [TILE][ORACLE_CHUNK].
+typedef void tile_fn(lanes *sum, const double *w, const lanes *x, size_t n);
 
 static void tile_plain(lanes *sum, const double *w, const lanes *x, size_t n) {
-    tile_body(sum, w, x, n);
+    for (size_t r = 0; r < TILE; r++)
+        for (size_t i = 0; i < n; i++)
+            for (size_t l = 0; l < LANES; l++) sum[r][l] += w[r * ORACLE_CHUNK + i] * x[i][l];
 }
 
 #if defined(__x86_64__)
-// The same operations in wider registers: the same bits (no fused multiply-add).
+// The same operations in wider registers, and so the same bits (no fused multiply-add). 64-byte vectors, or a loop over
+// l, would not stay in registers with gcc 12.
+typedef double quad __attribute__((vector_size(32), may_alias));
+
 __attribute__((target("avx2"))) static void tile_avx2(lanes *sum, const double *w, const lanes *x, size_t n) {
-    tile_body(sum, w, x, n);
+    quad *s = (quad *)sum, low[TILE], high[TILE];
+    for (size_t r = 0; r < TILE; r++) {
+        low[r] = s[2 * r];
+        high[r] = s[2 * r + 1];
+    }
+    for (size_t i = 0; i < n; i++) {
+        const quad *v = (const quad *)x[i];
+        for (size_t r = 0; r < TILE; r++) {
+            low[r] += w[r * ORACLE_CHUNK + i] * v[0];
+            high[r] += w[r * ORACLE_CHUNK + i] * v[1];
+        }
+    }
+    for (size_t r = 0; r < TILE; r++) {
+        s[2 * r] = low[r];
+        s[2 * r + 1] = high[r];
+    }
 }
 #endif
-
-typedef void tile_fn(lanes *sum, const double *w, const lanes *x, size_t n);
 
 static tile_fn *choose_tile(void) {
 #if defined(__x86_64__)
@@ -129,14 +136,15 @@ static void product_rows(void *ctx, size_t begin, size_t end, int thread) {
     const struct product_job *j = ctx;
     size_t n_in = j->w->m.n_in, n_groups = (j->n_tokens + LANES - 1) / LANES, n_rows = end - begin;
     tile_fn *tile = choose_tile();
-    lanes sum[TOKENS / LANES][ROWS] = {0};
+    lanes sum[TOKENS / LANES][ROWS] __attribute__((aligned(64)));
     double w[ROWS][ORACLE_CHUNK] __attribute__((aligned(64)));
+    memset(sum, 0, sizeof sum);
     memset(w, 0, sizeof w); // rows beyond n_rows are multiplied, not used
     for (size_t first = 0; first < n_in; first += ORACLE_CHUNK) {
         size_t n = n_in - first < ORACLE_CHUNK ? n_in - first : ORACLE_CHUNK;
         for (size_t r = 0; r < n_rows; r++) {
             oracle_elements(j->w, begin + r, first, w[r], n);
-            if (j->kind == ORACLE_H)
+            if (j->kind == ORACLE_H && j->w->m.type != DTYPE_BF16)
                 for (size_t i = 0; i < n; i++) w[r][i] = oracle_bf16(w[r][i]);
         }
         for (size_t g = 0; g < n_groups; g++) {

@@ -33,11 +33,11 @@ def load(path):
     return out
 
 
-def trace(model, ids, tmp_path, tensors="logits", path="fused", kv_type="bf16"):
+def trace(model, ids, tmp_path, tensors="logits", path="fused", kv_type="bf16", positions=None):
     out = tmp_path / "trace.safetensors"
     subprocess.run(
         [TANDEM, "trace", str(model), "--ids", ",".join(map(str, ids)), "--tensors", tensors, "--path", path,
-         "--kv-type", kv_type, "-o", out],
+         "--kv-type", kv_type, *(["--positions", positions] if positions else []), "-o", out],
         check=True, capture_output=True)
     return load(out)
 

@@ -79,6 +79,8 @@ def test_teacher_forced_logits_against_float64(model, reader, tmp_path):
     # Quantised weights multiply unrounded f32 activations: with K and V in f32 only f32 rounding is left, about 2^-24 for
     # each of some hundred operations in a row. With K and V in bf16 each layer adds two roundings of 2^-9 relative.
     exactly, rounded = error("f32"), error("bf16")
+    oracle = trace(model, ids, tmp_path, path="T")["logits"]
+    assert np.sqrt(np.mean((oracle - exact) ** 2) / np.mean(exact**2)) < 1e-12
     print(f"relative RMS error {exactly:.2e} with f32 KV, {rounded:.2e} with bf16 KV")
     assert exactly < 200 * 2**-24
     assert exactly < rounded < 2**-9 * np.sqrt(2 * field(reader, "llama.block_count"))
