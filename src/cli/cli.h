@@ -84,7 +84,8 @@ struct cli_options {
     int32_t bias_ids[MAX_BIASES];
     float bias[MAX_BIASES];
     size_t n_biases;
-    const char *model; // the positional argument
+    const char *model;     // the first positional argument
+    const char *operand_2; // the second, of a command with two
 };
 
 struct command {
@@ -95,6 +96,7 @@ struct command {
     const enum option_id *options;
     size_t n_options;
     int (*run)(const struct cli_options *o);
+    bool two_operands; // both needed (diff A B); else at most one, MODEL
 };
 
 extern const struct command command_chat, command_run, command_tokenize, command_template, command_inspect,

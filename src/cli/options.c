@@ -154,8 +154,14 @@ bool cli_parse(const struct command *c, int argc, char **argv, struct cli_option
         if (!take(o, id, optarg, status)) return false;
     }
     if (optind < argc) o->model = argv[optind++];
+    if (c->two_operands && optind < argc) o->operand_2 = argv[optind++];
+    if (c->two_operands && !o->operand_2) {
+        *status = cli_usage("expected two arguments: %s", c->usage);
+        return false;
+    }
     if (optind < argc) {
-        *status = cli_usage("expected one MODEL, found also \"%s\"", argv[optind]);
+        *status = cli_usage("expected %s, found also \"%s\"", c->two_operands ? "two arguments" : "one MODEL",
+                            argv[optind]);
         return false;
     }
     return true;
