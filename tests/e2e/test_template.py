@@ -15,17 +15,11 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 DATA = ROOT / "tests" / "data"
-HELPER = os.environ.get("TEMPLATE_BATCH", "build/tests/text/template_batch")
+TINY = "models/tandem-tiny"
 CONFIG = json.loads((DATA / "qwen3-tokenizer" / "tokenizer_config.json").read_text())
 TEMPLATES = {path.stem: path.read_text() for path in sorted((DATA / "templates").glob("*.jinja"))}
 TEMPLATES["qwen3"] = CONFIG["chat_template"]
 KINDS = {"qwen3-strings": "qwen3", "chatml-default": "chatml"}  # a file's kind, where its name is another
-
-
-@pytest.fixture(scope="module", autouse=True)
-def helper():
-    if "TEMPLATE_BATCH" not in os.environ:
-        subprocess.run(["make", "-s", HELPER], cwd=ROOT, check=True)
 
 
 def environment():
@@ -108,28 +102,38 @@ def to_json(document, rng):
     return re.sub(r'(?<=[ \[])(-?)Infinity(?=[,\]}\n])', r"\g<1>1e400", out)
 
 
-def render(kind, documents):
-    """One text a document, or its error; the documents must render to texts without NUL."""
-    data = b"".join(d.encode() + b"\0" for d in documents)
-    out = subprocess.run([HELPER, kind], cwd=ROOT, input=data, capture_output=True, check=True).stdout.decode()
-    texts = out.split("\0")
-    assert texts.pop() == "" and len(texts) == len(documents)
-    return texts
+def template(kind, documents, *options):
+    """The program on documents, the model's own template replaced by `kind`."""
+    command = [os.environ.get("TANDEM", "build/tandem"), "template", TINY, "--template", kind, *options]
+    data = b"\0".join(d.encode() for d in documents)
+    return subprocess.run(command, input=data, capture_output=True, check=False)
+
+
+def render(kind, document):
+    done = template(kind, [document])
+    assert done.returncode == 0 and done.stderr == b"", done.stderr
+    return done.stdout.decode()
+
+
+def refused(kind, document, word):
+    done = template(kind, [document])
+    assert done.returncode == 1 and done.stdout == b""
+    assert done.stderr.startswith(b"tandem: template: ") and word in done.stderr.decode(), done.stderr
 
 
 @pytest.mark.parametrize("name", sorted(TEMPLATES))
 def test_equals_jinja(name):
     rng = random.Random(20250429)
     kind = KINDS.get(name, name)
-    template = environment().from_string(TEMPLATES[name])
+    jinja = environment().from_string(TEMPLATES[name])
     documents, expected = [], []
     for _ in range(5000):
         document = conversation(rng, kind.startswith("qwen"))
         documents.append(to_json(document, rng))
-        expected.append(template.render(**{"add_generation_prompt": True, **document}))
-    data = b"".join(d.encode() + b"\0" for d in documents)
-    got = subprocess.run([HELPER, kind], cwd=ROOT, input=data, capture_output=True, check=True).stdout.decode()
-    at = 0
+        expected.append(jinja.render(**{"add_generation_prompt": True, **document}))
+    done = template(kind, documents, "-0")
+    assert done.returncode == 0, done.stderr
+    got, at = done.stdout.decode(), 0
     for document, want in zip(documents, expected):
         assert got[at : at + len(want) + 1] == want + "\0", document
         at += len(want) + 1
@@ -146,14 +150,13 @@ def test_floats_are_pythons():
             values.append(v)
     tools = [{"v": values}]
     document = json.dumps({"messages": [{"role": "user", "content": "x"}], "tools": tools})
-    text, = render("qwen3", [document])
-    assert json.dumps(tools[0]) in text
+    assert json.dumps(tools[0]) in render("qwen3", document)
 
 
 def test_long_integers_and_key_order():
     tool = '{"z": 123456789012345678901234567890123456789, "a": -18446744073709551616, "m": -0, "0": 1E400, "b": 1.50}'
     document = '{"messages": [{"role": "user", "content": "x"}], "tools": [' + tool + "]}"
-    assert json.dumps(json.loads(tool)) in render("qwen3", [document])[0]
+    assert json.dumps(json.loads(tool)) in render("qwen3", document)
 
 
 @pytest.mark.parametrize("document, word", [
@@ -191,8 +194,7 @@ def test_long_integers_and_key_order():
     ("[01]", "expected"),
 ])
 def test_refuses(document, word):
-    got, = render("qwen3", [document])
-    assert got.startswith("error: ") and word in got
+    refused("qwen3", document, word)
 
 
 @pytest.mark.parametrize("kind", ["smollm2", "chatml"])
@@ -202,13 +204,12 @@ def test_refuses(document, word):
     ('[{"role": "wizard", "content": "x"}]', "wizard"),
 ])
 def test_plain_templates_refuse_tools(kind, document, word):
-    got, = render(kind, [document])
-    assert got.startswith("error: ") and word in got
+    refused(kind, document, word)
 
 
 def test_null_content_is_empty():
     document = '[{"role": "user", "content": null}]'
-    assert render("qwen3", [document])[0] == "<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n"
+    assert render("qwen3", document) == "<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n"
 
 
 @pytest.mark.parametrize("document, end", [
@@ -218,4 +219,33 @@ def test_null_content_is_empty():
     ('{"messages": [{"role": "user", "content": "x"}], "add_generation_prompt": false}', "x<|im_end|>\n"),
 ])
 def test_switches(document, end):
-    assert render("qwen3", [document])[0].endswith(end)
+    assert render("qwen3", document).endswith(end)
+
+
+def test_a_bad_document_is_named_and_ends_the_command():
+    good = '[{"role": "user", "content": "x"}]'
+    done = template("chatml", [good, good, '[{"role": "user"}]', good], "-0")
+    assert done.returncode == 1 and b"document 3: " in done.stderr
+    assert done.stdout == ("<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n\0" * 2).encode()
+
+
+@pytest.mark.parametrize("data, texts", [(b"", 0), (b"[%s]\0", 1), (b"[%s]", 1), (b"[%s]\0[%s]", 2), (b"[%s]\0[%s]\0", 2)])
+def test_a_final_nul_is_optional(data, texts):
+    data = data.replace(b"%s", b'{"role": "user", "content": "x"}')
+    command = [os.environ.get("TANDEM", "build/tandem"), "template", TINY, "-0", "--template", "chatml"]
+    assert subprocess.run(command, input=data, capture_output=True, check=True).stdout.count(b"\0") == texts
+
+
+def test_unknown_templates_list_the_known(tmp_path):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((ROOT / TINY / name).read_bytes())
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config["chat_template"] = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    command = [os.environ.get("TANDEM", "build/tandem"), "template", str(tmp_path)]
+    document = b'[{"role": "user", "content": "x"}]'
+    done = subprocess.run(command, input=document, capture_output=True, check=False)
+    assert done.returncode == 1 and b"--template" in done.stderr and b"smollm2" in done.stderr
+    assert subprocess.run(command + ["--template", "chatml"], input=document, check=False).returncode == 0
+    assert subprocess.run(command + ["--template", "x"], input=document, capture_output=True,
+                          check=False).returncode in (1, 2)
