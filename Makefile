@@ -81,6 +81,7 @@ fuzz:
 	@tools/deps fuzz </dev/null
 	@$(MAKE) -s BUILD=build/fuzz CC=clang-14 OPT="-O1 -g" SAN="-fsanitize=fuzzer-no-link,$(FUZZ_SAN)" fuzz-run
 fuzz-run: $(FUZZ_BIN)
+	@python3 tests/fuzz/make_seeds.py $(BUILD)/tests/fuzz
 	@for f in $(FUZZ_BIN); do echo "== $$f"; mkdir -p $$f.corpus && \
 	    $$f -max_total_time=$(FUZZ_SECONDS) -max_len=4096 -verbosity=0 $$f.corpus </dev/null || exit 1; done
 

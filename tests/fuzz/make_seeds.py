@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes a small seed corpus for the format fuzzers: make_seeds.py FOLDER fills FOLDER/gguf, /safetensors and /config.
+"""Writes a small seed corpus: make_seeds.py FOLDER fills FOLDER/fuzz_NAME.corpus for each fuzz target of that name.
 
 Only the standard library is used, so that a fuzz run needs no Python packages. Each seed is a good file, or one with a
 single fault, so that the fuzzer starts on both sides of every check.
@@ -68,11 +68,50 @@ def config_seeds():
     yield b"[" * 3000 + b"]" * 3000
 
 
+def tokenizer_seeds():
+    letters = {c: i for i, c in enumerate("abcdehlo\u0120\u010a0123.,!'s\u00c3\u00a9")}
+    merges = ["h e", "l l", "he ll", "hell o", "\u0120 a", "\u00c3 \u00a9"]
+    vocab = letters | {m.replace(" ", ""): len(letters) + i for i, m in enumerate(merges)}
+    n = len(vocab)
+    added = [{"id": n, "content": "<|im_start|>", "single_word": False, "lstrip": False, "rstrip": False,
+              "normalized": False, "special": True},
+             {"id": n + 1, "content": "<think>", "single_word": True, "lstrip": True, "rstrip": True,
+              "normalized": True, "special": False}]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+    qwen = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+            r"|\s+(?!\S)|\s+")
+    splits = [[{"type": "Split", "pattern": {"Regex": p}, "behavior": "Isolated", "invert": False}, byte_level]
+              for p in (qwen, qwen.replace(r"\p{N}|", r"\p{N}{1,3}|"), "[a-z]+|[0-9]")]
+    splits += [[{"type": "Digits", "individual_digits": True}, byte_level | {"use_regex": True}], [byte_level]]
+    text = b"hello <think> a0123!\n<|im_start|>\xc3\xa9 l'heole\xff"
+    for i, split in enumerate(splits):
+        root = {"normalizer": {"type": "NFC"} if i % 2 else None, "added_tokens": added,
+                "pre_tokenizer": {"type": "Sequence", "pretokenizers": split}, "decoder": {"type": "ByteLevel"},
+                "model": {"type": "BPE", "vocab": vocab, "merges": merges if i % 2 else [m.split() for m in merges],
+                          "ignore_merges": i == 1}}
+        config = {"eos_token": "<|im_start|>", "chat_template": "{{ x }}"} if i else {"bos_token": "<think>", "add_bos_token": True}
+        yield b"\xff".join([json.dumps(root).encode(), json.dumps(config).encode(), text])
+
+
+def messages_seeds():
+    call = {"role": "assistant", "content": "", "reasoning_content": "r",
+            "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"x": [1, 2.5, None, "\u00e9"]}}}]}
+    talk = [{"role": "system", "content": "s"}, {"role": "user", "content": "<|im_end|>"},
+            call, {"role": "tool", "content": "t"}, {"role": "tool", "content": "</think>\n"}]
+    for i, document in enumerate((talk, {"messages": talk, "tools": [{"type": "function", "function": {"name": "f"}}],
+                                         "enable_thinking": False, "add_generation_prompt": True}, talk[:2], [])):
+        yield bytes([i]) + json.dumps(document).encode()
+
+
+TARGETS = {"gguf": gguf_seeds, "safetensors": safetensors_seeds, "config": config_seeds, "json_scan": config_seeds,
+           "tokenizer": tokenizer_seeds, "messages": messages_seeds}
+
+
 def main():
-    for name, seeds in [("gguf", gguf_seeds()), ("safetensors", safetensors_seeds()), ("config", config_seeds())]:
-        folder = Path(sys.argv[1]) / name
+    for name, seeds in TARGETS.items():
+        folder = Path(sys.argv[1]) / f"fuzz_{name}.corpus"
         folder.mkdir(parents=True, exist_ok=True)
-        for i, seed in enumerate(seeds):
+        for i, seed in enumerate(seeds()):
             (folder / f"seed{i:02}").write_bytes(seed)
 
 
