@@ -113,7 +113,7 @@ static bool lay_out(struct model *m, enum dtype type, struct error *err) {
     struct tensor_set *set = &m->files;
     size_t total = 0, at = 0;
     unsigned char *memory;
-    set->tensors = arena_alloc_zero(&set->arena, m->config.n_layers + 1, PART_COUNT * sizeof *set->tensors);
+    set->tensors = size_alloc_zero(m->config.n_layers + 1, PART_COUNT * sizeof *set->tensors);
     set->maps = arena_alloc_zero(&set->arena, 1, sizeof *set->maps);
     if (!set->tensors || !set->maps) return error_set(err, "out of memory");
     for (int part = 0; part < PART_COUNT; part++) {
