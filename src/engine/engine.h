@@ -79,8 +79,10 @@ struct engine_share {
 // max_batch rows. The lock is held.
 const float *engine_run(tandem_engine *engine, const struct engine_share *shares, size_t n_shares);
 
-// Whether the logits for `position` can be sampled from: NaN or Inf is an error.
-bool engine_check_logits(tandem_engine *engine, const float *logits, size_t position, struct error *err);
+// Whether the logits behind the first n tokens of a sequence can be sampled from. NaN or Inf is an error that names the
+// op which made it (tripwire.h); the K and V are still the sequence's, and the caller drops them.
+bool engine_check_logits(tandem_engine *engine, const float *logits, const int32_t *ids, const struct kv_seq *kv,
+                         size_t n, struct error *err);
 
 // Fills `to` with a copy of `from` whose biases are owned by the caller: free *ids and *bias. Checks every field.
 bool engine_copy_sampling(const tandem_engine *engine, const tandem_sampling *from, tandem_sampling *to, int32_t **ids,

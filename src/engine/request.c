@@ -351,7 +351,7 @@ static bool tell_prompt(struct sink *k, struct choice *c, const float *logits, s
         const float *row = logits + i * n_vocab;
         if (position >= c->seq.n_prompt || position <= q->n_told) continue;
         struct error err = {0};
-        if (!engine_check_logits(e, row, position, &err)) {
+        if (!engine_check_logits(e, row, c->seq.ids, &c->seq.kv, position, &err)) {
             end_request(k, q, TANDEM_FINISH_ERROR, err.text);
             return false;
         }
@@ -378,7 +378,7 @@ static void sample(struct sink *k, struct choice *c, const float *logits) {
         end_choice(k, c, TANDEM_FINISH_LENGTH, NULL);
         return;
     }
-    if (!engine_check_logits(e, logits, c->seq.n_ids, &err)) {
+    if (!engine_check_logits(e, logits, c->seq.ids, &c->seq.kv, c->seq.n_ids, &err)) {
         end_choice(k, c, TANDEM_FINISH_ERROR, err.text);
         return;
     }

@@ -195,7 +195,7 @@ static const float *run_step(tandem_engine *e, const struct share *shares, size_
 static int choose_token(tandem_session *s, const float *logits, tandem_token *token, struct error *err) {
     tandem_engine *e = s->engine;
     size_t n_vocab = e->model->config.n_vocab;
-    if (!engine_check_logits(e, logits, s->n_ids, err)) {
+    if (!engine_check_logits(e, logits, s->ids, &s->kv, s->n_ids, err)) {
         kv_trim(&e->pages, &s->kv, 0);
         return TANDEM_ERROR;
     }

@@ -3,6 +3,7 @@
 #include "engine/engine.h"
 
 #include "base/size.h"
+#include "engine/tripwire.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -38,10 +39,11 @@ const float *engine_run(tandem_engine *e, const struct engine_share *shares, siz
     return model_forward(e->model, e->run, &e->kv, &b);
 }
 
-bool engine_check_logits(tandem_engine *e, const float *logits, size_t position, struct error *err) {
+bool engine_check_logits(tandem_engine *e, const float *logits, const int32_t *ids, const struct kv_seq *kv, size_t n,
+                         struct error *err) {
     if (logits_finite(logits, e->model->config.n_vocab)) return true;
-    return error_set(err, "the logits for position %zu hold NaN or Inf: nothing was sampled, the KV was dropped",
-                     position);
+    tripwire_explain(e, &(struct tripwire_sequence){.ids = ids, .pages = kv->pages, .n = n}, err);
+    return false;
 }
 
 bool engine_copy_sampling(const tandem_engine *e, const tandem_sampling *from, tandem_sampling *to, int32_t **ids_out,
