@@ -70,6 +70,8 @@ enum option_id {
     OPT_CSV,
     OPT_CHUNK,
     OPT_FUSIONS,
+    OPT_MANIFEST,
+    OPT_MODEL,
     OPT_COUNT
 };
 
@@ -100,7 +102,7 @@ struct command {
 };
 
 extern const struct command command_chat, command_run, command_tokenize, command_template, command_inspect,
-    command_trace, command_check, command_bench;
+    command_trace, command_check, command_bench, command_replay;
 
 // Says `tandem: SUBCOMMAND: ...` on stderr and returns EXIT_FAULT (cli_usage: EXIT_USAGE).
 int cli_fail(const char *format, ...) __attribute__((format(printf, 1, 2)));

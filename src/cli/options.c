@@ -69,6 +69,8 @@ static const struct {
     [OPT_REPEAT] = {"repeat", 0, "N", "repeats of every measurement"},
     [OPT_CSV] = {"csv", 0, NULL, "print comma-separated values"},
     [OPT_CHUNK] = {"chunk", 0, "N", "most prompt tokens of one step"},
+    [OPT_MANIFEST] = {"manifest", 0, "FILE", "write a record of the run, for `tandem replay`"},
+    [OPT_MODEL] = {"model", 0, "MODEL", "this model in place of the recorded one"},
     [OPT_FUSIONS] = {"fusion", 0, "on|off|LIST|on,off", "fused ops, as in run; on,off measures both in alternation"},
     [OPT_OUTPUT] = {"output", 'o', "FILE", "where to write"},
 };
@@ -160,8 +162,8 @@ bool cli_parse(const struct command *c, int argc, char **argv, struct cli_option
         return false;
     }
     if (optind < argc) {
-        *status = cli_usage("expected %s, found also \"%s\"", c->two_operands ? "two arguments" : "one MODEL",
-                            argv[optind]);
+        *status =
+            cli_usage("expected %s, found also \"%s\"", c->two_operands ? "two arguments" : "one MODEL", argv[optind]);
         return false;
     }
     return true;

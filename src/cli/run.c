@@ -1,5 +1,6 @@
 // run.c: `tandem run`: one completion of a prompt, a chat turn, a JSON conversation or plain ids.
 #include "cli/cli.h"
+#include "cli/manifest.h"
 
 #include "base/clock.h"
 #include "text/stream.h"
@@ -220,6 +221,17 @@ static int check_usage(const struct cli_options *o) {
     return EXIT_GOOD;
 }
 
+static bool write_manifest(const struct generation *g) {
+    struct error err = {0};
+    struct manifest_run r = {.model = cli_model(g->o),
+                             .sampling = &g->sampling,
+                             .prompt = &g->prompt,
+                             .tokens = &g->tokens,
+                             .finish = g->finish,
+                             .hash = g->session->hash};
+    return manifest_write(g->o->text[OPT_MANIFEST], g->engine, &r, &err) || cli_fail("%s", err.text) == 0;
+}
+
 static int run(const struct cli_options *o) {
     struct generation g = {.o = o, .quiet = o->given[OPT_JSON]};
     int status = check_usage(o);
@@ -240,6 +252,7 @@ static int run(const struct cli_options *o) {
         bool printed = true;
         if (g.quiet) printed = cli_print_json(result_json(&g));
         else putchar('\n');
+        if (o->given[OPT_MANIFEST] && !write_manifest(&g)) printed = false;
         if (last == TANDEM_ERROR) cli_fail("%s", g.err);
         status = last == TANDEM_ERROR || last == TANDEM_CANCELLED || !printed ? EXIT_FAULT : EXIT_GOOD;
     }
@@ -263,6 +276,7 @@ static const enum option_id options[] = {OPT_PROMPT,
                                          OPT_THINK,
                                          OPT_JSON,
                                          OPT_LOGPROBS,
+                                         OPT_MANIFEST,
                                          OPT_MAX_TOKENS,
                                          OPT_STOP,
                                          OPT_GREEDY,
