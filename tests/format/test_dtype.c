@@ -1,6 +1,7 @@
 // test_dtype.c: the table of element types and the conversions to and from half precision. Whole blocks are compared
 // with another implementation in tests/e2e/test_quant.py.
 #include "format/dtype.h"
+#include "format/groups.h"
 
 #include <math.h>
 #include <setjmp.h>
@@ -49,6 +50,35 @@ static void test_f16_round_trip(void **state) {
         float f = f16_to_f32((uint16_t)h);
         if (isnan(f)) assert_true(isnan(f16_to_f32(f16_from_f32(f))));
         else assert_int_equal(f16_from_f32(f), h);
+    }
+}
+
+// Integers, scales and minima say the same as dtype_to_f32, bit for bit, of random blocks with finite scales.
+static void test_groups(void **state) {
+    (void)state;
+    enum { N = 2048 };
+    uint64_t random = 5;
+    for (enum dtype type = 0; type < DTYPE_COUNT; type++) {
+        const struct dtype_info *info = dtype_info(type);
+        if (!info->is_weight || !info->is_quantised) continue;
+        static unsigned char data[N / 32 * 40];
+        static float values[N], scale[N / 16], min[N / 16];
+        static int8_t q[N];
+        for (size_t i = 0; i < sizeof data; i++) {
+            random = random * 6364136223846793005u + 1442695040888963407u;
+            data[i] = (unsigned char)(random >> 56) & 0xBB;
+        }
+        memset(min, 0, sizeof min);
+        dtype_to_f32(type, data, values, N);
+        dtype_to_groups(type, data, q, scale, min, N);
+        size_t len = dtype_group_len(type), with_min = 0;
+        for (size_t i = 0; i < N; i++) {
+            float v = scale[i / len] * (float)q[i] + min[i / len];
+            if (v == 0 && values[i] == 0) continue; // -0 + 0
+            assert_int_equal(bits_of(v), bits_of(values[i]));
+        }
+        for (size_t g = 0; g < N / len; g++) with_min += min[g] != 0;
+        assert_int_equal(with_min > 0, dtype_has_min(type));
     }
 }
 
@@ -104,8 +134,10 @@ static void test_blocks_in_place(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_names),        cmocka_unit_test(test_row_bytes), cmocka_unit_test(test_f16_round_trip),
-        cmocka_unit_test(test_f16_rounding), cmocka_unit_test(test_bf16),      cmocka_unit_test(test_blocks_in_place),
+        cmocka_unit_test(test_names),           cmocka_unit_test(test_row_bytes),
+        cmocka_unit_test(test_f16_round_trip),  cmocka_unit_test(test_groups),
+        cmocka_unit_test(test_f16_rounding),    cmocka_unit_test(test_bf16),
+        cmocka_unit_test(test_blocks_in_place),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
