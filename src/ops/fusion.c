@@ -242,12 +242,13 @@ const char *fusion_text(uint32_t mask, char *text, size_t size) {
     return text;
 }
 
-// A matmul holds one weight row for each thread and the rounded inputs; composed attention its scores and blocks for
-// each thread. They never run at once.
+// A matmul holds one weight row for each thread and the inputs rounded in up to two ways (bf16, int8, for weights of
+// both kinds); composed attention its scores and blocks for each thread. They never run at once.
 bool ops_scratch_floats(const struct ops_limits *limits, size_t *out) {
     size_t n_threads = limits->n_threads > 0 ? (size_t)limits->n_threads : 1;
     size_t rows, matmul, attention;
-    if (!size_add(n_threads, limits->max_tokens, &rows) || !size_mul(rows, limits->max_width, &matmul)) return false;
+    if (!size_mul_add(limits->max_tokens, 2, n_threads, &rows) || !size_mul(rows, limits->max_width, &matmul))
+        return false;
     if (!attention_floats(limits->max_positions, limits->head_dim, &attention)) return false;
     if (!size_mul(attention, n_threads, &attention)) return false;
     *out = matmul > attention ? matmul : attention;

@@ -16,6 +16,18 @@
 // sixteen partial sums, acc[l] = fma(a[k], b[k], acc[l]) for ascending k with k % 16 == l, starting from +0, then the
 // fixed tree acc[l] += acc[l+8] (l < 8), += acc[l+4], += acc[l+2], acc[0] + acc[1]. A tail of n % 16 terms goes to the
 // first lanes. "sum16" is the same with b = 1.
+//
+// Products with weights (matmul) multiply in one of three ways, by the type of the weights:
+// - F32, F16: dot16 of the weights, converted exactly, and x as it is.
+// - BF16: x is rounded to bf16, nearest even. "dotpair" is dot16 with pairs dealt out: lane l takes the terms k with
+//   (k / 2) % 16 == l, ascending pairs, the odd k of a pair before the even one; then dot16's tree.
+// - Quantised: x is rounded to int8 in blocks of ACT_BLOCK: a = max |x_i|, inverse = 127 / a, q_i = nearest_even(x_i *
+//   inverse), d = a / 127, all in f32; a < 2^-100 gives d = 0, q = 0; NaN or Inf in a block gives d = NaN, q = 0.
+//   The weights are w_i = scale_g * u_i + min_g in groups g of 16 or 32 elements (format/groups.h). "qdot" is one chain
+//   over ascending groups, from y = +0, each group in block b:
+//     y = fma(scale_g * d_b, (float)(sum_i u_i q_i), y);  then, for types with minima,  y = fma(min_g, d_b *
+//     (float)(sum_i q_i), y).  The integer sums are exact, and so is their conversion (below 2^24).
+// ops_round_activation gives the rounded x.
 #ifndef TANDEM_OPS_OPS_H
 #define TANDEM_OPS_OPS_H
 
@@ -29,6 +41,7 @@
 enum {
     KV_PAGE_TOKENS = 32, // positions in a KV page
     ATTN_BLOCK = 32,     // positions that attention sums before it combines: fixed, absolute, one page
+    ACT_BLOCK = 32,      // activations that share a scale in a product with quantised weights
 };
 
 // A stored weight matrix W [n_out, n_in]; its product with x [n_in] is y[o] = sum_i W[o][i] x[i].
@@ -169,7 +182,8 @@ struct norm_head_args {
 
 // One backend's ops. Filled portable-first, then overridden; chosen once at start.
 struct ops {
-    const char *name; // "cpu/avx2"
+    const char *name;                  // "cpu/avx2"
+    const struct cpu_kernels *kernels; // the CPU's own: the dot products of one tile
 
     // Primitives.
 
@@ -179,8 +193,7 @@ struct ops {
     // y = x * r * w, r = 1 / sqrt(dot16(x, x) / n + eps), evaluated as (x * r) * w; y may be x.
     void (*rmsnorm)(const struct op_ctx *ctx, float *y, const float *x, const float *w, float eps, size_t n_rows,
                     size_t n);
-    // y[t][o] = dot16(W[o], round(x[t])). round(): to bf16 (nearest even) for bf16 weights; none for other weights,
-    // which are converted exactly to f32.
+    // y[t][o] = dot16, dotpair or qdot of W[o] and x[t], by the weights' type (above).
     void (*matmul)(const struct op_ctx *ctx, float *y, const float *x, const struct matrix *w, size_t n_tokens);
     // y[t] += b
     void (*bias)(const struct op_ctx *ctx, float *y, const float *b, size_t n_rows, size_t n);
@@ -223,6 +236,10 @@ struct ops {
 // The CPU's table for this machine, or for a named instruction set ("portable", "avx2", ...; NULL or "auto": the best
 // that this CPU has). NULL with the list of known names when the name is unknown or the CPU lacks it.
 const struct ops *ops_cpu(const char *isa, struct error *err);
+
+// x[n] as a product with `weights` multiplies it (above), exactly, as f64: what an oracle feeds its own product to
+// judge an op by. n is a multiple of ACT_BLOCK for quantised weights.
+void ops_round_activation(enum dtype weights, const float *x, double *out, size_t n);
 
 // ---- Running: the fused op, or its composition
 // -----------------------------------------------------------------------

@@ -71,24 +71,29 @@ def test_teacher_forced_logits_against_float64(model, reader, tmp_path):
                     head_dim=field(reader, "llama.embedding_length") // n_heads,
                     eps=float(field(reader, "llama.attention.layer_norm_rms_epsilon")),
                     theta=float(field(reader, "llama.rope.freq_base")))
-    def error(kv_type):
-        got = trace(model, ids, tmp_path, kv_type=kv_type)["logits"]
-        assert np.array_equal(got.argmax(-1), exact.argmax(-1))
-        return np.sqrt(np.mean((got - exact) ** 2) / np.mean(exact**2))
-
-    # Quantised weights multiply unrounded f32 activations: with K and V in f32 only f32 rounding is left, about 2^-24 for
-    # each of some hundred operations in a row. With K and V in bf16 each layer adds two roundings of 2^-9 relative.
-    exactly, rounded = error("f32"), error("bf16")
     oracle = trace(model, ids, tmp_path, path="T")["logits"]
     assert np.sqrt(np.mean((oracle - exact) ** 2) / np.mean(exact**2)) < 1e-12
-    print(f"relative RMS error {exactly:.2e} with f32 KV, {rounded:.2e} with bf16 KV")
-    assert exactly < 200 * 2**-24
-    assert exactly < rounded < 2**-9 * np.sqrt(2 * field(reader, "llama.block_count"))
+
+    # Rounding activations to int8 is what separates the two (f32 rounding is 1e-5 here, K and V in bf16 1e-2). Over 500
+    # tokens of running text: KL 0.0038, and the likeliest token changes for 2% of them. These few tokens are harder.
+    got = trace(model, ids, tmp_path)["logits"].astype(np.float64)
+    error = np.sqrt(np.mean((got - exact) ** 2) / np.mean(exact**2))
+    p, q = log_softmax(exact), log_softmax(got)
+    kl = (np.exp(p) * (p - q)).sum(-1)
+    print(f"relative RMS error {error:.2e}, KL {kl.mean():.2e}, at most {kl.max():.2e}")
+    assert error < 0.04
+    assert kl.mean() < 0.02
+    assert (got.argmax(-1) == exact.argmax(-1)).mean() > 0.8
+
+
+def log_softmax(x):
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
 
 def test_it_knows_the_capital_of_france(model):
-    done = subprocess.run([TANDEM, "run", model, "-p", "What is the capital of France?", "--greedy", "-n", "40"], check=True,
-                          capture_output=True, text=True)
+    done = subprocess.run([TANDEM, "run", model, "--raw", "-p", "The capital of France is", "--greedy", "-n", "8"],
+                          check=True, capture_output=True, text=True)
     assert "Paris" in done.stdout
 
 

@@ -1,6 +1,8 @@
 // The portable ops against independent f64 computations, with bounds derived from the number of roundings.
 #include "helpers.h"
 
+#include "format/groups.h"
+
 #include "ops/cpu/math.h"
 #include "ops/ops.h"
 
@@ -35,11 +37,63 @@ static void test_dot16_order(void **state) {
     for (int l = 0; l < 8; l++) e[l] = lane[l] + lane[l + 8];
     for (int l = 0; l < 4; l++) f[l] = e[l] + e[l + 4];
     assert_true(dot16_f32(a, b, 40) == (f[0] + f[2]) + (f[1] + f[3]));
-    for (int k = 0; k < 40; k++) {
-        a[k] = bf16_to_f32(bf16_from_f32(a[k]));
-        b[k] = bf16_to_f32(bf16_from_f32(b[k]));
+}
+
+// dotpair deals out pairs: lane k / 2 % 16, the odd element first; every length, with and without a half pair.
+static void test_dotpair_order(void **state) {
+    (void)state;
+    uint32_t rng = 1;
+    float a[75], b[75];
+    for (int k = 0; k < 75; k++) {
+        a[k] = bf16_to_f32(bf16_from_f32(uniform(&rng) * ldexpf(1.0f, (k * 7) % 31 - 15)));
+        b[k] = bf16_to_f32(bf16_from_f32(uniform(&rng)));
     }
-    assert_true(dot16_f32(a, b, 40) == dot16_bf16(a, b, 40));
+    for (size_t n = 0; n <= 75; n++) {
+        float lane[16] = {0}, e[8], f[4];
+        for (size_t pair = 0; 2 * pair < n; pair++) {
+            size_t k = 2 * pair, l = pair % 16;
+            if (k + 1 < n) lane[l] = fmaf(a[k + 1], b[k + 1], lane[l]);
+            lane[l] = fmaf(a[k], b[k], lane[l]);
+        }
+        for (int l = 0; l < 8; l++) e[l] = lane[l] + lane[l + 8];
+        for (int l = 0; l < 4; l++) f[l] = e[l] + e[l + 4];
+        float dealt_a[75] = {0}, dealt_b[75] = {0};
+        for (size_t k = 0; k < n; k++) dealt_a[dealt_place(k, n)] = a[k], dealt_b[dealt_place(k, n)] = b[k];
+        assert_true(dotpair_bf16(dealt_a, dealt_b, n) == (f[0] + f[2]) + (f[1] + f[3]));
+    }
+}
+
+// Activations in int8: the largest becomes +-127, ties go to even, each error is at most half a step; tiny blocks are
+// zero, a NaN or Inf makes its block NaN and no other.
+static void test_round_activation(void **state) {
+    (void)state;
+    enum { N = 5 * ACT_BLOCK };
+    float x[N];
+    double y[N];
+    uint32_t rng = 3;
+    for (int i = 0; i < N; i++) x[i] = uniform(&rng);
+    for (int i = 0; i < 8; i++) x[i] = ((float)i - 3.5f) / 127.0f; // halves of a step
+    x[9] = -1.0f, x[10] = 1.0f;
+    for (int i = ACT_BLOCK; i < 2 * ACT_BLOCK; i++) x[i] *= 0x1p-101f;
+    x[2 * ACT_BLOCK + 3] = NAN;
+    x[3 * ACT_BLOCK + 30] = -INFINITY;
+    for (int i = 4 * ACT_BLOCK; i < N; i++) x[i] *= 3e38f;
+    ops_round_activation(DTYPE_Q4_K, x, y, N);
+    for (int i = 0; i < ACT_BLOCK; i++) {
+        double step = (double)(1.0f / 127.0f);
+        assert_true(fabs(y[i] - (double)x[i]) <= 0.5001 * step);
+        assert_true(fmod(y[i], step) == 0);
+    }
+    const int even[] = {-4, -2, -2, 0, 0, 2, 2, 4};
+    for (int i = 0; i < 8; i++) assert_true(y[i] == even[i] * (double)(1.0f / 127.0f));
+    assert_true(y[9] == -127 * (double)(1.0f / 127.0f) && y[10] == -y[9]);
+    for (int i = ACT_BLOCK; i < 2 * ACT_BLOCK; i++) assert_true(y[i] == 0);
+    for (int i = 2 * ACT_BLOCK; i < 4 * ACT_BLOCK; i++) assert_true(isnan(y[i]));
+    for (int i = 4 * ACT_BLOCK; i < N; i++) assert_true(fabs(y[i] - (double)x[i]) <= 0.51 * 3e38 / 127);
+    ops_round_activation(DTYPE_BF16, x, y, ACT_BLOCK);
+    for (int i = 0; i < ACT_BLOCK; i++) assert_true(y[i] == (double)bf16_to_f32(bf16_from_f32(x[i])));
+    ops_round_activation(DTYPE_F16, x, y, ACT_BLOCK);
+    for (int i = 0; i < ACT_BLOCK; i++) assert_true(y[i] == (double)x[i]);
 }
 
 // |dot16 - exact| <= (n/16 + 5) u sum |a b|, u = 2^-24. And each row's bits are the same at any T and thread count.
@@ -171,8 +225,9 @@ static void test_attention(void **state) {
     free(k), free(v), free(q), free(out), free(again), free(kp), free(vp);
 }
 
-// Quantised and half weights: whatever dtype_to_f32 makes of random bytes, multiplied under f32's bound; embed gives
-// exactly those values. Bytes that would be a scale of Inf or NaN are avoided by clearing the exponents' top bits.
+// Quantised and half weights: whatever dtype_to_f32 makes of random bytes times the rounded activations, under f32's
+// bound; embed gives exactly those values. Bytes that would be a scale of Inf or NaN are avoided by clearing the
+// exponents' top bits.
 static void test_other_weights(void **state) {
     (void)state;
     static const enum dtype types[] = {DTYPE_F16,  DTYPE_Q8_0, DTYPE_Q4_0, DTYPE_Q4_1, DTYPE_Q5_0, DTYPE_Q5_1,
@@ -194,15 +249,23 @@ static void test_other_weights(void **state) {
         assert_memory_equal(rows, values + 18 * N_IN, N_IN * sizeof(float));
         assert_memory_equal(rows + N_IN, values + 4 * N_IN, N_IN * sizeof(float));
         c.ops->matmul(&c, y, x, &w, T);
+        // Of a group: two products and a fma for its scale, as many for its minimum, and a rounding in dtype_to_f32.
+        // The parts of scale * u + min may be larger than their sum.
+        float scale[N_IN / 16], min[N_IN / 16] = {0};
+        int8_t q[N_IN];
+        size_t len = w.type == DTYPE_F16 ? 16 : dtype_group_len(w.type);
         for (size_t j = 0; j < T * N_OUT; j++) {
-            double sum = 0, size = 0;
+            double sum = 0, size = 0, rounded[N_IN];
+            const float *row = values + j % N_OUT * N_IN;
+            ops_round_activation(w.type, x + j / N_OUT * N_IN, rounded, N_IN);
+            if (w.type != DTYPE_F16) dtype_to_groups(w.type, data + j % N_OUT * w.row_bytes, q, scale, min, N_IN);
             for (size_t k = 0; k < N_IN; k++) {
-                double term = (double)x[j / N_OUT * N_IN + k] * (double)values[j % N_OUT * N_IN + k];
-                sum += term;
-                size += fabs(term);
+                double part = w.type == DTYPE_F16 ? 0 : fabs((double)min[k / len]);
+                sum += rounded[k] * (double)row[k];
+                size += fabs(rounded[k]) * (fabs((double)row[k]) + 2 * part);
             }
             assert_true(isfinite(size) && size > 0);
-            assert_true(fabs((double)y[j] - sum) <= (N_IN / 16 + 5) * U * size);
+            assert_true(fabs((double)y[j] - sum) <= (N_IN / 16 * 2 + 5) * U * size);
         }
         close_ctx(&c);
         free(data);
@@ -361,10 +424,13 @@ static void test_fusion_text(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_exp32),         cmocka_unit_test(test_dot16_order),    cmocka_unit_test(test_matmul),
-        cmocka_unit_test(test_other_weights), cmocka_unit_test(test_rmsnorm),        cmocka_unit_test(test_rope),
-        cmocka_unit_test(test_silu_mul),      cmocka_unit_test(test_plain),          cmocka_unit_test(test_kv_store),
-        cmocka_unit_test(test_attention),     cmocka_unit_test(test_long_attention), cmocka_unit_test(test_fusion_text),
+        cmocka_unit_test(test_exp32),          cmocka_unit_test(test_dot16_order),
+        cmocka_unit_test(test_dotpair_order),  cmocka_unit_test(test_round_activation),
+        cmocka_unit_test(test_matmul),         cmocka_unit_test(test_other_weights),
+        cmocka_unit_test(test_rmsnorm),        cmocka_unit_test(test_rope),
+        cmocka_unit_test(test_silu_mul),       cmocka_unit_test(test_plain),
+        cmocka_unit_test(test_kv_store),       cmocka_unit_test(test_attention),
+        cmocka_unit_test(test_long_attention), cmocka_unit_test(test_fusion_text),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

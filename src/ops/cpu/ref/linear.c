@@ -1,5 +1,6 @@
 // linear.c: the portable embed, matmul, bias, add and gather. Norms and attention are elsewhere.
-#include "ops/cpu/math.h"
+#include "format/groups.h"
+#include "ops/cpu/activation.h"
 #include "ops/cpu/ref/ref.h"
 
 #include <string.h>
@@ -40,9 +41,20 @@ static void embed(const struct op_ctx *ctx, float *x, const struct matrix *table
     pool_for(ctx->pool, n_tokens, TOKEN_GRAIN, embed_piece, &j);
 }
 
+// One BF16 row as f32, dealt out for dotpair.
+static void dealt_row(const struct matrix *w, size_t row, float *out) {
+    const unsigned char *src = (const unsigned char *)w->data + row * w->row_bytes;
+    for (size_t i = 0; i < w->n_in; i++) {
+        uint16_t h;
+        memcpy(&h, src + 2 * i, sizeof h);
+        out[dealt_place(i, w->n_in)] = bf16_to_f32(h);
+    }
+}
+
 struct matmul_job {
     float *y;
-    const float *x; // as it is multiplied: rounded, for bf16 weights
+    const float
+        *x; // [n_tokens, n_in] as it is multiplied: for BF16 rounded and dealt out, for quantised weights act_rows
     const struct matrix *w;
     size_t n_tokens;
     float *rows; // [n_threads, n_in] one weight row of each thread
@@ -53,10 +65,46 @@ static void matmul_piece(void *user, size_t begin, size_t end, int thread) {
     size_t n = j->w->n_in;
     float *row = j->rows + (size_t)thread * n;
     for (size_t o = begin; o < end; o++) {
-        row_to_f32(j->w, o, row);
+        if (j->w->type == DTYPE_BF16) dealt_row(j->w, o, row);
+        else row_to_f32(j->w, o, row);
         for (size_t t = 0; t < j->n_tokens; t++) {
             const float *x = j->x + t * n;
-            j->y[t * j->w->n_out + o] = j->w->type == DTYPE_BF16 ? dot16_bf16(row, x, n) : dot16_f32(row, x, n);
+            j->y[t * j->w->n_out + o] = j->w->type == DTYPE_BF16 ? dotpair_bf16(row, x, n) : dot16_f32(row, x, n);
+        }
+    }
+}
+
+// A row of quantised weights: integers, scales and minima of n elements.
+struct groups {
+    int8_t *q;
+    float *scale, *min;
+};
+
+static float qdot(const struct matrix *w, const struct groups *g, const struct act_row *x) {
+    size_t len = dtype_group_len(w->type);
+    bool has_min = dtype_has_min(w->type);
+    float y = 0.0f;
+    for (size_t i = 0, k = 0; k < w->n_in; i++, k += len) {
+        int32_t products = 0, sum = 0;
+        for (size_t e = k; e < k + len; e++) products += g->q[e] * x->q[e];
+        y = fmaf(g->scale[i] * x->scale[k / ACT_BLOCK], (float)products, y);
+        if (!has_min) continue;
+        for (size_t e = k; e < k + len; e++) sum += x->q[e];
+        y = fmaf(g->min[i], x->scale[k / ACT_BLOCK] * (float)sum, y);
+    }
+    return y;
+}
+
+static void quantised_piece(void *user, size_t begin, size_t end, int thread) {
+    const struct matmul_job *j = user;
+    size_t n = j->w->n_in;
+    float *row = j->rows + (size_t)thread * n; // n / 4 + 2 * (n / 16) floats of it
+    struct groups g = {(int8_t *)row, row + n / 4, row + n / 4 + n / ACT_GROUP};
+    for (size_t o = begin; o < end; o++) {
+        dtype_to_groups(j->w->type, (const uint8_t *)j->w->data + o * j->w->row_bytes, g.q, g.scale, g.min, n);
+        for (size_t t = 0; t < j->n_tokens; t++) {
+            struct act_row x = act_row_at((float *)(uintptr_t)j->x, n, t);
+            j->y[t * j->w->n_out + o] = qdot(j->w, &g, &x);
         }
     }
 }
@@ -64,23 +112,38 @@ static void matmul_piece(void *user, size_t begin, size_t end, int thread) {
 struct round_job {
     float *y;
     const float *x;
+    size_t n;
 };
 
 static void round_piece(void *user, size_t begin, size_t end, int thread) {
     (void)thread;
     const struct round_job *j = user;
-    for (size_t i = begin; i < end; i++) j->y[i] = bf16_to_f32(bf16_from_f32(j->x[i]));
+    for (size_t t = begin; t < end; t++) {
+        const float *x = j->x + t * j->n;
+        float *y = j->y + t * j->n;
+        for (size_t i = 0; i < j->n; i++) y[dealt_place(i, j->n)] = bf16_to_f32(bf16_from_f32(x[i]));
+    }
 }
 
-// Scratch: [n_threads, n_in] rows, then [n_tokens, n_in] rounded inputs.
+static void act_piece(void *user, size_t begin, size_t end, int thread) {
+    (void)thread;
+    const struct round_job *j = user;
+    for (size_t t = begin; t < end; t++) {
+        struct act_row row = act_row_at(j->y, j->n, t);
+        for (size_t b = 0; b < j->n / ACT_BLOCK; b++)
+            row.scale[b] = act_block(j->x + t * j->n + b * ACT_BLOCK, row.q + b * ACT_BLOCK);
+    }
+}
+
+// Scratch: [n_threads, n_in] rows, then the rounded inputs, at most [n_tokens, n_in].
 static void matmul(const struct op_ctx *ctx, float *y, const float *x, const struct matrix *w, size_t n_tokens) {
     struct matmul_job j = {y, x, w, n_tokens, ctx->scratch};
-    if (w->type == DTYPE_BF16) {
-        struct round_job r = {ctx->scratch + (size_t)pool_size(ctx->pool) * w->n_in, x};
-        pool_for(ctx->pool, n_tokens * w->n_in, ELEMENT_GRAIN, round_piece, &r);
-        j.x = r.y;
-    }
-    pool_for(ctx->pool, w->n_out, ROW_GRAIN, matmul_piece, &j);
+    struct round_job r = {ctx->scratch + (size_t)pool_size(ctx->pool) * w->n_in, x, w->n_in};
+    bool quantised = dtype_info(w->type)->is_quantised;
+    if (w->type == DTYPE_BF16) pool_for(ctx->pool, n_tokens, TOKEN_GRAIN, round_piece, &r);
+    if (quantised) pool_for(ctx->pool, n_tokens, TOKEN_GRAIN, act_piece, &r);
+    if (quantised || w->type == DTYPE_BF16) j.x = r.y;
+    pool_for(ctx->pool, w->n_out, ROW_GRAIN, quantised ? quantised_piece : matmul_piece, &j);
 }
 
 struct bias_job {
@@ -108,7 +171,7 @@ static void add_piece(void *user, size_t begin, size_t end, int thread) {
 }
 
 static void add(const struct op_ctx *ctx, float *x, const float *y, size_t n) {
-    struct round_job j = {x, y};
+    struct round_job j = {x, y, 0};
     pool_for(ctx->pool, n, ELEMENT_GRAIN, add_piece, &j);
 }
 

@@ -1,0 +1,57 @@
+// activation.h: a token's activations as the products with quantised weights take them (ops.h: qdot): int8 in blocks of
+// ACT_BLOCK with one f32 scale each, and the sums of the integers. It owns the scalar arithmetic and the place in the
+// scratch; vector files repeat the arithmetic lane by lane.
+#ifndef TANDEM_OPS_CPU_ACTIVATION_H
+#define TANDEM_OPS_CPU_ACTIVATION_H
+
+#include "ops/cpu/math.h"
+#include "ops/ops.h"
+
+#include <float.h>
+#include <string.h>
+
+enum { ACT_GROUP = 16 }; // the shortest group of any weight type
+
+// Pointers into the scratch; n is a multiple of ACT_BLOCK.
+struct act_row {
+    int8_t *q;       // [n]
+    float *scale;    // [n / ACT_BLOCK]
+    float *weighted; // [n / ACT_BLOCK] scale * (float)(sum of the block's q)
+    int16_t *sum;    // [n / ACT_GROUP]
+};
+
+// Floats of scratch that a row takes: at most n for n >= 32.
+static inline size_t act_row_floats(size_t n) {
+    return (n / 4 + 3 * (n / ACT_BLOCK) + 15) & ~(size_t)15;
+}
+
+static inline struct act_row act_row_at(float *scratch, size_t n, size_t token) {
+    float *at = scratch + token * act_row_floats(n);
+    float *scale = at + n / 4, *weighted = scale + n / ACT_BLOCK;
+    return (struct act_row){(int8_t *)at, scale, weighted, (int16_t *)(void *)(weighted + n / ACT_BLOCK)};
+}
+
+// The integer nearest to v, ties to even, for |v| < 2^21.
+static inline int32_t round_to_int(float v) {
+    const float magic = 12582912.0f; // 1.5 * 2^23
+    return (int32_t)(float_bits(v + magic) - float_bits(magic));
+}
+
+// One block; returns its scale. Below 2^-100 a block counts as zero; NaN or Inf makes the scale NaN.
+static inline float act_block(const float *x, int8_t *q) {
+    uint32_t max = 0;
+    for (size_t i = 0; i < ACT_BLOCK; i++) {
+        uint32_t bits = float_bits(x[i]) & 0x7FFFFFFFu;
+        max = bits > max ? bits : max;
+    }
+    float largest = float_from_bits(max);
+    if (!(largest >= 0x1p-100f && largest <= FLT_MAX)) {
+        memset(q, 0, ACT_BLOCK);
+        return largest < 0x1p-100f ? 0.0f : NAN;
+    }
+    float inverse = 127.0f / largest;
+    for (size_t i = 0; i < ACT_BLOCK; i++) q[i] = (int8_t)round_to_int(x[i] * inverse);
+    return largest / 127.0f;
+}
+
+#endif

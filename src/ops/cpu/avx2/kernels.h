@@ -1,0 +1,31 @@
+// kernels.h: the dot products of one tile, for the driver in matmul.c. The wider instruction sets bring kernels of
+// their own and share the driver.
+#ifndef TANDEM_OPS_CPU_AVX2_KERNELS_H
+#define TANDEM_OPS_CPU_AVX2_KERNELS_H
+
+#include "ops/cpu/activation.h"
+#include "ops/ops.h"
+
+enum {
+    TILE_ROWS = 16,    // rows of a tile: the lanes of a product with quantised weights
+    TILE_TOKENS = 128, // tokens of a tile: its results are 8 KiB
+};
+
+// Both write out[t * TILE_ROWS + r] for rows row .. row + n_rows of w, n_rows <= TILE_ROWS, and n_tokens <=
+// TILE_TOKENS.
+struct cpu_kernels {
+    // BF16, F16, F32. x: [n_tokens, n_in] as it is; for BF16 rounded and dealt out (deal_pairs).
+    void (*dense)(float *out, const struct matrix *w, size_t row, size_t n_rows, const float *x, size_t n_tokens);
+    // x: act_rows, one behind the other.
+    void (*quantised)(float *out, const struct matrix *w, size_t row, size_t n_rows, const float *x, size_t n_tokens);
+    // From f32 values to what `dense` wants of BF16: of each 16 the odd ones, then the even ones.
+    void (*deal_pairs)(float *to, const float *from, size_t n);
+};
+
+extern const struct cpu_kernels avx2_kernels;
+
+void avx2_dense(float *out, const struct matrix *w, size_t row, size_t n_rows, const float *x, size_t n_tokens);
+void avx2_quantised(float *out, const struct matrix *w, size_t row, size_t n_rows, const float *x, size_t n_tokens);
+void avx2_round_row(struct act_row *row, const float *x, size_t n); // act_block over a row, and the sums
+
+#endif

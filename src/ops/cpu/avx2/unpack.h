@@ -1,0 +1,221 @@
+// unpack.h: quantised weights as tiles: sixteen rows, some columns, four consecutive elements of a row side by side and
+// the sixteen rows behind one another, so that a register's 32-bit lanes are rows. Elements are unsigned (`offset` is
+// added to those of signed types; Q8_0's stay signed). Files under avx2/ and avx512/ include it.
+#ifndef TANDEM_OPS_CPU_AVX2_UNPACK_H
+#define TANDEM_OPS_CPU_AVX2_UNPACK_H
+
+#include "format/groups.h"
+#include "ops/cpu/avx2/kernels.h"
+#include "ops/cpu/avx2/vec.h"
+
+enum { TILE_COLUMNS = 256, OCTET = 8, TILE_GROUPS = TILE_COLUMNS / ACT_GROUP };
+
+struct weight_tile {
+    uint8_t q[TILE_COLUMNS / 4][TILE_ROWS][4];
+    float scale[TILE_GROUPS][TILE_ROWS], min[TILE_GROUPS][TILE_ROWS];
+} __attribute__((aligned(64)));
+
+// What is added to the type's integers to make them unsigned.
+INLINE int unpack_offset(enum dtype type) {
+    return type == DTYPE_Q4_0 ? 8 : type == DTYPE_Q5_0 ? 16 : type == DTYPE_Q6_K ? 32 : type == DTYPE_Q3_K ? 4 : 0;
+}
+
+INLINE __m256i load_32(const uint8_t *p) {
+    return _mm256_loadu_si256((const __m256i *)(const void *)p);
+}
+
+// Eight rows of eight 32-bit values to eight columns.
+INLINE void transpose_8(const __m256i *v, __m256i *out) {
+    __m256i a[8], b[8];
+    for (size_t i = 0; i < 4; i++) {
+        a[2 * i] = _mm256_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
+        a[2 * i + 1] = _mm256_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
+    }
+    for (size_t i = 0; i < 2; i++) {
+        b[4 * i] = _mm256_unpacklo_epi64(a[4 * i], a[4 * i + 2]);
+        b[4 * i + 1] = _mm256_unpackhi_epi64(a[4 * i], a[4 * i + 2]);
+        b[4 * i + 2] = _mm256_unpacklo_epi64(a[4 * i + 1], a[4 * i + 3]);
+        b[4 * i + 3] = _mm256_unpackhi_epi64(a[4 * i + 1], a[4 * i + 3]);
+    }
+    for (size_t i = 0; i < 4; i++) {
+        out[i] = _mm256_permute2x128_si256(b[i], b[4 + i], 0x20);
+        out[4 + i] = _mm256_permute2x128_si256(b[i], b[4 + i], 0x31);
+    }
+}
+
+// 32 elements of each of eight rows to their place: columns `column` .. column + 32, rows `first` ...
+INLINE void put_block(struct weight_tile *tile, size_t column, size_t first, const __m256i *v) {
+    __m256i out[OCTET];
+    transpose_8(v, out);
+    for (size_t j = 0; j < OCTET; j++) _mm256_store_si256((__m256i *)(void *)tile->q[column / 4 + j][first], out[j]);
+}
+
+// Eight rows' values of eight groups each to [group][row].
+INLINE void put_scales(float (*to)[TILE_ROWS], size_t first, const __m256 *rows) {
+    __m256i v[OCTET], out[OCTET];
+    for (size_t r = 0; r < OCTET; r++) v[r] = _mm256_castps_si256(rows[r]);
+    transpose_8(v, out);
+    for (size_t g = 0; g < OCTET; g++) _mm256_store_ps(&to[g][first], _mm256_castsi256_ps(out[g]));
+}
+
+INLINE int half_at(const uint8_t *p) {
+    uint16_t h;
+    memcpy(&h, p, sizeof h);
+    return (short)h;
+}
+
+// The f16 at p[r] + at of eight rows.
+INLINE __m256 halves(const uint8_t *const *p, size_t at) {
+    __m128i v = _mm_cvtsi32_si128(half_at(p[0] + at));
+    v = _mm_insert_epi16(v, half_at(p[1] + at), 1);
+    v = _mm_insert_epi16(v, half_at(p[2] + at), 2);
+    v = _mm_insert_epi16(v, half_at(p[3] + at), 3);
+    v = _mm_insert_epi16(v, half_at(p[4] + at), 4);
+    v = _mm_insert_epi16(v, half_at(p[5] + at), 5);
+    v = _mm_insert_epi16(v, half_at(p[6] + at), 6);
+    v = _mm_insert_epi16(v, half_at(p[7] + at), 7);
+    return _mm256_cvtph_ps(v);
+}
+
+// 32 nibbles of 16 bytes: the low ones, then the high ones.
+INLINE __m256i nibbles_32(const uint8_t *p) {
+    __m256i v = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)p));
+    v = _mm256_srlv_epi32(v, _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4));
+    return _mm256_and_si256(v, _mm256_set1_epi8(15));
+}
+
+// 16 where a bit of the 32 is set, else 0.
+INLINE __m256i fifth_bits(const uint8_t *p) {
+    int bits;
+    memcpy(&bits, p, sizeof bits);
+    const __m256i which = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+    const __m256i one = _mm256_set1_epi64x((long long)0x8040201008040201ull);
+    __m256i bytes = _mm256_shuffle_epi8(_mm256_set1_epi32(bits), which);
+    return _mm256_and_si256(_mm256_cmpeq_epi8(_mm256_and_si256(bytes, one), one), _mm256_set1_epi8(16));
+}
+
+// Types with blocks of 32: `n` columns of eight rows.
+INLINE void unpack_small(enum dtype type, struct weight_tile *tile, size_t first, const uint8_t *const *rows,
+                         size_t n) {
+    const size_t bytes = type == DTYPE_Q8_0   ? 34
+                         : type == DTYPE_Q4_0 ? 18
+                         : type == DTYPE_Q4_1 ? 20
+                         : type == DTYPE_Q5_0 ? 22
+                                              : 24;
+    const bool has_min = type == DTYPE_Q4_1 || type == DTYPE_Q5_1;
+    const bool has_fifth = type == DTYPE_Q5_0 || type == DTYPE_Q5_1;
+    const size_t fifth = has_min ? 4 : 2, low = fifth + (has_fifth ? 4 : 0);
+    for (size_t b = 0; b < n / 32; b++) {
+        __m256i v[OCTET];
+        for (size_t r = 0; r < OCTET; r++) {
+            const uint8_t *at = rows[r] + b * bytes;
+            v[r] = type == DTYPE_Q8_0 ? load_32(at + 2) : nibbles_32(at + low);
+            if (has_fifth) v[r] = _mm256_or_si256(v[r], fifth_bits(at + fifth));
+        }
+        put_block(tile, 32 * b, first, v);
+        _mm256_store_ps(&tile->scale[b][first], halves(rows, b * bytes));
+        if (has_min) _mm256_store_ps(&tile->min[b][first], halves(rows, b * bytes + 2));
+    }
+}
+
+INLINE __m256 bytes_to_f32(uint64_t bytes) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((long long)bytes)));
+}
+
+// The eight 6-bit scales and minima of Q4_K and Q5_K (layout: format/quant.c), times d and -dmin.
+INLINE void scales_mins(const uint8_t *block, __m256 *scale, __m256 *min) {
+    uint32_t a, b, c;
+    memcpy(&a, block + 4, 4);
+    memcpy(&b, block + 8, 4);
+    memcpy(&c, block + 12, 4);
+    uint32_t s = (c & 0x0F0F0F0F) | (a >> 2 & 0x30303030), m = (c >> 4 & 0x0F0F0F0F) | (b >> 2 & 0x30303030);
+    __m128 d = _mm_cvtph_ps(_mm_cvtsi32_si128(half_at(block))),
+           dmin = _mm_cvtph_ps(_mm_cvtsi32_si128(half_at(block + 2)));
+    __m256 product = _mm256_mul_ps(_mm256_broadcastss_ps(dmin), bytes_to_f32((b & 0x3F3F3F3F) | (uint64_t)m << 32));
+    *scale = _mm256_mul_ps(_mm256_broadcastss_ps(d), bytes_to_f32((a & 0x3F3F3F3F) | (uint64_t)s << 32));
+    *min = _mm256_xor_ps(product, _mm256_set1_ps(-0.0f));
+}
+
+// Q4_K and Q5_K: one superblock of eight rows.
+INLINE void unpack_k32(enum dtype type, struct weight_tile *tile, size_t first, const uint8_t *const *rows) {
+    const __m256i low = _mm256_set1_epi8(15), one = _mm256_set1_epi8(1);
+    const size_t q = type == DTYPE_Q4_K ? 16 : 48;
+    for (size_t b = 0; b < 8; b++) {
+        __m256i v[OCTET];
+        for (size_t r = 0; r < OCTET; r++) {
+            v[r] = load_32(rows[r] + q + 32 * (b / 2));
+            v[r] = _mm256_and_si256(b % 2 ? _mm256_srli_epi16(v[r], 4) : v[r], low);
+            if (type == DTYPE_Q4_K) continue;
+            __m256i high = _mm256_and_si256(_mm256_srli_epi16(load_32(rows[r] + 16), (int)b), one);
+            v[r] = _mm256_or_si256(v[r], _mm256_slli_epi16(high, 4));
+        }
+        put_block(tile, 32 * b, first, v);
+    }
+    __m256 scale[OCTET], min[OCTET];
+    for (size_t r = 0; r < OCTET; r++) scales_mins(rows[r], &scale[r], &min[r]);
+    put_scales(tile->scale, first, scale);
+    put_scales(tile->min, first, min);
+}
+
+INLINE void unpack_q6(struct weight_tile *tile, size_t first, const uint8_t *const *rows) {
+    const __m256i low = _mm256_set1_epi8(15), two = _mm256_set1_epi8(0x30);
+    for (size_t b = 0; b < 8; b++) {
+        const size_t half = b / 4, s = b % 4;
+        __m256i v[OCTET];
+        for (size_t r = 0; r < OCTET; r++) {
+            v[r] = load_32(rows[r] + 64 * half + 32 * (s % 2));
+            v[r] = _mm256_and_si256(s / 2 ? _mm256_srli_epi16(v[r], 4) : v[r], low);
+            __m256i high = load_32(rows[r] + 128 + 32 * half); // its bits 2 s to bits 4, 5
+            high = s < 2 ? _mm256_slli_epi16(high, (int)(4 - 2 * s)) : _mm256_srli_epi16(high, (int)(2 * s - 4));
+            v[r] = _mm256_or_si256(v[r], _mm256_and_si256(high, two));
+        }
+        put_block(tile, 32 * b, first, v);
+    }
+    for (size_t half = 0; half < 2; half++) {
+        __m256 scale[OCTET];
+        for (size_t r = 0; r < OCTET; r++) {
+            __m128 d = _mm_cvtph_ps(_mm_cvtsi32_si128(half_at(rows[r] + 208)));
+            __m128i s = _mm_loadl_epi64((const __m128i *)(const void *)(rows[r] + 192 + 8 * half));
+            scale[r] = _mm256_mul_ps(_mm256_broadcastss_ps(d), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(s)));
+        }
+        put_scales(tile->scale + 8 * half, first, scale);
+    }
+}
+
+// Q2_K and Q3_K, which few files hold: row by row.
+static void unpack_slowly(enum dtype type, struct weight_tile *tile, size_t first, const uint8_t *const *rows) {
+    for (size_t r = 0; r < OCTET; r++) {
+        int8_t q[TILE_COLUMNS];
+        float scale[TILE_GROUPS], min[TILE_GROUPS] = {0};
+        dtype_to_groups(type, rows[r], q, scale, min, TILE_COLUMNS);
+        for (size_t k = 0; k < TILE_COLUMNS; k++)
+            tile->q[k / 4][first + r][k % 4] = (uint8_t)(q[k] + unpack_offset(type));
+        for (size_t g = 0; g < TILE_GROUPS; g++) {
+            tile->scale[g][first + r] = scale[g];
+            tile->min[g][first + r] = min[g];
+        }
+    }
+}
+
+// Columns k .. k + n of rows row .. row + n_rows; lanes past n_rows repeat the last row. `ahead`: also fetch what
+// stands a tile further down.
+INLINE void unpack_tile(enum dtype type, struct weight_tile *tile, const struct matrix *w, size_t row, size_t n_rows,
+                        size_t k, size_t n, bool ahead) {
+    const struct dtype_info *info = dtype_info(type);
+    const size_t at = k / info->block_len * info->block_bytes, bytes = n / info->block_len * info->block_bytes;
+    for (size_t first = 0; first < TILE_ROWS; first += OCTET) {
+        const uint8_t *rows[OCTET];
+        for (size_t r = 0; r < OCTET; r++) {
+            size_t i = first + r < n_rows ? first + r : n_rows - 1;
+            rows[r] = (const uint8_t *)w->data + (row + i) * w->row_bytes + at;
+            for (size_t b = 0; ahead && b < bytes; b += 64)
+                _mm_prefetch((const char *)rows[r] + TILE_ROWS * w->row_bytes + b, _MM_HINT_T0);
+        }
+        if (info->block_len == 32) unpack_small(type, tile, first, rows, n);
+        else if (type == DTYPE_Q4_K || type == DTYPE_Q5_K) unpack_k32(type, tile, first, rows);
+        else if (type == DTYPE_Q6_K) unpack_q6(tile, first, rows);
+        else unpack_slowly(type, tile, first, rows);
+    }
+}
+
+#endif
