@@ -64,6 +64,10 @@ $(BUILD)/%.o: %.c
 $(BUILD)/tests/%: $(BUILD)/tests/%.o $(BUILD)/libtandem_all.a
 	$(CC) $(LDFLAGS) -o $@ $< $(BUILD)/libtandem_all.a $(LDLIBS) -lcmocka
 
+# This one makes the library's allocations fail.
+WRAPPED = malloc calloc realloc aligned_alloc strdup strndup free
+$(BUILD)/tests/engine/test_out_of_memory: LDFLAGS += $(WRAPPED:%=-Wl,--wrap=%)
+
 .PHONY: unit
 unit: $(TEST_BIN)
 	@status=0; for t in $(TEST_BIN); do echo "== $$t"; $$t || status=1; done; exit $$status
@@ -123,19 +127,23 @@ unit-tests: $(TEST_BIN)
 	@python3 tools/run-tests $(TEST_BIN)
 
 .PHONY: debug asan ubsan tsan coverage
-# A sanitizer's code makes gcc see uninitialised reads where there are none: the plain build is the one that judges.
+# A sanitizer's code and other levels of optimisation make gcc guess wrongly: the plain build is the one that judges.
+NO_GUESSES = -Wno-maybe-uninitialized -Wno-format-truncation
 VARIANT = @tools/deps test </dev/null && $(MAKE) -s BUILD=build/$@ all unit-tests </dev/null
 debug:
-	$(VARIANT) OPT="-O0 -g3"
+	$(VARIANT) OPT="-O0 -g3 $(NO_GUESSES)"
 asan:
-	$(VARIANT) OPT="-O1 -g" SAN="-fsanitize=address -fno-omit-frame-pointer -Wno-maybe-uninitialized"
+	$(VARIANT) OPT="-O1 -g" SAN="-fsanitize=address -fno-omit-frame-pointer $(NO_GUESSES)"
 ubsan:
-	$(VARIANT) OPT="-O1 -g" SAN="-fsanitize=undefined -fno-sanitize-recover=all -Wno-maybe-uninitialized"
+	$(VARIANT) OPT="-O1 -g" SAN="-fsanitize=undefined -fno-sanitize-recover=all $(NO_GUESSES)"
 tsan:
-	$(VARIANT) OPT="-O1 -g" SAN="-fsanitize=thread -Wno-maybe-uninitialized"
-# Lines of each file that the unit tests reach.
+	$(VARIANT) OPT="-O1 -g" SAN="-fsanitize=thread $(NO_GUESSES)"
+# Lines of each file that the unit tests reach, and the end-to-end tests of formats and texts.
+COVERED = model_files gguf_vocab template tokenizer
 coverage:
-	$(VARIANT) OPT="-O0 -g" SAN="--coverage"
+	$(VARIANT) OPT="-O0 -g $(NO_GUESSES)" SAN="--coverage"
+	@tools/test-venv
+	@TANDEM=build/coverage/tandem .venv/bin/python -m pytest -q -p no:cacheprovider $(COVERED:%=tests/e2e/test_%.py)
 	@cd build/coverage && find src -name '*.gcda' | sort | while read -r f; do \
 	    gcov -n -r -s "$(CURDIR)" "$$f" 2>/dev/null; done | \
 	    awk "/^File 'src/ { f = \$$2 } /^Lines executed/ && f { print f, \$$2, \$$4; f = \"\" }" | tr -d "'"

@@ -38,6 +38,7 @@ bool file_write_parts(const char *path, const struct file_part *parts, size_t n_
 
 bool file_exists(const char *path); // anything at all is there
 bool file_is_folder(const char *path);
+bool file_is_broken_link(const char *path); // a symbolic link to nothing
 
 // Installs a SIGBUS handler (programs call this once; the library does so only when asked): a read past the end of a
 // mapped file that was truncated meanwhile then yields zeros and sets a flag, in place of killing the process. SIGBUS

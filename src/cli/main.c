@@ -3,6 +3,7 @@
 
 #include "base/file.h"
 
+#include <limits.h>
 #include <locale.h>
 #include <signal.h>
 #include <stdio.h>
@@ -35,19 +36,19 @@ static void print_usage(FILE *to) {
 const char *cli_default_model(void) {
     static const char *const places[] = {"/../models/tandem-tiny", "/../../models/tandem-tiny",
                                          "/../share/tandem/models/tandem-tiny"};
-    static char path[4096 + 64];
-    char self[4096];
+    static char found[PATH_MAX];
+    char self[PATH_MAX], path[PATH_MAX + 64];
     ssize_t n = readlink("/proc/self/exe", self, sizeof self - 1);
     if (n > 0) {
         self[n] = '\0';
         *strrchr(self, '/') = '\0';
         for (size_t i = 0; i < sizeof places / sizeof places[0]; i++) {
             snprintf(path, sizeof path, "%s%s", self, places[i]);
-            if (file_is_folder(path)) return path;
+            if (file_is_folder(path) && realpath(path, found)) return found;
         }
     }
-    snprintf(path, sizeof path, "%s", TANDEM_PREFIX "/share/tandem/models/tandem-tiny");
-    return file_is_folder(path) ? path : NULL;
+    const char *installed = TANDEM_PREFIX "/share/tandem/models/tandem-tiny";
+    return file_is_folder(installed) && realpath(installed, found) ? found : NULL;
 }
 
 const char *cli_history_path(void) {

@@ -1,27 +1,79 @@
-// json.c: see json.h. jansson does the parsing; it bounds the depth at 2,048 and checks UTF-8 itself.
+// json.c: see json.h. jansson holds the tree; json_scan.h reads the text, because jansson's own parser drops characters
+// of a string in silence when memory runs out in the middle of it, and steps over NULs behind numbers.
 #include "format/json.h"
 
 #include "base/buffer.h"
 #include "base/file.h"
+#include "format/json_scan.h"
 
 #include <inttypes.h>
+#include <locale.h>
+#include <stdlib.h>
 #include <string.h>
+
+static json_t *build(struct json_cursor *c, struct buffer *text);
+
+static json_t *build_object(struct json_cursor *c, struct buffer *text) {
+    json_t *object = json_object();
+    struct buffer key = {0};
+    bool ok = object != NULL;
+    for (json_cursor_enter(c); ok && json_cursor_more(c);)
+        ok = json_cursor_key(c, &key) && json_object_set_new_nocheck(object, buffer_text(&key), build(c, text)) == 0;
+    buffer_free(&key);
+    if (ok) return object;
+    json_decref(object);
+    return NULL;
+}
+
+static json_t *build_array(struct json_cursor *c, struct buffer *text) {
+    json_t *array = json_array();
+    bool ok = array != NULL;
+    for (json_cursor_enter(c); ok && json_cursor_more(c);) ok = json_array_append_new(array, build(c, text)) == 0;
+    if (ok) return array;
+    json_decref(array);
+    return NULL;
+}
+
+static json_t *build_number(struct json_cursor *c, struct buffer *text, bool is_integer) {
+    size_t start = c->at;
+    json_cursor_skip(c);
+    buffer_clear(text);
+    if (!buffer_append(text, c->text + start, c->at - start)) return NULL;
+    return is_integer ? json_integer(strtoll(buffer_text(text), NULL, 10)) : json_real(json_double(buffer_text(text)));
+}
+
+// The value at the cursor, whose text was checked. NULL: no memory.
+static json_t *build(struct json_cursor *c, struct buffer *text) {
+    char type = json_cursor_type(c);
+    switch (type) {
+    case '{': return build_object(c, text);
+    case '[': return build_array(c, text);
+    case '"': return json_cursor_text(c, text) ? json_stringn_nocheck(buffer_text(text), text->len) : NULL;
+    case 'i':
+    case 'r': return build_number(c, text, type == 'i');
+    default: json_cursor_skip(c); return type == 't' ? json_true() : type == 'f' ? json_false() : json_null();
+    }
+}
+
+double json_double(const char *text) {
+    // glibc's "C" locale is static: nothing is allocated. A program around us may write numbers with commas.
+    locale_t c_locale = newlocale(LC_ALL_MASK, "C", (locale_t)0);
+    return strtod_l(text, NULL, c_locale);
+}
 
 json_t *json_parse(const char *text, size_t n, const char *name, struct error *err) {
     if (n > JSON_MAX_BYTES) {
         error_set(err, "%s: %zu bytes of JSON, more than the limit of %d", name, n, JSON_MAX_BYTES);
         return NULL;
     }
-    json_error_t problem;
-    json_t *root = json_loadb(n ? text : "", n, JSON_REJECT_DUPLICATES, &problem);
-    if (!root)
-        error_set(err, "%s: line %d, column %d: not valid JSON: %s", name, problem.line, problem.column, problem.text);
-    // jansson 2.14 steps over a NUL that follows a number or a word.
-    if (root && n && memchr(text, '\0', n)) {
-        error_set(err, "%s: not valid JSON: NUL byte", name);
-        json_decref(root);
-        root = NULL;
-    }
+    if (!json_scan_check(text, n, name, err)) return NULL;
+    struct json_cursor c = {text, n, 0};
+    struct buffer scratch = {0};
+    char type = json_cursor_type(&c);
+    json_t *root = NULL;
+    if (type != '{' && type != '[') error_set(err, "%s: line 1: expected an object or an array", name);
+    else if (!(root = build(&c, &scratch))) error_set(err, "%s: out of memory", name);
+    buffer_free(&scratch);
     return root;
 }
 

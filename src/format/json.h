@@ -17,6 +17,9 @@ enum { JSON_MAX_BYTES = 16 << 20 };
 json_t *json_parse(const char *text, size_t n, const char *name, struct error *err);
 json_t *json_load_path(const char *path, size_t max_bytes, struct error *err);
 
+// A JSON number's value, whatever the program's locale.
+double json_double(const char *text);
+
 // Members of an object. Each returns false with a message that names `where` and the key when the type is wrong; an
 // absent key or null leaves *out as it is and returns true.
 bool json_read_int(const json_t *object, const char *where, const char *key, int64_t min, int64_t max, int64_t *out,

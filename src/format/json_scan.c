@@ -3,6 +3,7 @@
 
 #include "base/size.h"
 #include "base/utf8.h"
+#include "format/json.h"
 
 #include <math.h>
 #include <stdio.h>
@@ -161,6 +162,15 @@ static void skip_space(struct checker *c) {
     while (c->at < c->n && is_space(c->text[c->at])) c->at++;
 }
 
+// Something is wrong with the character or escape at `at`, whose text is shown.
+static bool fail_in_string(struct checker *c, size_t at, const char *wrong) {
+    char what[96];
+    size_t n = 0;
+    while (n < 6 && at + n < c->n && c->text[at + n] > ' ' && c->text[at + n] != '"') n++;
+    snprintf(what, sizeof what, "%s: '%.*s'", wrong, (int)n, c->text + at);
+    return fail(c, at, what);
+}
+
 // At the quote. `hash` gets the FNV-1a hash of the string's characters.
 static bool check_string(struct checker *c, uint32_t *hash) {
     size_t start = c->at++;
@@ -176,7 +186,7 @@ static bool check_string(struct checker *c, uint32_t *hash) {
             snprintf(what, sizeof what, "unable to decode byte 0x%02x as UTF-8", (unsigned char)c->text[at]);
             return fail(c, at, what);
         }
-        if (wrong) return fail(c, at, wrong);
+        if (wrong) return fail_in_string(c, at, wrong);
         h = (h ^ code) * 0x01000193u;
     }
     c->at++;
@@ -220,7 +230,7 @@ static bool check_number(struct checker *c) {
     if (!is_real) return integer_fits(c->text + start, c->at - start) || fail(c, start, "too big integer");
     buffer_clear(&c->number);
     if (!buffer_append(&c->number, c->text + start, c->at - start)) return no_memory(c);
-    return isfinite(strtod(buffer_text(&c->number), NULL)) || fail(c, start, "real number overflow");
+    return isfinite(json_double(buffer_text(&c->number))) || fail(c, start, "real number overflow");
 }
 
 static bool check_word(struct checker *c) {
@@ -232,7 +242,12 @@ static bool check_word(struct checker *c) {
             return true;
         }
     }
-    return fail(c, c->at, c->at < c->n ? "a value was expected" : "the text ends where a value was expected");
+    if (c->at >= c->n) return fail(c, c->at, "the text ends where a value was expected");
+    char what[64];
+    size_t near = 0;
+    while (near < 20 && c->at + near < c->n && c->text[c->at + near] > ' ') near++; // ASCII only: no half character
+    snprintf(what, sizeof what, "a value was expected near '%.*s'", (int)near, c->text + c->at);
+    return fail(c, c->at, what);
 }
 
 static bool check_value(struct checker *c, int depth);

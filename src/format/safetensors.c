@@ -397,6 +397,11 @@ static bool check_shard(const struct list *list, size_t first, const struct inde
     return true;
 }
 
+// The hub's cache holds links to blobs; one that was interrupted, links to nothing.
+static bool refuse_broken_link(const char *path, struct error *err) {
+    return error_set(err, "%s is a symbolic link to a file that is not there: was a download interrupted?", path);
+}
+
 static bool open_shards(const char *folder, const struct index *index, struct tensor_set *set, struct list *list,
                         struct error *err) {
     bool ok = false;
@@ -412,7 +417,8 @@ static bool open_shards(const char *folder, const struct index *index, struct te
             goto done;
         }
         if (!file_exists(path.data)) {
-            error_set(err, "shard %s is missing from the folder", shard);
+            if (file_is_broken_link(path.data)) refuse_broken_link(path.data, err);
+            else error_set(err, "shard %s is missing from the folder", shard);
             goto done;
         }
         if (!map_shard(path.data, set, list, err) || !check_shard(list, first, index, shard, err)) goto done;
@@ -452,6 +458,10 @@ bool safetensors_open_folder(const char *folder, struct tensor_set *set, struct 
     }
     if (file_exists(path.data)) {
         ok = safetensors_open(path.data, set, err);
+        goto done;
+    }
+    if (file_is_broken_link(path.data)) {
+        refuse_broken_link(path.data, err);
         goto done;
     }
     if (!buffer_append_text(&path, ".index.json")) {

@@ -16,7 +16,9 @@
 bool safetensors_open(const char *path, struct tensor_set *set, struct error *err);
 
 // A Hugging Face folder: model.safetensors, or the shards that model.safetensors.index.json names. Shard names are
-// plain file names inside the folder; every tensor of the index must stand in its shard, and no other may.
+// plain file names inside the folder; every tensor of the index must stand in its shard, and no other may. A name never
+// leads out of the folder, a symbolic link may: the hub's cache keeps its files elsewhere and links to them, and a link
+// is put there by whoever owns the folder, not by what a downloaded file says. Its target must be a regular file.
 bool safetensors_open_folder(const char *folder, struct tensor_set *set, struct error *err);
 
 // The same parser on bytes in memory (fuzzing, tests): `data` stays the caller's and must outlive the set.

@@ -3,6 +3,7 @@
 
 #include "base/size.h"
 #include "base/utf8.h"
+#include "format/json.h"
 
 #include <math.h>
 #include <stdint.h>
@@ -135,7 +136,7 @@ static bool parse_number(struct parser *p, struct pyjson *v) {
     if (!copy) return no_memory(p);
     if (is_float) {
         v->type = PYJSON_FLOAT;
-        v->number = strtod(copy, NULL);
+        v->number = json_double(copy);
         return true;
     }
     v->type = PYJSON_INT;
@@ -283,7 +284,7 @@ static bool same_double(const char *text, double x) {
 static bool round_up(char *text) {
     char *at = strchr(text, 'e');
     while (at-- > text) {
-        if (*at == '.') continue;
+        if (*at < '0' || *at > '9') continue; // the point, or what the locale has for it
         if (*at != '9') {
             ++*at;
             return true;
@@ -306,7 +307,7 @@ static bool write_float(double x, const char *infinity, struct buffer *out) {
     int n = 0;
     const char *at = text;
     for (; *at != 'e'; at++)
-        if (*at != '.') mantissa[n++] = *at;
+        if (*at >= '0' && *at <= '9') mantissa[n++] = *at;
     mantissa[n] = '\0';
     int exponent = (int)strtol(at + 1, NULL, 10);
     while (n > 1 && mantissa[n - 1] == '0') mantissa[--n] = '\0';

@@ -70,7 +70,10 @@ static void test_odd_files(void **state) {
     assert_int_equal(symlink("f", path), 0); // to itself
     assert_false(file_map_open(&map, path, &err));
     assert_false(file_exists(path));
+    assert_true(file_is_broken_link(path));
     unlink(path);
+    assert_false(file_is_broken_link(path)); // nothing at all
+    assert_false(file_is_broken_link(folder));
     assert_true(file_is_folder(folder));
     assert_true(file_exists(folder));
     assert_false(file_is_folder("/dev/zero"));

@@ -190,6 +190,33 @@ def test_shard_names_stay_inside_the_folder(shard, tmp_path):
     assert done.returncode == 1 and (shard in done.stderr)
 
 
+def test_links_are_followed_as_the_hub_cache_needs_it(tmp_path):
+    """snapshots/COMMIT/FILE -> ../../blobs/HASH; a shard's name leads nowhere else, its link may."""
+    real, tensors = make_model(tmp_path / "m")
+    repository = tmp_path / "hub" / "models--me--tiny"
+    snapshot, blobs = repository / "snapshots" / "0123abcd", repository / "blobs"
+    for folder in (snapshot, blobs, repository / "refs"):
+        folder.mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0123abcd\n")
+    index = {"metadata": {}, "weight_map": {name: "s1.safetensors" for name in tensors}}
+    (real / "model.safetensors.index.json").write_text(json.dumps(index))
+    (real / "model.safetensors").rename(real / "s1.safetensors")
+    for i, path in enumerate(sorted(real.iterdir())):
+        path.rename(blobs / str(i))
+        (snapshot / path.name).symlink_to(f"../../blobs/{i}")
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub")}
+    run = lambda: subprocess.run([TANDEM, "run", "me/tiny", "--ids", "1", "-n", "1"], capture_output=True, text=True,
+                                 env=environment, timeout=60)
+    assert run().returncode == 0, run().stderr
+    shard = snapshot / "s1.safetensors"
+    for target, word in (("../../blobs/gone", "link"), ("/dev/zero", "regular file"), (".", "regular file")):
+        shard.unlink()
+        shard.symlink_to(target)
+        assert run().returncode == 1 and word in run().stderr and "s1.safetensors" in run().stderr, run().stderr
+    (snapshot / "model.safetensors").symlink_to("../../blobs/gone")
+    assert run().returncode == 1 and "interrupted" in run().stderr
+
+
 SIZE = 10_000_000  # of a hostile file; the format allows 100 MB
 
 
