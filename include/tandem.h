@@ -271,7 +271,7 @@ TANDEM_API int tandem_step(tandem_engine *engine, tandem_event_callback *callbac
 TANDEM_API bool tandem_wait(tandem_engine *engine, double seconds);
 
 typedef struct tandem_stats {
-    size_t n_running, n_waiting; /* sequences now */
+    size_t n_running, n_waiting, max_waiting; /* sequences now, and the queue's limit */
     size_t kv_pages, kv_pages_used,
         kv_pages_cached; /* all; held by sequences; kept for equal beginnings, held by none */
     uint64_t n_steps, n_prompt_tokens, n_cached_tokens, n_generated_tokens, n_preemptions, n_evictions; /* ever */

@@ -72,6 +72,18 @@ enum option_id {
     OPT_FUSIONS,
     OPT_MANIFEST,
     OPT_MODEL,
+    OPT_HOST,
+    OPT_PORT,
+    OPT_API_KEY_FILE,
+    OPT_TLS_CERT,
+    OPT_TLS_KEY,
+    OPT_MAX_QUEUE,
+    OPT_MAX_RUNNING,
+    OPT_KV_TOKENS,
+    OPT_MODEL_NAME,
+    OPT_GRACE,
+    OPT_LOG_REQUESTS,
+    OPT_LOG_PROMPTS,
     OPT_COUNT
 };
 
@@ -102,7 +114,7 @@ struct command {
 };
 
 extern const struct command command_chat, command_run, command_tokenize, command_template, command_inspect,
-    command_trace, command_check, command_bench, command_replay;
+    command_trace, command_check, command_bench, command_replay, command_serve;
 
 // Says `tandem: SUBCOMMAND: ...` on stderr and returns EXIT_FAULT (cli_usage: EXIT_USAGE).
 int cli_fail(const char *format, ...) __attribute__((format(printf, 1, 2)));

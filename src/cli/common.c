@@ -104,6 +104,7 @@ tandem_engine *cli_open_as(const struct cli_options *o, const tandem_options *ba
                               .kv_tokens = base->kv_tokens,
                               .chunk = base->chunk,
                               .max_batch = base->max_batch,
+                              .max_queue = base->max_queue,
                               .fusion = base->fusion ? base->fusion : o->text[OPT_FUSION],
                               .isa = base->isa ? base->isa : o->text[OPT_ISA],
                               .kv_type = base->kv_type ? base->kv_type : o->text[OPT_KV_TYPE],

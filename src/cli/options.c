@@ -72,6 +72,18 @@ static const struct {
     [OPT_MANIFEST] = {"manifest", 0, "FILE", "write a record of the run, for `tandem replay`"},
     [OPT_MODEL] = {"model", 0, "MODEL", "this model in place of the recorded one"},
     [OPT_FUSIONS] = {"fusion", 0, "on|off|LIST|on,off", "fused ops, as in run; on,off measures both in alternation"},
+    [OPT_HOST] = {"host", 0, "HOST", "address to listen on (default 127.0.0.1; others need --api-key-file)"},
+    [OPT_PORT] = {"port", 0, "PORT", "port (default 8080; 0: a free one)"},
+    [OPT_API_KEY_FILE] = {"api-key-file", 0, "FILE", "API keys, one a line; SIGHUP reads them again"},
+    [OPT_TLS_CERT] = {"tls-cert", 0, "FILE", "certificate (PEM); serves https"},
+    [OPT_TLS_KEY] = {"tls-key", 0, "FILE", "its private key (PEM)"},
+    [OPT_MAX_QUEUE] = {"max-queue", 0, "N", "requests that may wait; more get 429 (default 256)"},
+    [OPT_MAX_RUNNING] = {"max-running", 0, "N", "sequences computed side by side (default 32)"},
+    [OPT_KV_TOKENS] = {"kv-tokens", 0, "N", "tokens that the KV of all sequences holds (default: 4 contexts)"},
+    [OPT_MODEL_NAME] = {"model-name", 0, "NAME", "the model's name for clients (default: from MODEL)"},
+    [OPT_GRACE] = {"grace", 0, "S", "seconds that requests get to end after SIGTERM (default 30)"},
+    [OPT_LOG_REQUESTS] = {"log-requests", 0, NULL, "one JSON line on stderr for each request, without prompts"},
+    [OPT_LOG_PROMPTS] = {"log-prompts", 0, NULL, "with --log-requests: their bodies too"},
     [OPT_OUTPUT] = {"output", 'o', "FILE", "where to write"},
 };
 

@@ -256,6 +256,7 @@ tandem_stats tandem_statistics(tandem_engine *e) {
     pthread_mutex_lock(&r->lock);
     tandem_stats stats = r->stats;
     stats.n_waiting = r->n_waiting + r->n_inbox;
+    stats.max_waiting = r->max_queue;
     pthread_mutex_unlock(&r->lock);
     return stats;
 }

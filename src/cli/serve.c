@@ -1,0 +1,188 @@
+// serve.c: `tandem serve`: options, signals and last words of the HTTP server.
+#include "cli/cli.h"
+
+#include "base/clock.h"
+#include "server/server.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+enum { DEFAULT_PORT = 8080, DEFAULT_QUEUE = 256, DEFAULT_RUNNING = 32, DEFAULT_GRACE = 30 };
+
+static int signal_pipe[2] = {-1, -1}; // a handler can reach nothing else
+
+static void on_signal(int number) {
+    int before = errno;
+    char byte = (char)number;
+    if (write(signal_pipe[1], &byte, 1) < 0) {
+    } // full: enough signals wait already
+    errno = before;
+}
+
+static bool catch_signals(void) {
+    static const int caught[] = {SIGTERM, SIGINT, SIGHUP};
+    if (pipe2(signal_pipe, O_CLOEXEC | O_NONBLOCK) != 0)
+        return cli_fail("cannot catch signals: %s", strerror(errno)) == 0;
+    struct sigaction action = {.sa_handler = on_signal, .sa_flags = SA_RESTART};
+    for (size_t i = 0; i < sizeof caught / sizeof caught[0]; i++) sigaction(caught[i], &action, NULL);
+    return true;
+}
+
+// The next signal; 0 when none came in time.
+static int next_signal(int milliseconds) {
+    struct pollfd p = {.fd = signal_pipe[0], .events = POLLIN};
+    char byte = 0;
+    if (poll(&p, 1, milliseconds) <= 0 || read(signal_pipe[0], &byte, 1) != 1) return 0;
+    return byte;
+}
+
+static void log_line(void *user, const char *line) {
+    (void)user;
+    fprintf(stderr, "%s\n", line);
+}
+
+// "models/tandem-tiny/" is tandem-tiny, "OWNER/NAME" stays.
+static const char *name_of(const char *model, char *text, size_t size) {
+    snprintf(text, size, "%s", model);
+    size_t n = strlen(text);
+    while (n > 1 && text[n - 1] == '/') text[--n] = '\0';
+    const char *slash = strrchr(text, '/');
+    if (!slash || access(model, F_OK) != 0) return text;
+    return slash + 1;
+}
+
+static bool read_options(const struct cli_options *o, const tandem_engine *engine, struct server_options *s,
+                         size_t *grace) {
+    size_t port = DEFAULT_PORT;
+    struct cli_sampling sampling;
+    if (!cli_size(o, OPT_PORT, 0, 65535, &port) || !cli_size(o, OPT_GRACE, 0, 86400, grace) ||
+        !cli_on_off(o, OPT_THINK, &s->think))
+        return false;
+    for (int thinking = 0; thinking < 2; thinking++) {
+        if (!cli_sampling(o, engine, thinking, &sampling)) return false;
+        s->sampling[thinking] = sampling.values;
+    }
+    s->host = o->text[OPT_HOST];
+    s->port = (int)port;
+    s->api_key_file = o->text[OPT_API_KEY_FILE];
+    s->tls_cert = o->text[OPT_TLS_CERT];
+    s->tls_key = o->text[OPT_TLS_KEY];
+    s->seed_given = o->given[OPT_SEED];
+    s->max_tokens = sampling.max_tokens;
+    s->log_prompts = o->given[OPT_LOG_PROMPTS];
+    if (o->given[OPT_LOG_REQUESTS]) s->log = log_line;
+    return true;
+}
+
+// Serves until SIGTERM or SIGINT; then requests in progress get their time, unless a second one comes.
+static void serve(struct server *server, double grace) {
+    double until = 0;
+    for (;;) {
+        int number = next_signal(until > 0 ? 50 : 1000);
+        if (number == SIGHUP) {
+            struct error err = {0};
+            if (server_reload_keys(server, &err)) fprintf(stderr, "tandem: serve: the keys were read again\n");
+            else fprintf(stderr, "tandem: serve: warning: the keys stay as they were: %s\n", err.text);
+        } else if (number && until > 0) {
+            return;
+        } else if (number) {
+            fprintf(stderr, "tandem: serve: shutting down; %zu requests get up to %.0f s (a second signal ends them)\n",
+                    server_n_active(server), grace);
+            server_drain(server);
+            until = clock_seconds() + grace;
+        }
+        if (until > 0 && (server_n_active(server) == 0 || clock_seconds() > until)) return;
+    }
+}
+
+static int serve_run(const struct cli_options *o) {
+    struct server_options options = {0};
+    size_t queue = DEFAULT_QUEUE, running = DEFAULT_RUNNING, kv_tokens = 0, chunk = 0, context = 0,
+           grace = DEFAULT_GRACE;
+    char name[512];
+    struct error err = {0};
+    if (!cli_size(o, OPT_MAX_QUEUE, 1, 1000000, &queue) || !cli_size(o, OPT_MAX_RUNNING, 1, 1024, &running) ||
+        !cli_size(o, OPT_KV_TOKENS, 1, (size_t)1 << 32, &kv_tokens) || !cli_size(o, OPT_CHUNK, 1, 65536, &chunk) ||
+        !cli_size(o, OPT_CTX, 1, (size_t)1 << 24, &context))
+        return EXIT_USAGE;
+    const char *model = cli_model(o);
+    if (!model) return EXIT_FAULT;
+    tandem_options base = {.kv_tokens = kv_tokens ? kv_tokens
+                                        : context ? 4 * context
+                                                  : 4 * 8192,
+                           .max_batch = running,
+                           .max_queue = queue,
+                           .chunk = chunk};
+    tandem_engine *engine = cli_open_as(o, &base);
+    if (!engine) return EXIT_FAULT;
+    options.model_name = o->given[OPT_MODEL_NAME] ? o->text[OPT_MODEL_NAME] : name_of(model, name, sizeof name);
+    int status = EXIT_FAULT;
+    if (!engine->tokenizer) {
+        cli_fail("the model has no usable tokenizer: %s", engine->tokenizer_error);
+    } else if (!read_options(o, engine, &options, &grace)) {
+        status = EXIT_USAGE;
+    } else if (catch_signals()) {
+        struct server *server = server_start(engine, &options, &err);
+        if (server) {
+            fprintf(stderr, "listening on %s\n", server_url(server));
+            serve(server, (double)grace);
+            server_stop(server);
+            status = EXIT_GOOD;
+        } else {
+            cli_fail("%s", err.text);
+        }
+    }
+    tandem_close(engine);
+    return status;
+}
+
+static const enum option_id options[] = {OPT_HELP,
+                                         OPT_HOST,
+                                         OPT_PORT,
+                                         OPT_API_KEY_FILE,
+                                         OPT_TLS_CERT,
+                                         OPT_TLS_KEY,
+                                         OPT_MODEL_NAME,
+                                         OPT_MAX_QUEUE,
+                                         OPT_MAX_RUNNING,
+                                         OPT_KV_TOKENS,
+                                         OPT_CHUNK,
+                                         OPT_GRACE,
+                                         OPT_LOG_REQUESTS,
+                                         OPT_LOG_PROMPTS,
+                                         OPT_THREADS,
+                                         OPT_CTX,
+                                         OPT_FUSION,
+                                         OPT_KV_TYPE,
+                                         OPT_ISA,
+                                         OPT_DEVICE,
+                                         OPT_TEMPLATE,
+                                         OPT_THINK,
+                                         OPT_SEED,
+                                         OPT_TEMP,
+                                         OPT_TOP_K,
+                                         OPT_TOP_P,
+                                         OPT_MIN_P,
+                                         OPT_REPEAT_PENALTY,
+                                         OPT_PRESENCE_PENALTY,
+                                         OPT_FREQUENCY_PENALTY,
+                                         OPT_GREEDY,
+                                         OPT_MAX_TOKENS};
+
+const struct command command_serve = {
+    .name = "serve",
+    .summary = "HTTP server: OpenAI's and Anthropic's interfaces",
+    .usage = "[MODEL] [options]",
+    .details = "Sampling options are the defaults of requests that do not say. Prints `listening on http://HOST:PORT` "
+               "on stderr\n"
+               "when it is ready. SIGTERM ends it when the requests in progress are done, a second one at once.\n",
+    .options = options,
+    .n_options = sizeof options / sizeof options[0],
+    .run = serve_run,
+};

@@ -1,0 +1,10 @@
+// format.h: what a request asks of the form of its answer: tools, tool_choice, response_format.
+#ifndef TANDEM_SERVER_FORMAT_H
+#define TANDEM_SERVER_FORMAT_H
+
+#include "server/prompt.h"
+
+// tool_choice, parallel_tool_calls and response_format in OpenAI's form. May take the tools out of the prompt.
+bool format_read_openai(struct generation *g, const struct pyjson *body, struct chat_prompt *p, struct fault *f);
+
+#endif

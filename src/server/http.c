@@ -1,0 +1,504 @@
+// http.c: starting and stopping the server, and libmicrohttpd's callbacks: heads, bodies, keys, and sending answers. It
+// owns the loop's side of an exchange; what an answer says is made elsewhere.
+#include "server/generate.h"
+#include "server/internal.h"
+
+#include "base/clock.h"
+#include "base/file.h"
+#include "base/size.h"
+#include "server/replies.h"
+
+#include <arpa/inet.h>
+#include <errno.h>
+#include <inttypes.h>
+#include <netdb.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <strings.h>
+#include <sys/epoll.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { DEFAULT_BODY = 8 << 20, DEFAULT_CONNECTIONS = 16384, HEAD_BYTES = 32 << 10 };
+
+// ---- Heads
+
+static const char *header(struct MHD_Connection *c, const char *name) {
+    return MHD_lookup_connection_value(c, MHD_HEADER_KIND, name);
+}
+
+// Does a Host header's value name this machine's loopback? A name that somebody else's DNS answers does not.
+static bool is_loopback_host(const char *host) {
+    static const char *const names[] = {"localhost", "127.0.0.1", "[::1]"};
+    for (size_t i = 0; i < sizeof names / sizeof names[0]; i++) {
+        size_t n = strlen(names[i]);
+        if (strncasecmp(host, names[i], n) == 0 && (host[n] == '\0' || host[n] == ':')) return true;
+    }
+    return strncmp(host, "127.", 4) == 0 && strspn(host, "0123456789.:") == strlen(host);
+}
+
+// 0, or the status with which the head is refused, and why.
+static int check_head(struct exchange *x, struct MHD_Connection *c, const char **why) {
+    struct server *s = x->server;
+    const char *host = header(c, "Host"), *origin = header(c, "Origin"), *length = header(c, "Content-Length");
+    static const char rebinding[] =
+        "the Host header must name the loopback address: this server is for this machine only";
+    if (s->loopback && host && !is_loopback_host(host)) return *why = rebinding, 403;
+    if (origin) { // a page of ours, or no page at all: there is no CORS
+        const char *at = strstr(origin, "://");
+        if (!at || !host || strcasecmp(at + 3, host) != 0)
+            return *why = "requests from web pages of another origin are refused (Origin differs from Host)", 403;
+    }
+    if (s->keys && !x->route->keyless) {
+        const char *bearer = header(c, "Authorization"), *key = header(c, "x-api-key");
+        if (bearer && strncasecmp(bearer, "Bearer ", 7) == 0) key = bearer + 7;
+        pthread_mutex_lock(&s->lock);
+        x->tenant = keys_check(s->keys, key ? key : "");
+        if (!x->tenant) s->metrics.rejected_key++;
+        pthread_mutex_unlock(&s->lock);
+        if (!x->tenant)
+            return *why = key ? "the API key is not valid" : "an API key is required: Authorization: Bearer KEY", 401;
+    }
+    if (length) {
+        char *end;
+        errno = 0;
+        unsigned long long n = strtoull(length, &end, 10);
+        if (errno || *end || n > s->options.max_body) return *why = NULL, 413;
+    }
+    return 0;
+}
+
+// A page of ours and the like need no key; what is unknown does, so that nobody can look around.
+static const struct route unknown_route = {.path = "", .method = "", .dialect = OPENAI};
+
+// ---- Sending
+
+static ssize_t read_stream(void *user, uint64_t position, char *to, size_t max) {
+    struct exchange *x = user;
+    (void)position;
+    ssize_t result = 0;
+    pthread_mutex_lock(&x->lock);
+    size_t n = x->out.len - x->sent;
+    if (x->broken) {
+        result = MHD_CONTENT_READER_END_WITH_ERROR;
+    } else if (n) {
+        if (n > max) n = max;
+        memcpy(to, x->out.data + x->sent, n);
+        x->sent += n;
+        x->total += n;
+        if (x->sent == x->out.len) x->sent = x->out.len = 0;
+        x->last_read = clock_seconds();
+        result = (ssize_t)n;
+    } else if (x->done) {
+        result = MHD_CONTENT_READER_END_OF_STREAM;
+    } else {
+        x->suspended = true;
+        MHD_suspend_connection(x->connection);
+    }
+    pthread_mutex_unlock(&x->lock);
+    return result;
+}
+
+static enum MHD_Result send_answer(struct exchange *x) {
+    struct MHD_Response *r;
+    char number[32];
+    if (x->stream) {
+        r = MHD_create_response_from_callback(MHD_SIZE_UNKNOWN, 16384, read_stream, x, NULL);
+    } else {
+        size_t n = x->out.len;
+        char *bytes = n ? buffer_take(&x->out) : NULL;
+        r = bytes ? MHD_create_response_from_buffer(n, bytes, MHD_RESPMEM_MUST_FREE)
+                  : MHD_create_response_from_buffer(0, (void *)(uintptr_t) "", MHD_RESPMEM_PERSISTENT);
+        x->total = n;
+    }
+    if (!r) return MHD_NO;
+    snprintf(number, sizeof number, "req_%016" PRIx64, x->number);
+    MHD_add_response_header(r, "Content-Type", x->content_type);
+    MHD_add_response_header(r, "x-request-id", number);
+    MHD_add_response_header(r, "Cache-Control", "no-store");
+    MHD_add_response_header(r, "X-Content-Type-Options", "nosniff");
+    if (x->status == 429 || x->status == 503) MHD_add_response_header(r, "Retry-After", "1");
+    if (x->status == 401) MHD_add_response_header(r, "WWW-Authenticate", "Bearer");
+    if (x->stream) MHD_add_response_header(r, "X-Accel-Buffering", "no"); // nginx: pass it on at once
+    enum MHD_Result ok = MHD_queue_response(x->connection, (unsigned)x->status, r);
+    MHD_destroy_response(r);
+    return ok;
+}
+
+// Answers from the loop itself: nothing else knows this exchange yet.
+static enum MHD_Result refuse(struct exchange *x, int status, const char *why) {
+    exchange_fail(x, status, NULL, why);
+    return send_answer(x);
+}
+
+// ---- Receiving
+
+static void set_deadline(struct server *s, struct MHD_Connection *c, double seconds) {
+    const union MHD_ConnectionInfo *info = MHD_get_connection_info(c, MHD_CONNECTION_INFO_SOCKET_CONTEXT);
+    struct connection *n = info ? info->socket_context : NULL;
+    if (!n) return;
+    pthread_mutex_lock(&s->lock);
+    n->deadline = seconds > 0 ? clock_seconds() + seconds : 0;
+    pthread_mutex_unlock(&s->lock);
+}
+
+static enum MHD_Result too_large(struct exchange *x) {
+    char why[128];
+    snprintf(why, sizeof why, "the body is larger than the limit of %zu bytes", x->server->options.max_body);
+    return refuse(x, 413, why);
+}
+
+static enum MHD_Result begin(struct server *s, struct MHD_Connection *c, const char *url, const char *method,
+                             void **slot) {
+    bool path_known = false;
+    const struct route *route = route_find(s, url, method, &path_known);
+    struct exchange *x = exchange_create(s, c, route ? route : &unknown_route);
+    if (!x) return MHD_NO;
+    *slot = x;
+    if (!route && strncmp(url, "/v1/messages", 12) == 0) {
+        static const struct route unknown_anthropic = {.path = "", .method = "", .dialect = ANTHROPIC};
+        x->route = &unknown_anthropic;
+    }
+    const char *why = NULL;
+    int status = check_head(x, c, &why);
+    if (status == 413) return too_large(x);
+    if (status) return refuse(x, status, why);
+    if (!route) {
+        char text[256];
+        snprintf(text, sizeof text, "%s: %.20s %.150s", path_known ? "wrong method" : "unknown route", method, url);
+        return refuse(x, path_known ? 405 : 404, text);
+    }
+    if (route->generates) {
+        if (atomic_load(&s->draining)) return refuse(x, 503, "the server is shutting down");
+        tandem_stats now = tandem_statistics(s->engine);
+        if (now.n_waiting >= now.max_waiting) {
+            pthread_mutex_lock(&s->lock);
+            s->metrics.rejected_queue++;
+            pthread_mutex_unlock(&s->lock);
+            return refuse(x, 429, "the queue is full: try again later");
+        }
+    }
+    set_deadline(s, c, s->options.body_s);
+    return MHD_YES;
+}
+
+// The body is there: a worker takes over.
+static enum MHD_Result hand_over(struct server *s, struct exchange *x) {
+    set_deadline(s, x->connection, 0);
+    x->received = clock_seconds();
+    pthread_mutex_lock(&s->job_lock);
+    bool room = s->n_jobs < MAX_JOBS;
+    if (room) {
+        pthread_mutex_lock(&x->lock);
+        x->handed_over = x->suspended = true;
+        MHD_suspend_connection(x->connection);
+        pthread_mutex_unlock(&x->lock);
+        atomic_fetch_add(&x->refs, 1);
+        s->jobs[(s->first_job + s->n_jobs++) % MAX_JOBS] = x;
+        pthread_cond_signal(&s->job_came);
+    }
+    pthread_mutex_unlock(&s->job_lock);
+    if (!room) return refuse(x, 429, "too many requests wait to be read: try again later");
+    watch_add(x);
+    return MHD_YES;
+}
+
+static enum MHD_Result on_request(void *user, struct MHD_Connection *c, const char *url, const char *method,
+                                  const char *version, const char *upload, size_t *n_upload, void **slot) {
+    struct server *s = user;
+    struct exchange *x = *slot;
+    (void)version;
+    if (!x) return begin(s, c, url, method, slot);
+    if (*n_upload) {
+        size_t n = *n_upload;
+        *n_upload = 0;
+        if (x->ready) return MHD_YES; // refused already
+        if (x->body.len + n > s->options.max_body) return too_large(x);
+        return buffer_append(&x->body, upload, n) ? MHD_YES : MHD_NO;
+    }
+    if (!x->handed_over) {
+        if (strcmp(x->route->method, "POST") == 0) return hand_over(s, x);
+        set_deadline(s, c, 0);
+        x->route->handle(x);
+    }
+    pthread_mutex_lock(&x->lock);
+    enum MHD_Result result = MHD_NO; // broken, or the server stops
+    if (x->ready && !x->broken) result = send_answer(x);
+    pthread_mutex_unlock(&x->lock);
+    return result;
+}
+
+static void log_exchange(struct server *s, const struct exchange *x, bool whole) {
+    struct buffer line = {0};
+    char when[32];
+    time_t now = time(NULL);
+    struct tm utc;
+    gmtime_r(&now, &utc);
+    strftime(when, sizeof when, "%Y-%m-%dT%H:%M:%SZ", &utc);
+    buffer_printf(&line,
+                  "{\"time\": \"%s\", \"request\": \"req_%016" PRIx64 "\", \"route\": \"%s\", \"status\": %d, "
+                  "\"seconds\": %.4f, \"bytes_in\": %zu, \"bytes_out\": %zu, \"end\": \"%s\"",
+                  when, x->number, x->route->path, x->status, clock_seconds() - x->received, x->body.len, x->total,
+                  whole ? "sent" : "lost");
+    if (s->options.log_prompts && x->body.len) {
+        buffer_append_text(&line, ", \"body\": ");
+        struct arena arena = {0};
+        struct pyjson *v = pyjson_parse(&arena, x->body.data, x->body.len, "body", NULL);
+        if (!v || !pyjson_write_portable(v, &line)) buffer_append_text(&line, "null");
+        arena_free(&arena);
+    }
+    buffer_append_byte(&line, '}');
+    s->options.log(s->options.user, buffer_text(&line));
+    buffer_free(&line);
+}
+
+static void on_completed(void *user, struct MHD_Connection *c, void **slot, enum MHD_RequestTerminationCode why) {
+    struct server *s = user;
+    struct exchange *x = *slot;
+    if (!x) return;
+    *slot = NULL;
+    watch_remove(x);
+    bool whole = why == MHD_REQUEST_TERMINATED_COMPLETED_OK;
+    pthread_mutex_lock(&x->lock);
+    x->connection = NULL;
+    x->suspended = false;
+    if (x->generation) generation_cancel(x->generation);
+    pthread_mutex_unlock(&x->lock);
+    pthread_mutex_lock(&s->lock);
+    s->metrics.requests[x->status / 100 < 6 ? x->status / 100 : 0]++;
+    if (!whole) s->metrics.disconnects++;
+    pthread_mutex_unlock(&s->lock);
+    if (whole) set_deadline(s, c, 60); // the next request on this connection
+    if (s->options.log) log_exchange(s, x, whole);
+    exchange_unref(x);
+}
+
+static void on_connection(void *user, struct MHD_Connection *c, void **slot, enum MHD_ConnectionNotificationCode what) {
+    struct server *s = user;
+    if (what == MHD_CONNECTION_NOTIFY_STARTED) {
+        struct connection *n = size_alloc_zero(1, sizeof *n);
+        const union MHD_ConnectionInfo *info = MHD_get_connection_info(c, MHD_CONNECTION_INFO_CONNECTION_FD);
+        if (!n) return;
+        n->fd = info ? info->connect_fd : -1;
+        n->deadline = clock_seconds() + s->options.header_s;
+        pthread_mutex_lock(&s->lock);
+        n->next = s->connections;
+        if (n->next) n->next->prev = n;
+        s->connections = n;
+        pthread_mutex_unlock(&s->lock);
+        *slot = n;
+    } else if (*slot) {
+        struct connection *n = *slot;
+        pthread_mutex_lock(&s->lock);
+        if (n->prev) n->prev->next = n->next;
+        else s->connections = n->next;
+        if (n->next) n->next->prev = n->prev;
+        pthread_mutex_unlock(&s->lock);
+        free(n);
+        *slot = NULL;
+    }
+}
+
+// ---- Threads
+
+static void *work(void *user) {
+    struct server *s = user;
+    for (;;) {
+        pthread_mutex_lock(&s->job_lock);
+        while (s->n_jobs == 0 && !atomic_load(&s->stopping)) pthread_cond_wait(&s->job_came, &s->job_lock);
+        struct exchange *x = NULL;
+        if (s->n_jobs) {
+            x = s->jobs[s->first_job];
+            s->first_job = (s->first_job + 1) % MAX_JOBS;
+            s->n_jobs--;
+        }
+        pthread_mutex_unlock(&s->job_lock);
+        if (!x) return NULL;
+        if (atomic_load(&s->stopping)) exchange_fail(x, 503, NULL, "the server is shutting down");
+        else if (!exchange_is_gone(x)) x->route->handle(x);
+        exchange_unref(x);
+    }
+}
+
+static void *run_engine(void *user) {
+    struct server *s = user;
+    while (!atomic_load(&s->stopping) || tandem_wait(s->engine, 0)) {
+        if (tandem_wait(s->engine, 0.1)) tandem_step(s->engine, generation_event, s);
+        atomic_store(&s->last_step, clock_seconds());
+    }
+    return NULL;
+}
+
+// ---- Starting and stopping
+
+// The address to bind. `loopback` tells whether only this machine can reach it.
+static bool resolve(const char *host, int port, struct sockaddr_storage *to, bool *loopback, struct error *err) {
+    struct addrinfo hints = {.ai_socktype = SOCK_STREAM, .ai_flags = AI_PASSIVE | AI_NUMERICSERV}, *list = NULL;
+    char service[16];
+    snprintf(service, sizeof service, "%d", port);
+    int status = getaddrinfo(host, service, &hints, &list);
+    if (status) return error_set(err, "host %s: %s", host, gai_strerror(status));
+    memcpy(to, list->ai_addr, list->ai_addrlen);
+    freeaddrinfo(list);
+    if (to->ss_family == AF_INET) *loopback = (ntohl(((struct sockaddr_in *)to)->sin_addr.s_addr) >> 24) == 127;
+    else *loopback = IN6_IS_ADDR_LOOPBACK(&((struct sockaddr_in6 *)to)->sin6_addr);
+    return true;
+}
+
+static bool load_tls(struct server *s, struct error *err) {
+    const struct server_options *o = &s->options;
+    struct buffer cert = {0}, key = {0};
+    if (!o->tls_cert != !o->tls_key) return error_set(err, "TLS needs both a certificate and a key");
+    if (!o->tls_cert) return true;
+    bool ok = file_read(o->tls_cert, 1 << 20, &cert, err) && file_read(o->tls_key, 1 << 20, &key, err);
+    s->tls_cert = ok ? buffer_take(&cert) : NULL;
+    s->tls_key = ok ? buffer_take(&key) : NULL;
+    buffer_free(&cert);
+    buffer_free(&key);
+    return s->tls_cert && s->tls_key ? true : ok ? error_set(err, "out of memory") : false;
+}
+
+static bool listen_on(struct server *s, struct error *err) {
+    struct server_options *o = &s->options;
+    struct sockaddr_storage address;
+    struct rlimit files;
+    memset(&address, 0, sizeof address);
+    if (!resolve(o->host, o->port, &address, &s->loopback, err)) return false;
+    if (!s->loopback && !s->keys)
+        return error_set(err,
+                         "host %s can be reached from other machines: that needs --api-key-file (a key a line), or "
+                         "--host 127.0.0.1",
+                         o->host);
+    if (getrlimit(RLIMIT_NOFILE, &files) == 0) {
+        files.rlim_cur = files.rlim_max;
+        setrlimit(RLIMIT_NOFILE, &files);
+        if (files.rlim_cur != RLIM_INFINITY && files.rlim_cur > 128 && o->max_connections > files.rlim_cur - 100)
+            o->max_connections = files.rlim_cur - 100;
+    }
+    struct MHD_OptionItem tls[] = {{MHD_OPTION_HTTPS_MEM_CERT, 0, s->tls_cert},
+                                   {MHD_OPTION_HTTPS_MEM_KEY, 0, s->tls_key},
+                                   {MHD_OPTION_END, 0, NULL}};
+    if (!s->tls_cert) tls[0].option = MHD_OPTION_END;
+    unsigned flags = MHD_USE_EPOLL_INTERNAL_THREAD | MHD_ALLOW_SUSPEND_RESUME | (s->tls_cert ? MHD_USE_TLS : 0) |
+                     (address.ss_family == AF_INET6 ? MHD_USE_IPv6 : 0);
+    s->daemon =
+        MHD_start_daemon(flags, (uint16_t)o->port, NULL, NULL, on_request, s, MHD_OPTION_SOCK_ADDR, &address,
+                         MHD_OPTION_NOTIFY_COMPLETED, on_completed, s, MHD_OPTION_NOTIFY_CONNECTION, on_connection, s,
+                         MHD_OPTION_CONNECTION_LIMIT, (unsigned)o->max_connections, MHD_OPTION_CONNECTION_TIMEOUT, 120u,
+                         MHD_OPTION_CONNECTION_MEMORY_LIMIT, (size_t)HEAD_BYTES, MHD_OPTION_STRICT_FOR_CLIENT, 1,
+                         MHD_OPTION_LISTENING_ADDRESS_REUSE, 1u, MHD_OPTION_LISTEN_BACKLOG_SIZE, 1024u,
+                         MHD_OPTION_ARRAY, tls, MHD_OPTION_END);
+    if (!s->daemon)
+        return error_set(err, "cannot listen on %s port %d: %s", o->host, o->port,
+                         errno ? strerror(errno) : "is the TLS certificate valid?");
+    const union MHD_DaemonInfo *info = MHD_get_daemon_info(s->daemon, MHD_DAEMON_INFO_BIND_PORT);
+    snprintf(s->url, sizeof s->url, strchr(o->host, ':') ? "%s://[%s]:%d" : "%s://%s:%d",
+             s->tls_cert ? "https" : "http", o->host, info ? info->port : o->port);
+    return true;
+}
+
+static void set_defaults(struct server_options *o) {
+    if (!o->host) o->host = "127.0.0.1";
+    if (!o->max_body) o->max_body = DEFAULT_BODY;
+    if (!o->max_connections) o->max_connections = DEFAULT_CONNECTIONS;
+    if (o->header_s <= 0) o->header_s = 10;
+    if (o->body_s <= 0) o->body_s = 60;
+    if (o->queue_s <= 0) o->queue_s = 600;
+    if (o->total_s <= 0) o->total_s = 3600;
+    if (o->ping_s <= 0) o->ping_s = 5;
+    if (o->stall_s <= 0) o->stall_s = 60;
+}
+
+static bool start_threads(struct server *s, struct error *err) {
+    if (pthread_create(&s->engine_thread, NULL, run_engine, s) == 0) s->n_threads++;
+    if (s->n_threads == 1 && pthread_create(&s->watcher, NULL, watch_run, s) == 0) s->n_threads++;
+    for (int i = 0; i < N_WORKERS && s->n_threads == 2 + i; i++)
+        if (pthread_create(&s->workers[i], NULL, work, s) == 0) s->n_threads++;
+    return s->n_threads == 2 + N_WORKERS || error_set(err, "cannot start the server's threads: %s", strerror(errno));
+}
+
+struct server *server_start(tandem_engine *engine, const struct server_options *options, struct error *err) {
+    struct server *s = size_alloc_zero(1, sizeof *s);
+    if (!s) {
+        error_set(err, "out of memory");
+        return NULL;
+    }
+    s->engine = engine;
+    s->options = *options;
+    set_defaults(&s->options);
+    s->started = clock_seconds();
+    s->created = (long)time(NULL);
+    pthread_mutex_init(&s->lock, NULL);
+    pthread_mutex_init(&s->job_lock, NULL);
+    pthread_cond_init(&s->job_came, NULL);
+    s->epoll = epoll_create1(EPOLL_CLOEXEC);
+    s->replies = replies_create();
+    bool ok = s->epoll >= 0 && s->replies ? true : error_set(err, "cannot start: %s", strerror(errno));
+    if (ok && options->api_key_file) ok = (s->keys = keys_load(options->api_key_file, err)) != NULL;
+    if (ok && load_tls(s, err) && start_threads(s, err) && listen_on(s, err)) return s;
+    server_stop(s);
+    return NULL;
+}
+
+const char *server_url(const struct server *s) {
+    return s->url;
+}
+
+bool server_reload_keys(struct server *s, struct error *err) {
+    if (!s->options.api_key_file) return error_set(err, "there is no key file");
+    struct keys *now = keys_load(s->options.api_key_file, err), *before;
+    if (!now) return false; // the old ones stay
+    pthread_mutex_lock(&s->lock);
+    before = s->keys;
+    s->keys = now;
+    pthread_mutex_unlock(&s->lock);
+    keys_free(before);
+    return true;
+}
+
+void server_drain(struct server *s) {
+    atomic_store(&s->draining, true);
+}
+
+size_t server_n_active(struct server *s) {
+    return atomic_load(&s->n_generations);
+}
+
+void server_stop(struct server *s) {
+    atomic_store(&s->draining, true);
+    pthread_mutex_lock(&s->job_lock);
+    atomic_store(&s->stopping, true);
+    pthread_cond_broadcast(&s->job_came);
+    pthread_mutex_unlock(&s->job_lock);
+    for (int i = 2; i < s->n_threads; i++) pthread_join(s->workers[i - 2], NULL);
+    generations_cancel_all(s);
+    if (s->n_threads > 0) pthread_join(s->engine_thread, NULL);
+    if (s->daemon) {
+        // Last words get a moment to be sent.
+        for (double end = clock_seconds() + 1; clock_seconds() < end && s->exchanges;) usleep(10000);
+        pthread_mutex_lock(&s->lock); // the loop can stop only when nothing is suspended
+        for (struct exchange *x = s->exchanges; x; x = x->next) {
+            pthread_mutex_lock(&x->lock);
+            x->broken = true;
+            if (x->suspended && x->connection) MHD_resume_connection(x->connection);
+            x->suspended = false;
+            pthread_mutex_unlock(&x->lock);
+        }
+        pthread_mutex_unlock(&s->lock);
+        MHD_stop_daemon(s->daemon);
+    }
+    if (s->n_threads > 1) pthread_join(s->watcher, NULL);
+    if (s->epoll >= 0) close(s->epoll);
+    keys_free(s->keys);
+    replies_free(s->replies);
+    free(s->tls_cert);
+    if (s->tls_key) memset(s->tls_key, 0, strlen(s->tls_key));
+    free(s->tls_key);
+    pthread_mutex_destroy(&s->lock);
+    pthread_mutex_destroy(&s->job_lock);
+    pthread_cond_destroy(&s->job_came);
+    free(s);
+}

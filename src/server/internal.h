@@ -1,0 +1,156 @@
+// internal.h: what the files of the server share.
+#ifndef TANDEM_SERVER_INTERNAL_H
+#define TANDEM_SERVER_INTERNAL_H
+
+#include "base/buffer.h"
+#include "server/fields.h"
+#include "server/server.h"
+#include "text/pyjson.h"
+#include "text/stream.h"
+
+#include <microhttpd.h>
+#include <pthread.h>
+#include <stdatomic.h>
+
+enum {
+    MAX_PENDING = 4 << 20, // bytes that a slow reader may leave unread
+    MAX_STOP_STRINGS = 16,
+    MAX_STOP_BYTES = 1024,
+    MAX_PROMPTS = 128, // of one completion request
+    MAX_TOOLS = 256,
+    N_WORKERS = 2,
+    MAX_JOBS = 512 // bodies that wait for a worker
+};
+
+enum dialect { OPENAI, ANTHROPIC };
+
+struct exchange;
+struct generation;
+
+struct route {
+    const char *path, *method;
+    enum dialect dialect;
+    bool keyless;                       // no API key is asked for
+    bool generates;                     // refused while draining and when the queue is full
+    void (*handle)(struct exchange *x); // on the loop for GET, on a worker for POST
+};
+
+// One HTTP request, from its head to the last byte of its answer. Two owners: libmicrohttpd's connection, and whoever
+// makes the answer (a worker, then the generation).
+struct exchange {
+    struct server *server;
+    const struct route *route;
+    uint64_t number, tenant;
+    struct buffer body;
+    double received; // when its body was complete
+    int fd;
+    atomic_int refs;
+
+    struct exchange *prev, *next; // server->exchanges; guarded by the server's lock
+
+    pthread_mutex_t lock;              // guards all below
+    struct MHD_Connection *connection; // NULL: the client is gone
+    bool handed_over;                  // a worker has it
+    bool suspended, ready, stream, done, broken;
+    int status;
+    const char *content_type;
+    struct buffer out; // from `sent` on: not yet taken by the connection
+    size_t sent, total;
+    double last_write, last_read;
+    struct generation *generation; // in progress; NULL
+};
+
+struct connection { // one TCP connection
+    struct connection *prev, *next;
+    int fd;
+    double deadline; // for the next request's head or body; 0: none
+};
+
+struct histogram {
+    uint64_t count[16];
+    double sum;
+    uint64_t n;
+};
+
+struct metrics {          // guarded by the server's lock
+    uint64_t requests[6]; // by status / 100
+    uint64_t rejected_queue, rejected_key, disconnects;
+    struct histogram first_token, between_tokens, total;
+};
+
+struct replies;
+struct keys;
+
+struct server {
+    tandem_engine *engine;
+    struct server_options options;
+    char url[300];
+    char *tls_cert, *tls_key;
+    struct MHD_Daemon *daemon;
+    bool loopback;
+    double started;
+    long created; // wall clock, for "created" of the model
+    atomic_bool draining, stopping;
+    _Atomic double last_step; // when the engine made one, or was idle
+    atomic_ulong next_number;
+    atomic_size_t n_generations;
+
+    pthread_mutex_t lock; // guards the lists and numbers below
+    struct exchange *exchanges;
+    struct connection *connections;
+    struct metrics metrics;
+    struct keys *keys;       // NULL: none are asked for
+    struct replies *replies; // has a lock of its own
+
+    pthread_mutex_t job_lock;
+    pthread_cond_t job_came;
+    struct exchange *jobs[MAX_JOBS]; // a ring
+    size_t first_job, n_jobs;
+    pthread_t workers[N_WORKERS], engine_thread, watcher;
+    int n_threads; // that were started
+    int epoll;     // of fds whose exchange is in progress
+};
+
+// ---- Exchanges (exchange.c). Any thread, while holding a reference.
+
+struct exchange *exchange_create(struct server *s, struct MHD_Connection *connection, const struct route *route);
+void exchange_unref(struct exchange *x);
+// The whole answer: takes the bytes of `body` (which is empty afterwards).
+void exchange_reply(struct exchange *x, int status, struct buffer *body);
+void exchange_reply_type(struct exchange *x, int status, struct buffer *body, const char *content_type);
+// An error object of the route's dialect. `param`: the field, or NULL.
+void exchange_fail(struct exchange *x, int status, const char *param, const char *message);
+void exchange_stream(struct exchange *x);                            // begins a stream of events
+void exchange_write(struct exchange *x, const struct buffer *bytes); // more of it
+void exchange_end(struct exchange *x);                               // its end
+bool exchange_is_gone(struct exchange *x);                           // nobody will read the answer
+// The error object as JSON.
+bool error_json(struct buffer *out, enum dialect dialect, int status, const char *param, const char *message);
+
+// ---- The rest
+
+const struct route *route_find(const struct server *s, const char *path, const char *method,
+                               bool *path_known); // routes.c
+
+struct keys *keys_load(const char *path, struct error *err);
+void keys_free(struct keys *k);
+// 0: no such key; else its tenant. Takes the same time for every key.
+uint64_t keys_check(const struct keys *k, const char *key);
+
+void *watch_run(void *server); // watch.c: a thread
+void watch_add(struct exchange *x);
+void watch_remove(struct exchange *x);
+
+void histogram_add(struct histogram *h, double seconds); // metrics.c
+bool metrics_write(struct server *s, struct buffer *out);
+
+void handle_chat(struct exchange *x);        // chat.c
+void handle_completions(struct exchange *x); // completions.c
+void handle_messages(struct exchange *x);    // anthropic.c
+void handle_count_tokens(struct exchange *x);
+void handle_responses(struct exchange *x); // responses.c
+void handle_tokenize(struct exchange *x);  // text.c
+void handle_detokenize(struct exchange *x);
+void handle_apply_template(struct exchange *x);
+
+#endif

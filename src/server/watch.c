@@ -1,0 +1,89 @@
+// watch.c: the thread that looks after what no other thread would notice: clients that left while their connection was
+// suspended, deadlines of heads, bodies and generations, readers that do not read, and silence in a stream.
+#include "server/generate.h"
+#include "server/internal.h"
+
+#include "base/clock.h"
+
+#include <errno.h>
+#include <sys/epoll.h>
+#include <sys/socket.h>
+
+void watch_add(struct exchange *x) {
+    struct epoll_event e = {.events = EPOLLRDHUP | EPOLLONESHOT, .data.u64 = x->number};
+    // The same socket may still be known from a request before.
+    if (epoll_ctl(x->server->epoll, EPOLL_CTL_ADD, x->fd, &e) != 0 && errno == EEXIST)
+        epoll_ctl(x->server->epoll, EPOLL_CTL_MOD, x->fd, &e);
+}
+
+void watch_remove(struct exchange *x) {
+    epoll_ctl(x->server->epoll, EPOLL_CTL_DEL, x->fd, NULL);
+}
+
+// Cancels what is in progress and wakes the connection, so that the loop closes it. x->lock is held.
+static void give_up(struct exchange *x) {
+    x->broken = true;
+    if (x->generation) generation_cancel(x->generation);
+    if (x->connection && x->suspended) {
+        x->suspended = false;
+        MHD_resume_connection(x->connection);
+    }
+}
+
+static void look_at_exchange(struct server *s, struct exchange *x, double now) {
+    static const struct buffer ping = {.data = (char *)(uintptr_t) ": ping\n\n", .len = 8, .cap = 9};
+    bool silent = false;
+    pthread_mutex_lock(&x->lock);
+    if (x->connection && x->handed_over) {
+        bool unread = x->stream && x->out.len > x->sent;
+        if (x->generation) generation_check_deadline(x->generation, now);
+        if (x->broken || (unread && now - x->last_read > s->options.stall_s)) {
+            give_up(x);
+            if (unread) shutdown(x->fd, SHUT_RDWR); // the loop waits for this socket to become writable
+        } else if (x->stream && !x->done && !unread) {
+            silent = now - x->last_write >= s->options.ping_s;
+            x->last_read = now; // nothing to read is no stall
+        }
+    }
+    pthread_mutex_unlock(&x->lock);
+    if (silent) exchange_write(x, &ping);
+}
+
+static void look_at_all(struct server *s) {
+    double now = clock_seconds();
+    pthread_mutex_lock(&s->lock);
+    for (struct connection *c = s->connections; c; c = c->next)
+        if (c->deadline > 0 && now > c->deadline) {
+            shutdown(c->fd, SHUT_RDWR);
+            c->deadline = 0;
+        }
+    for (struct exchange *x = s->exchanges; x; x = x->next) look_at_exchange(s, x, now);
+    pthread_mutex_unlock(&s->lock);
+}
+
+static void client_left(struct server *s, uint64_t number) {
+    pthread_mutex_lock(&s->lock);
+    for (struct exchange *x = s->exchanges; x; x = x->next) {
+        if (x->number != number) continue;
+        pthread_mutex_lock(&x->lock);
+        if (x->connection) give_up(x);
+        pthread_mutex_unlock(&x->lock);
+        break;
+    }
+    pthread_mutex_unlock(&s->lock);
+}
+
+void *watch_run(void *user) {
+    struct server *s = user;
+    double next = 0;
+    while (!atomic_load(&s->stopping)) {
+        struct epoll_event events[64];
+        int n = epoll_wait(s->epoll, events, 64, 100);
+        for (int i = 0; i < n; i++) client_left(s, events[i].data.u64);
+        double now = clock_seconds();
+        if (now < next) continue;
+        next = now + 0.25;
+        look_at_all(s);
+    }
+    return NULL;
+}
