@@ -249,6 +249,21 @@ static bool trace_path(struct recorder *r, tandem_engine *e, enum path path, con
     return ok;
 }
 
+// The coarsest rounding on an engine's path: of the inputs of matrix products, and of K and V.
+static const char *engine_precision(const tandem_engine *e) {
+    bool bf16 = e->kv_type == DTYPE_BF16, quantised = false;
+    const struct model *m = e->model;
+    for (size_t i = 0; i < m->config.n_layers; i++) {
+        const struct layer_weights *w = &m->layers[i];
+        const struct matrix *all[] = {&w->wq, &w->wk, &w->wv, &w->wo, &w->w_gate, &w->w_up, &w->w_down, &m->head};
+        for (size_t k = 0; k < sizeof all / sizeof all[0]; k++) {
+            bf16 = bf16 || all[k]->type == DTYPE_BF16;
+            quantised = quantised || dtype_info(all[k]->type)->is_quantised;
+        }
+    }
+    return quantised ? "int8" : bf16 ? "bf16" : "f32";
+}
+
 // What `tandem diff` and people need to know about a trace.
 static bool write_described(const struct recorder *r, const struct cli_options *o, const tandem_engine *e,
                             enum path path, const struct token_ids *ids) {
@@ -257,9 +272,18 @@ static bool write_described(const struct recorder *r, const struct cli_options *
     snprintf(heads, sizeof heads, "%zu", c->n_heads);
     snprintf(kv_heads, sizeof kv_heads, "%zu", c->n_kv_heads);
     snprintf(head_dim, sizeof head_dim, "%zu", c->head_dim);
-    struct safetensors_meta meta[] = {
-        {"producer", "tandem"}, {"version", tandem_version()}, {"path", path_names[path]}, {"model", e->model->path},
-        {"n_heads", heads},     {"n_kv_heads", kv_heads},      {"head_dim", head_dim}};
+    bool oracle = path == PATH_T || path == PATH_H;
+    const char *precision = path == PATH_T ? "f64" : path == PATH_H ? "bf16" : engine_precision(e);
+    struct safetensors_meta meta[] = {{"producer", "tandem"},
+                                      {"version", tandem_version()},
+                                      {"path", path_names[path]},
+                                      {"precision", precision},
+                                      {"model", e->model->path},
+                                      {"n_heads", heads},
+                                      {"n_kv_heads", kv_heads},
+                                      {"head_dim", head_dim},
+                                      {"device", oracle ? "oracle" : e->ops->name},
+                                      {"kv_type", oracle ? precision : dtype_info(e->kv_type)->name}};
     return write_trace(r, ids, o->text[OPT_OUTPUT], meta, sizeof meta / sizeof meta[0]);
 }
 
