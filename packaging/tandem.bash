@@ -12,6 +12,7 @@ _tandem() {
     --think | --fusion) mapfile -t COMPREPLY < <(compgen -W "on off" -- "$cur") && return ;;
     --device) mapfile -t COMPREPLY < <(compgen -W "auto cpu" -- "$cur") && return ;;
     --isa) mapfile -t COMPREPLY < <(compgen -W "auto portable avx2" -- "$cur") && return ;;
+    --path) mapfile -t COMPREPLY < <(compgen -W "fused standard T H" -- "$cur") && return ;;
     --kv-type) mapfile -t COMPREPLY < <(compgen -W "bf16 f32" -- "$cur") && return ;;
     --synthetic)
         mapfile -t COMPREPLY < <(compgen -W "qwen3-0.6b qwen3-1.7b qwen3-4b qwen3-8b qwen3-14b qwen3-32b" -- "$cur")

@@ -55,6 +55,7 @@ enum option_id {
     OPT_MACHINE,
     OPT_PATH,
     OPT_POSITIONS,
+    OPT_REPORT,
     OPT_OUTPUT,
     OPT_GLOBS,
     OPT_STAGE,
@@ -114,7 +115,7 @@ struct command {
 };
 
 extern const struct command command_chat, command_run, command_tokenize, command_template, command_inspect,
-    command_trace, command_check, command_bench, command_replay, command_serve;
+    command_trace, command_diff, command_check, command_bench, command_replay, command_serve;
 
 // Says `tandem: SUBCOMMAND: ...` on stderr and returns EXIT_FAULT (cli_usage: EXIT_USAGE).
 int cli_fail(const char *format, ...) __attribute__((format(printf, 1, 2)));

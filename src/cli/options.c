@@ -84,6 +84,7 @@ static const struct {
     [OPT_GRACE] = {"grace", 0, "S", "seconds that requests get to end after SIGTERM (default 30)"},
     [OPT_LOG_REQUESTS] = {"log-requests", 0, NULL, "one JSON line on stderr for each request, without prompts"},
     [OPT_LOG_PROMPTS] = {"log-prompts", 0, NULL, "with --log-requests: their bodies too"},
+    [OPT_REPORT] = {"report", 0, "FILE", "write a report for people, one HTML page"},
     [OPT_OUTPUT] = {"output", 'o', "FILE", "where to write"},
 };
 

@@ -118,6 +118,12 @@ def test_chat_commands(tmp_path):
     (["run", "-p", "x", "--logit-bias", "5"], 2, "ID:NUMBER"),
     (["trace", "-p", "x"], 2, "-o"),
     (["trace", "-p", "x", "--tensors", "nothing", "-o", "x"], 1, "nothing"),
+    (["trace", "-p", "x", "--path", "t", "-o", "x"], 2, "fused, standard, T or H"),
+    (["trace", "--ids", "1,2", "--path", "T", "--positions", "0,2", "-o", "x"], 1, "below 2"),
+    (["trace", "--ids", "1,2", "--path", "H", "--positions", "1-0", "-o", "x"], 1, "--positions"),
+    (["trace", "--ids", "1,8192", "--path", "T", "-o", "x"], 1, "8192"),
+    (["diff", "x"], 2, "two arguments"),
+    (["diff", "x", "y", "z"], 2, "\"z\""),
 ])
 def test_errors_name_the_thing(args, status, words):
     done = tandem(*args, text="", status=status)
@@ -125,7 +131,7 @@ def test_errors_name_the_thing(args, status, words):
     assert done.stdout == ""
 
 
-@pytest.mark.parametrize("name", ["chat", "run", "tokenize", "template", "inspect", "trace"])
+@pytest.mark.parametrize("name", ["chat", "run", "tokenize", "template", "inspect", "trace", "diff"])
 def test_help(name):
     done = tandem(name, "--help")
     assert done.stdout.startswith(f"usage: tandem {name}") and "--help" in done.stdout
