@@ -12,6 +12,9 @@
 struct run {
     struct op_ctx ctx;
     size_t max_tokens, max_logit_rows;
+    struct device_weights host;           // the model's own tables
+    const struct device_weights *weights; // what the ops read: `host`, or a device's copies
+    struct device *device;                // whose memory `memory` is; NULL: the host's
     float *memory;
     float *x;         // [max_tokens, hidden] the residual stream
     float *normed;    // [max_tokens, hidden]
@@ -23,7 +26,21 @@ struct run {
     float *cos_sin;   // [max_tokens, head_dim]
     float *rows;      // [max_logit_rows, hidden]
     float *logits;    // [max_logit_rows, n_vocab]
+    // On a device only.
+    float *rope;      // [max_positions, head_dim] the cosines and sines of every position
+    int32_t *arrays;  // [n_arrays] a step's batch
+    int32_t *staging; // [n_arrays] the same on the host
+    size_t n_arrays;
+    float *fetched; // [max_logit_rows, n_vocab] the logits on the host
 };
+
+// 32-bit numbers that the arrays of a step's batch take at most; each array begins at a multiple of 4.
+static size_t batch_arrays(const struct run_options *o) {
+    size_t per_seq = (o->max_positions + KV_PAGE_TOKENS - 1) / KV_PAGE_TOKENS, pages = o->max_pages;
+    if (!pages && !size_mul(per_seq, o->max_tokens, &pages)) return SIZE_MAX;
+    size_t n;
+    return size_mul_add(o->max_tokens + 4, 7, pages, &n) ? n : SIZE_MAX;
+}
 
 // The pieces of run.memory, in order; each is aligned to 16 floats. Returns the floats needed, SIZE_MAX on overflow.
 // With `run`, fills its pointers.
@@ -35,9 +52,11 @@ static size_t lay_out(const struct model_config *c, const struct run_options *o,
                                 .max_width = width > q ? width : q,
                                 .n_heads = c->n_heads,
                                 .head_dim = c->head_dim,
-                                .n_threads = pool_size(o->pool)};
+                                .n_threads = o->ops->device ? 1 : pool_size(o->pool),
+                                .ops = o->ops};
     size_t scratch;
     if (!ops_scratch_floats(&limits, &scratch)) return SIZE_MAX;
+    bool device = o->ops->device != NULL;
     struct {
         size_t rows, columns;
         float **at;
@@ -55,6 +74,8 @@ static size_t lay_out(const struct model_config *c, const struct run_options *o,
         {o->max_logit_rows, c->hidden, run ? &run->rows : NULL},
         {o->max_logit_rows, c->n_vocab, run ? &run->logits : NULL},
         {1, scratch, run ? &run->ctx.scratch : NULL},
+        {device ? o->max_positions : 0, c->head_dim, run ? &run->rope : NULL},
+        {device ? batch_arrays(o) : 0, 1, run ? (float **)&run->arrays : NULL},
     };
     size_t total = 0;
     for (size_t i = 0; i < sizeof parts / sizeof parts[0]; i++) {
@@ -73,41 +94,6 @@ size_t run_bytes(const struct model *model, const struct run_options *options) {
     return size_mul(lay_out(&model->config, options, NULL), sizeof(float), &bytes) ? bytes : SIZE_MAX;
 }
 
-struct run *run_create(const struct model *model, const struct run_options *o, struct error *err) {
-    struct run *run = size_alloc_zero(1, sizeof *run);
-    size_t floats = lay_out(&model->config, o, NULL);
-    if (run && floats != SIZE_MAX) run->memory = size_alloc_aligned(floats, sizeof *run->memory);
-    if (!run || !run->memory) {
-        error_set(err, "out of memory for the activations of %zu tokens", o->max_tokens);
-        free(run);
-        return NULL;
-    }
-    run->ctx = (struct op_ctx){.ops = o->ops, .pool = o->pool, .fusion = o->fusion, .layer = -1};
-    run->max_tokens = o->max_tokens;
-    run->max_logit_rows = o->max_logit_rows;
-    lay_out(&model->config, o, run);
-    return run;
-}
-
-void run_free(struct run *run) {
-    if (!run) return;
-    free(run->memory);
-    free(run);
-}
-
-void run_set_tap(struct run *run, tap_fn *tap, void *user) {
-    run->ctx.tap = tap;
-    run->ctx.tap_user = user;
-}
-
-void run_set_fusion(struct run *run, uint32_t fusion) {
-    run->ctx.fusion = fusion;
-}
-
-static void tap(const struct op_ctx *ctx, const char *name, const float *data, size_t rows, size_t columns) {
-    if (ctx->tap) ctx->tap(ctx->tap_user, name, ctx->layer, data, rows, columns);
-}
-
 // Cosines, then sines, of every token's angles; computed in f64, rounded once.
 static void rope_table(const struct model *m, const struct batch *b, float *cos_sin) {
     size_t half = m->config.head_dim / 2;
@@ -123,6 +109,83 @@ static void rope_table(const struct model *m, const struct batch *b, float *cos_
             row[half + i] = (float)(sin(angle) * m->rope_magnitude);
         }
     }
+}
+
+// What only a run on a device has.
+static bool create_device_parts(struct run *run, const struct model *m, const struct run_options *o,
+                                struct error *err) {
+    struct device *d = run->device;
+    run->n_arrays = batch_arrays(o);
+    run->staging = d->alloc_host(d, run->n_arrays * sizeof *run->staging);
+    run->fetched = d->alloc_host(d, o->max_logit_rows * m->config.n_vocab * sizeof *run->fetched);
+    if (!run->staging || !run->fetched)
+        return error_set(err, "out of host memory for the logits of %zu rows", o->max_logit_rows);
+    size_t row = m->config.head_dim, n_rows = o->max_positions;
+    float *table = size_alloc(n_rows, row * sizeof *table);
+    int32_t *position = size_alloc(n_rows, sizeof *position);
+    bool ok = table && position;
+    if (ok) {
+        for (size_t i = 0; i < n_rows; i++) position[i] = (int32_t)i;
+        rope_table(m, &(struct batch){.n_tokens = n_rows, .position = position}, table);
+        d->put(d, run->rope, table, n_rows * row * sizeof *table);
+    }
+    free(table);
+    free(position);
+    return ok ? d->sync(d, err) : error_set(err, "out of memory for the rotations of %zu positions", n_rows);
+}
+
+struct run *run_create(const struct model *model, const struct run_options *o, struct error *err) {
+    struct run *run = size_alloc_zero(1, sizeof *run);
+    size_t bytes = run_bytes(model, o);
+    struct device *d = o->ops->device;
+    if (run) {
+        run->device = d;
+        if (d) run->memory = bytes == SIZE_MAX ? NULL : d->alloc(d, bytes, "activations", err);
+        else if (bytes != SIZE_MAX) run->memory = size_alloc_aligned(bytes, 1);
+    }
+    if (!run || !run->memory) {
+        if (!d) error_set(err, "out of memory for the activations of %zu tokens", o->max_tokens);
+        free(run);
+        return NULL;
+    }
+    run->ctx = (struct op_ctx){.ops = o->ops, .pool = o->pool, .fusion = o->fusion, .layer = -1};
+    run->max_tokens = o->max_tokens;
+    run->max_logit_rows = o->max_logit_rows;
+    run->host = (struct device_weights){
+        .embed = model->embed, .head = model->head, .final_norm = model->final_norm, .layers = model->layers};
+    run->weights = d ? o->weights : &run->host;
+    lay_out(&model->config, o, run);
+    if (d && !create_device_parts(run, model, o, err)) {
+        run_free(run);
+        return NULL;
+    }
+    return run;
+}
+
+void run_free(struct run *run) {
+    if (!run) return;
+    struct device *d = run->device;
+    if (d) {
+        d->free(d, run->memory);
+        d->free_host(d, run->staging);
+        d->free_host(d, run->fetched);
+    } else {
+        free(run->memory);
+    }
+    free(run);
+}
+
+bool run_error(struct run *run, struct error *err) {
+    return !run->device || run->device->sync(run->device, err);
+}
+
+void run_set_tap(struct run *run, tap_fn *tap, void *user) {
+    run->ctx.tap = tap;
+    run->ctx.tap_user = user;
+}
+
+void run_set_fusion(struct run *run, uint32_t fusion) {
+    run->ctx.fusion = fusion;
 }
 
 static void attention_block(const struct model *m, struct run *r, struct kv_layer *kv, const struct batch *b,
@@ -143,30 +206,31 @@ static void attention_block(const struct model *m, struct run *r, struct kv_laye
                                                   .q = r->q,
                                                   .k = r->k,
                                                   .v = r->v});
-    ops_qk_norm_rope_store(&r->ctx, &(struct qk_norm_rope_store_args){.batch = b,
-                                                                      .n_heads = c->n_heads,
-                                                                      .n_kv_heads = c->n_kv_heads,
-                                                                      .head_dim = c->head_dim,
-                                                                      .q_norm = w->q_norm,
-                                                                      .k_norm = w->k_norm,
-                                                                      .eps = eps,
-                                                                      .cos_sin = r->cos_sin,
-                                                                      .q = r->q,
-                                                                      .k = r->k,
-                                                                      .v = r->v,
-                                                                      .kv = kv});
-    ops_attention(&r->ctx, &(struct attention_args){.batch = b,
-                                                    .n_heads = c->n_heads,
-                                                    .n_kv_heads = c->n_kv_heads,
-                                                    .head_dim = c->head_dim,
-                                                    .scale = (float)(1 / sqrt((double)c->head_dim)),
-                                                    .q = r->q,
-                                                    .kv = kv,
-                                                    .out = r->attn});
+    struct qk_norm_rope_store_args store = {.batch = b,
+                                            .n_heads = c->n_heads,
+                                            .n_kv_heads = c->n_kv_heads,
+                                            .head_dim = c->head_dim,
+                                            .q_norm = w->q_norm,
+                                            .k_norm = w->k_norm,
+                                            .eps = eps,
+                                            .cos_sin = r->cos_sin,
+                                            .q = r->q,
+                                            .k = r->k,
+                                            .v = r->v,
+                                            .kv = kv};
+    struct attention_args attention = {.batch = b,
+                                       .n_heads = c->n_heads,
+                                       .n_kv_heads = c->n_kv_heads,
+                                       .head_dim = c->head_dim,
+                                       .scale = (float)(1 / sqrt((double)c->head_dim)),
+                                       .q = r->q,
+                                       .kv = kv,
+                                       .out = r->attn};
+    ops_rope_attention(&r->ctx, &(struct rope_attention_args){&store, &attention});
     ops_out_residual(&r->ctx,
                      &(struct proj_residual_args){
                          .n_tokens = b->n_tokens, .in = r->attn, .w = &w->wo, .projected = r->projected, .x = r->x});
-    tap(&r->ctx, "resid_mid", r->x, b->n_tokens, c->hidden);
+    ops_tap(&r->ctx, "resid_mid", r->x, b->n_tokens, c->hidden);
 }
 
 static void mlp_block(const struct model *m, struct run *r, const struct batch *b, const struct layer_weights *w) {
@@ -183,48 +247,131 @@ static void mlp_block(const struct model *m, struct run *r, const struct batch *
     ops_down_residual(
         &r->ctx, &(struct proj_residual_args){
                      .n_tokens = b->n_tokens, .in = r->gate, .w = &w->w_down, .projected = r->projected, .x = r->x});
-    tap(&r->ctx, "resid", r->x, b->n_tokens, m->config.hidden);
+    ops_tap(&r->ctx, "resid", r->x, b->n_tokens, m->config.hidden);
 }
 
-const float *model_forward(const struct model *m, struct run *r, struct kv_store *kv, const struct batch *b) {
+// THE layer sequence.
+static void run_layers(const struct model *m, struct run *r, struct kv_store *kv, const struct batch *b) {
+    const struct device_weights *w = r->weights;
     r->ctx.layer = -1;
-    rope_table(m, b, r->cos_sin);
-    r->ctx.ops->embed(&r->ctx, r->x, &m->embed, b->token, b->n_tokens);
-    tap(&r->ctx, "embed", r->x, b->n_tokens, m->config.hidden);
+    if (r->device) r->ctx.ops->gather(&r->ctx, r->cos_sin, r->rope, b->position, b->n_tokens, m->config.head_dim);
+    else rope_table(m, b, r->cos_sin);
+    r->ctx.ops->embed(&r->ctx, r->x, &w->embed, b->token, b->n_tokens);
+    ops_tap(&r->ctx, "embed", r->x, b->n_tokens, m->config.hidden);
     for (size_t i = 0; i < m->config.n_layers; i++) {
         r->ctx.layer = (int)i;
-        attention_block(m, r, &kv->layers[i], b, &m->layers[i]);
-        mlp_block(m, r, b, &m->layers[i]);
+        attention_block(m, r, &kv->layers[i], b, &w->layers[i]);
+        mlp_block(m, r, b, &w->layers[i]);
     }
     r->ctx.layer = -1;
-    if (b->n_logit_rows == 0) return r->logits;
+    if (b->n_logit_rows == 0) return;
     ops_norm_head(&r->ctx, &(struct norm_head_args){.batch = b,
                                                     .x = r->x,
-                                                    .norm = m->final_norm,
+                                                    .norm = w->final_norm,
                                                     .eps = (float)m->config.rms_eps,
-                                                    .head = &m->head,
+                                                    .head = &w->head,
                                                     .rows = r->rows,
                                                     .normed = r->rows,
                                                     .logits = r->logits});
-    tap(&r->ctx, "logits", r->logits, b->n_logit_rows, m->config.n_vocab);
-    return r->logits;
+    ops_tap(&r->ctx, "logits", r->logits, b->n_logit_rows, m->config.n_vocab);
+}
+
+// Copies a batch's arrays to the device; *placed has the same shape and points to them. The places depend on the shape
+// alone, so that a recorded sequence finds the next batch of its shape where the last one was.
+static void place_batch(struct run *r, const struct batch *b, struct batch *placed) {
+    *placed = *b;
+    placed->host = b;
+    size_t at = 0;
+    const struct {
+        const int32_t *from, **to;
+        size_t n;
+    } parts[] = {
+        {b->token, &placed->token, b->n_tokens},
+        {b->position, &placed->position, b->n_tokens},
+        {b->seq, &placed->seq, b->n_tokens},
+        {b->seq_start, &placed->seq_start, b->n_seqs + 1},
+        {b->page_start, &placed->page_start, b->n_seqs + 1},
+        {b->kv_len, &placed->kv_len, b->n_seqs},
+        {b->logit_rows, &placed->logit_rows, b->n_logit_rows},
+        {b->pages, &placed->pages, (size_t)b->page_start[b->n_seqs]}, // the last, since only its length varies
+    };
+    for (size_t i = 0; i < sizeof parts / sizeof parts[0]; i++) {
+        if (parts[i].n) memcpy(r->staging + at, parts[i].from, parts[i].n * sizeof *r->staging);
+        *parts[i].to = r->arrays + at;
+        at += (parts[i].n + 3) & ~(size_t)3;
+    }
+    r->device->send(r->device, r->arrays, r->staging, at * sizeof *r->staging);
+}
+
+void run_store_kv(struct run *r, struct kv_layer *layer, const struct batch *b, const float *k, const float *v) {
+    struct device *d = r->device;
+    size_t bytes = b->n_tokens * layer->n_kv_heads * layer->head_dim * sizeof *k;
+    if (!d) {
+        r->ctx.ops->kv_store(&r->ctx, layer, b, k, v);
+        return;
+    }
+    struct batch placed;
+    place_batch(r, b, &placed);
+    d->put(d, r->k, k, bytes);
+    d->put(d, r->v, v, bytes);
+    r->ctx.ops->kv_store(&r->ctx, layer, &placed, r->k, r->v);
+    d->sync(d, NULL);
+}
+
+// What a recorded sequence depends on: its shape, its memory, and the contexts' length up to the next power of two. 0:
+// not to be recorded.
+static uint64_t record_key(const struct run *r, const struct kv_store *kv, const struct batch *b) {
+    enum { MAX_RECORDED = 256 }; // sequences
+    uint32_t all;
+    if (!fusion_available(r->ctx.ops, FUSED_STEP) || !fusion_parse("on", &all, NULL) || r->ctx.fusion != all ||
+        r->ctx.tap || b->n_tokens != b->n_seqs || b->n_seqs > MAX_RECORDED)
+        return 0;
+    int32_t longest = ATTN_CHUNK;
+    for (size_t i = 0; i < b->n_seqs; i++)
+        while (longest < b->kv_len[i]) longest *= 2;
+    const uint64_t parts[] = {b->n_tokens, b->n_logit_rows, (uint64_t)longest, (uintptr_t)r->memory,
+                              (uintptr_t)kv->memory};
+    uint64_t key = 14695981039346656037u;
+    for (size_t i = 0; i < sizeof parts / sizeof parts[0]; i++) key = (key ^ parts[i]) * 1099511628211u;
+    return key ? key : 1;
+}
+
+static void forward_on_device(const struct model *m, struct run *r, struct kv_store *kv, const struct batch *b) {
+    struct device *d = r->device;
+    struct batch placed;
+    place_batch(r, b, &placed);
+    uint64_t key = record_key(r, kv, b);
+    if (key && d->begin(d, key)) return;
+    run_layers(m, r, kv, &placed);
+    if (key) d->end(d);
+}
+
+const float *model_forward(const struct model *m, struct run *r, struct kv_store *kv, const struct batch *b) {
+    if (!r->device) {
+        run_layers(m, r, kv, b);
+        return r->logits;
+    }
+    forward_on_device(m, r, kv, b);
+    r->device->get(r->device, r->fetched, r->logits, b->n_logit_rows * m->config.n_vocab * sizeof *r->fetched);
+    return r->device->sync(r->device, NULL) ? r->fetched : NULL;
 }
 
 // ---- KV
 // --------------------------------------------------------------------------------------------------------------
 
-bool kv_store_create(struct kv_store *kv, const struct model_config *c, enum dtype type, size_t n_pages,
-                     struct error *err) {
-    *kv = (struct kv_store){.n_layers = c->n_layers, .n_pages = n_pages};
-    size_t element = type == DTYPE_F32 ? 4 : 2, per_layer,
+bool kv_store_create_on(struct device *d, struct kv_store *kv, const struct model_config *c, enum dtype type,
+                        size_t n_pages, struct error *err) {
+    *kv = (struct kv_store){.n_layers = c->n_layers, .n_pages = n_pages, .device = d};
+    size_t element = type == DTYPE_F32 ? 4 : 2, per_layer = 0,
            page = c->n_kv_heads * KV_PAGE_TOKENS * c->head_dim * element;
     bool fits = size_mul(page, n_pages, &per_layer) && size_mul(per_layer, 2 * c->n_layers, &kv->bytes);
     kv->layers = size_alloc_zero(c->n_layers, sizeof *kv->layers);
     // Not cleared: a slot is written before it is read, and `tandem check` proves it with poison.
-    kv->memory = fits ? size_alloc_aligned(kv->bytes, 1) : NULL;
+    if (fits && kv->layers) kv->memory = d ? d->alloc(d, kv->bytes, "KV pages", err) : size_alloc_aligned(kv->bytes, 1);
     if (!kv->layers || !kv->memory) {
+        bool said = d && fits && kv->layers;
         kv_store_free(kv);
-        return error_set(err, "out of memory for %zu KV pages of %d tokens", n_pages, KV_PAGE_TOKENS);
+        return said ? false : error_set(err, "out of memory for %zu KV pages of %d tokens", n_pages, KV_PAGE_TOKENS);
     }
     for (size_t i = 0; i < c->n_layers; i++) {
         unsigned char *at = (unsigned char *)kv->memory + 2 * i * per_layer;
@@ -238,17 +385,27 @@ bool kv_store_create(struct kv_store *kv, const struct model_config *c, enum dty
     return true;
 }
 
+bool kv_store_create(struct kv_store *kv, const struct model_config *c, enum dtype type, size_t n_pages,
+                     struct error *err) {
+    return kv_store_create_on(NULL, kv, c, type, n_pages, err);
+}
+
 void kv_store_free(struct kv_store *kv) {
     free(kv->layers);
-    free(kv->memory);
+    if (kv->device) kv->device->free(kv->device, kv->memory);
+    else free(kv->memory);
     *kv = (struct kv_store){0};
 }
 
 void kv_store_copy_page(struct kv_store *kv, size_t from, size_t to) {
+    struct device *d = kv->device;
     for (size_t i = 0; i < kv->n_layers; i++) {
         struct kv_layer *l = &kv->layers[i];
         size_t page = l->n_kv_heads * KV_PAGE_TOKENS * l->head_dim * (l->type == DTYPE_F32 ? 4 : 2);
-        memcpy((unsigned char *)l->k + to * page, (const unsigned char *)l->k + from * page, page);
-        memcpy((unsigned char *)l->v + to * page, (const unsigned char *)l->v + from * page, page);
+        unsigned char *of[] = {l->k, l->v};
+        for (size_t j = 0; j < 2; j++) {
+            if (d) d->move(d, of[j] + to * page, of[j] + from * page, page);
+            else memcpy(of[j] + to * page, of[j] + from * page, page);
+        }
     }
 }

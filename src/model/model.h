@@ -54,6 +54,27 @@ void model_free(struct model *model);
 // For what fills a model otherwise than model_load: binds the tensors of `files` (or `gguf`) to the config that is set.
 bool model_bind(struct model *model, const struct log *log, struct error *err);
 
+// ---- Weights on a device
+// ---------------------------------------------------------------------------------------------
+
+// What a step reads of a model: the model's own tables, or their copies in a device's memory.
+struct device_weights {
+    struct matrix embed, head;
+    const float *final_norm;
+    struct layer_weights *layers; // [n_layers]
+    struct device *device;        // NULL: the model's own
+    void **owned;                 // [n_owned] device memory
+    size_t n_owned, bytes;
+};
+// Copies a model's weights to a device. A matrix of a type that the device does not multiply is an error by name.
+struct device_weights *weights_upload(const struct model *model, struct device *device, const struct log *log,
+                                      struct error *err);
+void weights_free(struct device_weights *weights); // NULL is fine
+// Whether a device has what a model's ops need: head_dim, types of weights. False with what it lacks.
+bool model_runs_on(const struct model *model, struct device *device, struct error *err);
+// Bytes that weights_upload will take; 0 with the name of the matrix when the device cannot multiply one.
+size_t weights_device_bytes(const struct model *model, struct device *device, struct error *err);
+
 // ---- Running a step
 // --------------------------------------------------------------------------------------------------
 
@@ -64,6 +85,8 @@ struct run_options {
     struct pool *pool;
     uint32_t fusion;
     size_t max_tokens, max_logit_rows, max_positions;
+    const struct device_weights *weights; // on the ops' device; NULL for the host's ops
+    size_t max_pages; // of all sequences of a step; 0: max_tokens sequences of max_positions; devices only
 };
 struct run *run_create(const struct model *model, const struct run_options *options, struct error *err);
 void run_free(struct run *run);
@@ -78,14 +101,21 @@ struct kv_store {
     size_t n_layers, n_pages;
     void *memory;
     size_t bytes;
+    struct device *device; // whose memory it is; NULL: the host's
 };
 bool kv_store_create(struct kv_store *kv, const struct model_config *config, enum dtype type, size_t n_pages,
                      struct error *err);
+bool kv_store_create_on(struct device *device, struct kv_store *kv, const struct model_config *config, enum dtype type,
+                        size_t n_pages, struct error *err); // device NULL: the host's
 void kv_store_free(struct kv_store *kv);
 void kv_store_copy_page(struct kv_store *kv, size_t from, size_t to); // every layer
 
 // Runs one ragged batch through every layer: writes its K and V into its pages and returns the logits
-// [n_logit_rows, n_vocab], valid until the next step. Token ids, positions and pages are in range: the engine checked.
+// [n_logit_rows, n_vocab], on the host, valid until the next step. Token ids, positions and pages are in range: the
+// engine checked. NULL when the device failed: run_error says how.
 const float *model_forward(const struct model *model, struct run *run, struct kv_store *kv, const struct batch *batch);
+// Puts K and V [batch->n_tokens, n_kv_heads * head_dim], host memory, into one layer's pages, as a step would.
+void run_store_kv(struct run *run, struct kv_layer *layer, const struct batch *batch, const float *k, const float *v);
+bool run_error(struct run *run, struct error *err); // false, and why, when the run's device has failed
 
 #endif

@@ -12,6 +12,8 @@
     X(NORM_QKV, norm_qkv, "rmsnorm", "matmul", "bias")                                                                 \
     X(QK_NORM_ROPE_STORE, qk_norm_rope_store, "head_rmsnorm", "rope", "kv_store")                                      \
     X(ATTENTION, attention, "attn_scores", "attn_softmax", "attn_values", "attn_combine")                              \
+    X(ROPE_ATTENTION, rope_attention, "head_rmsnorm", "rope", "kv_store", "attn_scores", "attn_softmax",               \
+      "attn_values", "attn_combine")                                                                                   \
     X(OUT_RESIDUAL, out_residual, "matmul", "add")                                                                     \
     X(NORM_GATE_UP, norm_gate_up, "rmsnorm", "matmul", "silu_mul")                                                     \
     X(DOWN_RESIDUAL, down_residual, "matmul", "add")                                                                   \
@@ -40,14 +42,17 @@ bool fusion_available(const struct ops *ops, enum fused_op op) {
 #define AVAILABLE(UPPER, lower, ...)                                                                                   \
     case FUSED_##UPPER: return ops->lower != NULL;
         FUSED_OPS(AVAILABLE)
-    case FUSED_STEP:
+    case FUSED_STEP: return ops->device && ops->device->begin;
     case FUSED_COUNT: break;
     }
     return false;
 }
 
-static void tap(const struct op_ctx *ctx, const char *name, const float *data, size_t n_rows, size_t n_columns) {
-    if (ctx->tap) ctx->tap(ctx->tap_user, name, ctx->layer, data, n_rows, n_columns);
+void ops_tap(const struct op_ctx *ctx, const char *name, const float *data, size_t n_rows, size_t n_columns) {
+    if (!ctx->tap) return;
+    struct device *d = ctx->ops->device;
+    if (d) data = d->show(d, data, n_rows * n_columns * sizeof *data);
+    if (data) ctx->tap(ctx->tap_user, name, ctx->layer, data, n_rows, n_columns);
 }
 
 static void project(const struct op_ctx *ctx, float *y, const float *x, const struct matrix *w, const float *b,
@@ -58,27 +63,27 @@ static void project(const struct op_ctx *ctx, float *y, const float *x, const st
 
 static void compose_norm_qkv(const struct op_ctx *ctx, const struct norm_qkv_args *a) {
     ctx->ops->rmsnorm(ctx, a->normed, a->x, a->norm, a->eps, a->n_tokens, a->wq->n_in);
-    tap(ctx, "attn_norm", a->normed, a->n_tokens, a->wq->n_in);
+    ops_tap(ctx, "attn_norm", a->normed, a->n_tokens, a->wq->n_in);
     project(ctx, a->q, a->normed, a->wq, a->bq, a->n_tokens);
     project(ctx, a->k, a->normed, a->wk, a->bk, a->n_tokens);
     project(ctx, a->v, a->normed, a->wv, a->bv, a->n_tokens);
 }
 
 static void outputs_norm_qkv(const struct op_ctx *ctx, const struct norm_qkv_args *a) {
-    tap(ctx, "q", a->q, a->n_tokens, a->wq->n_out);
-    tap(ctx, "k", a->k, a->n_tokens, a->wk->n_out);
-    tap(ctx, "v", a->v, a->n_tokens, a->wv->n_out);
+    ops_tap(ctx, "q", a->q, a->n_tokens, a->wq->n_out);
+    ops_tap(ctx, "k", a->k, a->n_tokens, a->wk->n_out);
+    ops_tap(ctx, "v", a->v, a->n_tokens, a->wv->n_out);
 }
 
 static void compose_qk_norm_rope_store(const struct op_ctx *ctx, const struct qk_norm_rope_store_args *a) {
     size_t n = a->batch->n_tokens;
     if (a->q_norm) {
         ctx->ops->head_rmsnorm(ctx, a->q, a->q_norm, a->eps, n, a->n_heads, a->head_dim);
-        tap(ctx, "q_norm", a->q, n, a->n_heads * a->head_dim);
+        ops_tap(ctx, "q_norm", a->q, n, a->n_heads * a->head_dim);
     }
     if (a->k_norm) {
         ctx->ops->head_rmsnorm(ctx, a->k, a->k_norm, a->eps, n, a->n_kv_heads, a->head_dim);
-        tap(ctx, "k_norm", a->k, n, a->n_kv_heads * a->head_dim);
+        ops_tap(ctx, "k_norm", a->k, n, a->n_kv_heads * a->head_dim);
     }
     ctx->ops->rope(ctx, a->q, a->cos_sin, n, a->n_heads, a->head_dim);
     ctx->ops->rope(ctx, a->k, a->cos_sin, n, a->n_kv_heads, a->head_dim);
@@ -86,8 +91,8 @@ static void compose_qk_norm_rope_store(const struct op_ctx *ctx, const struct qk
 }
 
 static void outputs_qk_norm_rope_store(const struct op_ctx *ctx, const struct qk_norm_rope_store_args *a) {
-    tap(ctx, "q_rope", a->q, a->batch->n_tokens, a->n_heads * a->head_dim);
-    tap(ctx, "k_rope", a->k, a->batch->n_tokens, a->n_kv_heads * a->head_dim);
+    ops_tap(ctx, "q_rope", a->q, a->batch->n_tokens, a->n_heads * a->head_dim);
+    ops_tap(ctx, "k_rope", a->k, a->batch->n_tokens, a->n_kv_heads * a->head_dim);
 }
 
 // Floats that composed attention needs per thread: scores, two numbers a block, and a block's values each.
@@ -110,29 +115,43 @@ static void attention_piece(void *user, size_t begin, size_t end, int thread) {
     float *scores = j->ctx->scratch + (size_t)thread * j->per_thread;
     for (size_t i = begin; i < end; i++) {
         size_t t = i / a->n_heads, kv_head = i % a->n_heads / (a->n_heads / a->n_kv_heads);
-        size_t n_kv = (size_t)a->batch->position[t] + 1;
+        const struct batch *host = a->batch->host ? a->batch->host : a->batch;
+        size_t n_kv = (size_t)host->position[t] + 1;
         size_t n_blocks = (n_kv + ATTN_BLOCK - 1) / ATTN_BLOCK;
-        const int32_t *pages = a->batch->pages + a->batch->page_start[a->batch->seq[t]];
+        const int32_t *pages = a->batch->pages + host->page_start[host->seq[t]];
         float *max = scores + n_kv, *sum = max + n_blocks, *o = sum + n_blocks;
-        ops->attn_scores(scores, a->q + i * a->head_dim, a->kv, kv_head, pages, n_kv, a->scale);
-        ops->attn_softmax(scores, max, sum, n_kv);
-        ops->attn_values(o, scores, a->kv, kv_head, pages, n_kv);
-        ops->attn_combine(a->out + i * a->head_dim, max, sum, o, n_blocks, a->head_dim);
+        ops->attn_scores(j->ctx, scores, a->q + i * a->head_dim, a->kv, kv_head, pages, n_kv, a->scale);
+        ops->attn_softmax(j->ctx, scores, max, sum, n_kv);
+        ops->attn_values(j->ctx, o, scores, a->kv, kv_head, pages, n_kv);
+        ops->attn_combine(j->ctx, a->out + i * a->head_dim, max, sum, o, n_blocks, a->head_dim);
     }
 }
 
 static void compose_attention(const struct op_ctx *ctx, const struct attention_args *a) {
-    struct attention_job j = {ctx, a, ctx->scratch_floats / (size_t)pool_size(ctx->pool)};
-    pool_for(ctx->pool, a->batch->n_tokens * a->n_heads, 1, attention_piece, &j);
+    size_t n_threads = ctx->ops->device ? 1 : (size_t)pool_size(ctx->pool);
+    struct attention_job j = {ctx, a, ctx->scratch_floats / n_threads};
+    size_t n = a->batch->n_tokens * a->n_heads;
+    if (ctx->ops->device) attention_piece(&j, 0, n, 0); // one after the other: a device's ops are queued in order
+    else pool_for(ctx->pool, n, 1, attention_piece, &j);
 }
 
 static void outputs_attention(const struct op_ctx *ctx, const struct attention_args *a) {
-    tap(ctx, "attn", a->out, a->batch->n_tokens, a->n_heads * a->head_dim);
+    ops_tap(ctx, "attn", a->out, a->batch->n_tokens, a->n_heads * a->head_dim);
+}
+
+static void compose_rope_attention(const struct op_ctx *ctx, const struct rope_attention_args *a) {
+    ops_qk_norm_rope_store(ctx, a->store);
+    ops_attention(ctx, a->attention);
+}
+
+// Its parts tap their own results; whoever watches gets the parts.
+static void outputs_rope_attention(const struct op_ctx *ctx, const struct rope_attention_args *a) {
+    (void)ctx, (void)a;
 }
 
 static void compose_residual(const struct op_ctx *ctx, const struct proj_residual_args *a, const char *name) {
     ctx->ops->matmul(ctx, a->projected, a->in, a->w, a->n_tokens);
-    tap(ctx, name, a->projected, a->n_tokens, a->w->n_out);
+    ops_tap(ctx, name, a->projected, a->n_tokens, a->w->n_out);
     ctx->ops->add(ctx, a->x, a->projected, a->n_tokens * a->w->n_out);
 }
 
@@ -156,23 +175,23 @@ static void outputs_down_residual(const struct op_ctx *ctx, const struct proj_re
 static void compose_norm_gate_up(const struct op_ctx *ctx, const struct norm_gate_up_args *a) {
     size_t n_ff = a->w_gate->n_out;
     ctx->ops->rmsnorm(ctx, a->normed, a->x, a->norm, a->eps, a->n_tokens, a->w_gate->n_in);
-    tap(ctx, "mlp_norm", a->normed, a->n_tokens, a->w_gate->n_in);
+    ops_tap(ctx, "mlp_norm", a->normed, a->n_tokens, a->w_gate->n_in);
     ctx->ops->matmul(ctx, a->gate, a->normed, a->w_gate, a->n_tokens);
-    tap(ctx, "gate", a->gate, a->n_tokens, n_ff);
+    ops_tap(ctx, "gate", a->gate, a->n_tokens, n_ff);
     ctx->ops->matmul(ctx, a->up, a->normed, a->w_up, a->n_tokens);
-    tap(ctx, "up", a->up, a->n_tokens, n_ff);
+    ops_tap(ctx, "up", a->up, a->n_tokens, n_ff);
     ctx->ops->silu_mul(ctx, a->act, a->gate, a->up, a->n_tokens * n_ff);
 }
 
 static void outputs_norm_gate_up(const struct op_ctx *ctx, const struct norm_gate_up_args *a) {
-    tap(ctx, "act", a->act, a->n_tokens, a->w_gate->n_out);
+    ops_tap(ctx, "act", a->act, a->n_tokens, a->w_gate->n_out);
 }
 
 static void compose_norm_head(const struct op_ctx *ctx, const struct norm_head_args *a) {
     size_t n_rows = a->batch->n_logit_rows, hidden = a->head->n_in;
     ctx->ops->gather(ctx, a->rows, a->x, a->batch->logit_rows, n_rows, hidden);
     ctx->ops->rmsnorm(ctx, a->normed, a->rows, a->norm, a->eps, n_rows, hidden);
-    tap(ctx, "final_norm", a->normed, n_rows, hidden);
+    ops_tap(ctx, "final_norm", a->normed, n_rows, hidden);
     ctx->ops->matmul(ctx, a->logits, a->normed, a->head, n_rows);
 }
 
@@ -184,6 +203,7 @@ static void outputs_norm_head(const struct op_ctx *ctx, const struct norm_head_a
 #define ARGS_norm_qkv norm_qkv_args
 #define ARGS_qk_norm_rope_store qk_norm_rope_store_args
 #define ARGS_attention attention_args
+#define ARGS_rope_attention rope_attention_args
 #define ARGS_out_residual proj_residual_args
 #define ARGS_norm_gate_up norm_gate_up_args
 #define ARGS_down_residual proj_residual_args
@@ -191,7 +211,8 @@ static void outputs_norm_head(const struct op_ctx *ctx, const struct norm_head_a
 
 #define DISPATCH(UPPER, lower, ...)                                                                                    \
     void ops_##lower(const struct op_ctx *ctx, const struct ARGS_##lower *a) {                                         \
-        if ((ctx->fusion >> FUSED_##UPPER & 1) && ctx->ops->lower) {                                                   \
+        if ((ctx->fusion >> FUSED_##UPPER & 1) && ctx->ops->lower &&                                                   \
+            !(ctx->tap && FUSED_##UPPER == FUSED_ROPE_ATTENTION)) {                                                    \
             ctx->ops->lower(ctx, a);                                                                                   \
         } else {                                                                                                       \
             compose_##lower(ctx, a);                                                                                   \
@@ -252,5 +273,9 @@ bool ops_scratch_floats(const struct ops_limits *limits, size_t *out) {
     if (!attention_floats(limits->max_positions, limits->head_dim, &attention)) return false;
     if (!size_mul(attention, n_threads, &attention)) return false;
     *out = matmul > attention ? matmul : attention;
+    size_t own = 0;
+    if (limits->ops && limits->ops->scratch_floats && !limits->ops->scratch_floats(limits->ops, limits, &own))
+        return false;
+    if (own > *out) *out = own;
     return true;
 }

@@ -33,6 +33,7 @@
 
 #include "base/pool.h"
 #include "format/dtype.h"
+#include "ops/device.h"
 
 #include <stdbool.h>
 #include <stddef.h>
@@ -42,6 +43,7 @@ enum {
     KV_PAGE_TOKENS = 32, // positions in a KV page
     ATTN_BLOCK = 32,     // positions that attention sums before it combines: fixed, absolute, one page
     ACT_BLOCK = 32,      // activations that share a scale in a product with quantised weights
+    ATTN_CHUNK = 256,    // positions whose blocks a GPU combines first (docs/NUMERICS.md)
 };
 
 // A stored weight matrix W [n_out, n_in]; its product with x [n_in] is y[o] = sum_i W[o][i] x[i].
@@ -64,11 +66,13 @@ struct batch {
     const int32_t *pages;      // [page_start[n_seqs]]
     const int32_t *kv_len;     // [n_seqs] positions in the KV after this step
     const int32_t *logit_rows; // [n_logit_rows] the tokens whose logits are wanted
+    const struct batch *host;  // the same batch on the host, where the arrays above are a device's; else NULL
 };
 
 // The K and V pages of one layer. K and V are rounded once, to `type`, when they are stored.
 // Element (page, kv_head, slot, channel) stands at ((page * n_kv_heads + kv_head) * KV_PAGE_TOKENS + slot) * head_dim +
 // channel.
+// (A device may order the elements of a page's head in its own way.)
 struct kv_layer {
     enum dtype type; // BF16 or F32
     void *k, *v;
@@ -76,6 +80,7 @@ struct kv_layer {
 };
 
 struct ops;
+struct ops_limits;
 
 // Observes intermediate results; `name` as in `tandem trace` without "layers.N." (CLI.md). layer is -1 outside the
 // layers.
@@ -99,6 +104,7 @@ enum fused_op {
     FUSED_NORM_QKV,
     FUSED_QK_NORM_ROPE_STORE,
     FUSED_ATTENTION,
+    FUSED_ROPE_ATTENTION, // both of the former
     FUSED_OUT_RESIDUAL,
     FUSED_NORM_GATE_UP,
     FUSED_DOWN_RESIDUAL,
@@ -146,6 +152,12 @@ struct attention_args {
     float *out; // [n_tokens, n_heads * head_dim]
 };
 
+// rope_attention: qk_norm_rope_store, then attention; q and k need not hold their rotated values afterwards.
+struct rope_attention_args {
+    const struct qk_norm_rope_store_args *store;
+    const struct attention_args *attention;
+};
+
 // out_residual, down_residual: y = matmul(in, w); x += y.
 struct proj_residual_args {
     size_t n_tokens;
@@ -182,8 +194,12 @@ struct norm_head_args {
 
 // One backend's ops. Filled portable-first, then overridden; chosen once at start.
 struct ops {
-    const char *name;                  // "cpu/avx2"
     const struct cpu_kernels *kernels; // the CPU's own: the dot products of one tile
+    const char *name;      // "cpu/avx2", "cuda:0"
+    struct device *device; // whose memory every pointer of an op's arguments is; NULL: the host's
+
+    // Floats of scratch beyond ops_scratch_floats' own count; NULL: none.
+    bool (*scratch_floats)(const struct ops *ops, const struct ops_limits *limits, size_t *out);
 
     // Primitives.
 
@@ -214,19 +230,22 @@ struct ops {
     // y[r] = x[rows[r]]
     void (*gather)(const struct op_ctx *ctx, float *y, const float *x, const int32_t *rows, size_t n_rows, size_t n);
     // Attention's four parts, for one token and one head; n_kv = position + 1, `pages` is the sequence's page list.
-    void (*attn_scores)(float *s, const float *q, const struct kv_layer *kv, size_t kv_head, const int32_t *pages,
-                        size_t n_kv,
-                        float scale);                                                // s: [n_kv]
-    void (*attn_softmax)(float *s, float *block_max, float *block_sum, size_t n_kv); // s becomes p; [n_blocks] twice
-    void (*attn_values)(float *o, const float *p, const struct kv_layer *kv, size_t kv_head, const int32_t *pages,
+    void (*attn_scores)(const struct op_ctx *ctx, float *s, const float *q, const struct kv_layer *kv, size_t kv_head,
+                        const int32_t *pages, size_t n_kv,
+                        float scale); // s: [n_kv]
+    void (*attn_softmax)(const struct op_ctx *ctx, float *s, float *block_max, float *block_sum,
+                         size_t n_kv); // s becomes p; [n_blocks] twice
+    void (*attn_values)(const struct op_ctx *ctx, float *o, const float *p, const struct kv_layer *kv, size_t kv_head,
+                        const int32_t *pages,
                         size_t n_kv); // o: [n_blocks, head_dim]
-    void (*attn_combine)(float *out, const float *block_max, const float *block_sum, const float *o, size_t n_blocks,
-                         size_t head_dim);
+    void (*attn_combine)(const struct op_ctx *ctx, float *out, const float *block_max, const float *block_sum,
+                         const float *o, size_t n_blocks, size_t head_dim);
 
     // Fused ops; NULL where the backend has none.
     void (*norm_qkv)(const struct op_ctx *ctx, const struct norm_qkv_args *a);
     void (*qk_norm_rope_store)(const struct op_ctx *ctx, const struct qk_norm_rope_store_args *a);
     void (*attention)(const struct op_ctx *ctx, const struct attention_args *a);
+    void (*rope_attention)(const struct op_ctx *ctx, const struct rope_attention_args *a);
     void (*out_residual)(const struct op_ctx *ctx, const struct proj_residual_args *a);
     void (*norm_gate_up)(const struct op_ctx *ctx, const struct norm_gate_up_args *a);
     void (*down_residual)(const struct op_ctx *ctx, const struct proj_residual_args *a);
@@ -240,6 +259,10 @@ const struct ops *ops_cpu(const char *isa, struct error *err);
 // x[n] as a product with `weights` multiplies it (above), exactly, as f64: what an oracle feeds its own product to
 // judge an op by. n is a multiple of ACT_BLOCK for quantised weights.
 void ops_round_activation(enum dtype weights, const float *x, double *out, size_t n);
+// The ops of --device: "auto" or NULL, "cpu", "cuda", "cuda:N"; `isa` is the CPU's. On "auto" without a usable GPU, the
+// CPU's, and why goes to `why` (an error that holds no text: no GPU was to be expected). ops_close frees them.
+const struct ops *ops_open(const char *device, const char *isa, struct error *why, struct error *err);
+void ops_close(const struct ops *ops); // NULL and a CPU's are fine
 
 // ---- Running: the fused op, or its composition
 // -----------------------------------------------------------------------
@@ -247,10 +270,14 @@ void ops_round_activation(enum dtype weights, const float *x, double *out, size_
 void ops_norm_qkv(const struct op_ctx *ctx, const struct norm_qkv_args *a);
 void ops_qk_norm_rope_store(const struct op_ctx *ctx, const struct qk_norm_rope_store_args *a);
 void ops_attention(const struct op_ctx *ctx, const struct attention_args *a);
+void ops_rope_attention(const struct op_ctx *ctx, const struct rope_attention_args *a);
 void ops_out_residual(const struct op_ctx *ctx, const struct proj_residual_args *a);
 void ops_norm_gate_up(const struct op_ctx *ctx, const struct norm_gate_up_args *a);
 void ops_down_residual(const struct op_ctx *ctx, const struct proj_residual_args *a);
 void ops_norm_head(const struct op_ctx *ctx, const struct norm_head_args *a);
+
+// Shows a result to the context's tap, if there is one: fetched from the device, where the ops have one.
+void ops_tap(const struct op_ctx *ctx, const char *name, const float *data, size_t n_rows, size_t n_columns);
 
 // What fusion.c knows of each fused op.
 struct fusion_info {
@@ -271,6 +298,7 @@ struct ops_limits {
     size_t max_width;                 // the largest n_in of any matrix
     size_t n_heads, head_dim;
     int n_threads;
+    const struct ops *ops; // whose own needs count too; NULL: no others
 };
 bool ops_scratch_floats(const struct ops_limits *limits, size_t *out);
 

@@ -141,10 +141,10 @@ static void test_composition(void **state) {
     for (size_t i = 0; i < T * HEADS; i++) {
         size_t n_kv = (size_t)m.position[i / HEADS] + 1, head = i % HEADS / 2;
         float s[64], max[2], sum[2], o[2 * HEAD_DIM];
-        ops->attn_scores(s, m.q + i * HEAD_DIM, &m.kv, head, m.pages, n_kv, 0.125f);
-        ops->attn_softmax(s, max, sum, n_kv);
-        ops->attn_values(o, s, &m.kv, head, m.pages, n_kv);
-        ops->attn_combine(m.attn + i * HEAD_DIM, max, sum, o, (n_kv + 31) / 32, HEAD_DIM);
+        ops->attn_scores(&c, s, m.q + i * HEAD_DIM, &m.kv, head, m.pages, n_kv, 0.125f);
+        ops->attn_softmax(&c, s, max, sum, n_kv);
+        ops->attn_values(&c, o, s, &m.kv, head, m.pages, n_kv);
+        ops->attn_combine(&c, m.attn + i * HEAD_DIM, max, sum, o, (n_kv + 31) / 32, HEAD_DIM);
     }
     ops->matmul(&c, m.projected, m.attn, &m.mo, T);
     for (int i = 0; i < T * HIDDEN; i++) m.x[i] += m.projected[i];

@@ -148,21 +148,24 @@ static size_t in_block(size_t n_kv, size_t begin) {
 // ---- The four parts
 // --------------------------------------------------------------------------------------------------
 
-static void attn_scores(float *s, const float *q, const struct kv_layer *kv, size_t kv_head, const int32_t *pages,
-                        size_t n_kv, float scale) {
+static void attn_scores(const struct op_ctx *ctx, float *s, const float *q, const struct kv_layer *kv, size_t kv_head,
+                        const int32_t *pages, size_t n_kv, float scale) {
+    (void)ctx;
     for (size_t j = 0; j < n_kv; j += ATTN_BLOCK) {
         const void *k = block_at(kv, kv->k, (size_t)pages[j / KV_PAGE_TOKENS], kv_head);
         scores_rows(kv, s + j, &q, 1, k, in_block(n_kv, j), scale);
     }
 }
 
-static void attn_softmax(float *s, float *block_max, float *block_sum, size_t n_kv) {
+static void attn_softmax(const struct op_ctx *ctx, float *s, float *block_max, float *block_sum, size_t n_kv) {
+    (void)ctx;
     for (size_t j = 0, b = 0; j < n_kv; j += ATTN_BLOCK, b++)
         softmax_block(s + j, in_block(n_kv, j), block_max + b, block_sum + b);
 }
 
-static void attn_values(float *o, const float *p, const struct kv_layer *kv, size_t kv_head, const int32_t *pages,
-                        size_t n_kv) {
+static void attn_values(const struct op_ctx *ctx, float *o, const float *p, const struct kv_layer *kv, size_t kv_head,
+                        const int32_t *pages, size_t n_kv) {
+    (void)ctx;
     const struct joint joint = {.first = true};
     for (size_t j = 0; j < n_kv; j += ATTN_BLOCK, o += kv->head_dim, p += ATTN_BLOCK) {
         const void *v = block_at(kv, kv->v, (size_t)pages[j / KV_PAGE_TOKENS], kv_head);
@@ -185,8 +188,9 @@ static struct joint join(float *m, float *l, float block_max, float block_sum) {
     return j;
 }
 
-static void attn_combine(float *out, const float *block_max, const float *block_sum, const float *o, size_t n_blocks,
-                         size_t head_dim) {
+static void attn_combine(const struct op_ctx *ctx, float *out, const float *block_max, const float *block_sum,
+                         const float *o, size_t n_blocks, size_t head_dim) {
+    (void)ctx;
     float m = block_max[0], l = block_sum[0];
     memcpy(out, o, head_dim * sizeof *out);
     for (size_t b = 1; b < n_blocks; b++) {

@@ -16,8 +16,9 @@ static size_t block_end(size_t begin, size_t n_kv) {
     return begin + ATTN_BLOCK < n_kv ? begin + ATTN_BLOCK : n_kv;
 }
 
-static void attn_scores(float *s, const float *q, const struct kv_layer *kv, size_t kv_head, const int32_t *pages,
-                        size_t n_kv, float scale) {
+static void attn_scores(const struct op_ctx *ctx, float *s, const float *q, const struct kv_layer *kv, size_t kv_head,
+                        const int32_t *pages, size_t n_kv, float scale) {
+    (void)ctx;
     for (size_t j = 0; j < n_kv; j++) {
         size_t at = kv_offset(kv, kv_head, pages, j);
         float acc[DOT_LANES] = {0};
@@ -28,7 +29,8 @@ static void attn_scores(float *s, const float *q, const struct kv_layer *kv, siz
 }
 
 // A NaN score makes its p, and so the sum, NaN: nothing hides it.
-static void attn_softmax(float *s, float *block_max, float *block_sum, size_t n_kv) {
+static void attn_softmax(const struct op_ctx *ctx, float *s, float *block_max, float *block_sum, size_t n_kv) {
+    (void)ctx;
     for (size_t begin = 0, b = 0; begin < n_kv; begin += ATTN_BLOCK, b++) {
         size_t end = block_end(begin, n_kv);
         float m = s[begin];
@@ -39,8 +41,9 @@ static void attn_softmax(float *s, float *block_max, float *block_sum, size_t n_
     }
 }
 
-static void attn_values(float *o, const float *p, const struct kv_layer *kv, size_t kv_head, const int32_t *pages,
-                        size_t n_kv) {
+static void attn_values(const struct op_ctx *ctx, float *o, const float *p, const struct kv_layer *kv, size_t kv_head,
+                        const int32_t *pages, size_t n_kv) {
+    (void)ctx;
     for (size_t begin = 0; begin < n_kv; begin += ATTN_BLOCK, o += kv->head_dim) {
         for (size_t c = 0; c < kv->head_dim; c++) o[c] = 0.0f;
         for (size_t j = begin; j < block_end(begin, n_kv); j++) {
@@ -50,8 +53,9 @@ static void attn_values(float *o, const float *p, const struct kv_layer *kv, siz
     }
 }
 
-static void attn_combine(float *out, const float *block_max, const float *block_sum, const float *o, size_t n_blocks,
-                         size_t head_dim) {
+static void attn_combine(const struct op_ctx *ctx, float *out, const float *block_max, const float *block_sum,
+                         const float *o, size_t n_blocks, size_t head_dim) {
+    (void)ctx;
     float m = block_max[0], l = block_sum[0];
     for (size_t i = 0; i < head_dim; i++) out[i] = o[i];
     for (size_t b = 1; b < n_blocks; b++) {

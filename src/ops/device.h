@@ -1,0 +1,54 @@
+// device.h: the memory of a backend whose ops do not work on the host's. A struct ops names its device; NULL means the
+// host, whose memory needs none of this.
+//
+// Everything that is asked of a device is queued in one order, together with the ops of its table; what returns a value
+// to the host waits for all that was queued before. A failure of the device (it was lost, a kernel faulted) is kept:
+// later calls do nothing, and `sync` reports it.
+#ifndef TANDEM_OPS_DEVICE_H
+#define TANDEM_OPS_DEVICE_H
+
+#include "base/error.h"
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+struct matrix;
+
+struct device {
+    char name[160]; // "cuda:0 (NVIDIA H200)", for people
+    size_t memory;  // bytes it has
+
+    // Whether its attention has kernels for such heads; false with what is missing.
+    bool (*can_run)(struct device *d, size_t n_heads, size_t n_kv_heads, size_t head_dim, struct error *err);
+
+    // Bytes; `what` is for the message when they cannot be had. The memory's contents are undefined.
+    void *(*alloc)(struct device *d, size_t bytes, const char *what, struct error *err);
+    void (*free)(struct device *d, void *memory);                            // NULL is fine
+    void *(*alloc_host)(struct device *d, size_t bytes);                     // host memory that copies fast; NULL: none
+    void (*free_host)(struct device *d, void *memory);                       // NULL is fine
+    size_t (*available)(struct device *d);                                   // bytes that alloc could give
+    void (*put)(struct device *d, void *to, const void *from, size_t bytes); // host to device; `from` may change after
+    void (*send)(struct device *d, void *to, const void *from, size_t bytes); // the same, but `from`, of alloc_host,
+                                                                              // may not change before the next sync
+    void (*get)(struct device *d, void *to, const void *from, size_t bytes);  // device to host, waits
+    void (*move)(struct device *d, void *to, const void *from, size_t bytes); // device to device, no overlap
+    void (*fill)(struct device *d, void *to, uint8_t byte, size_t bytes);
+    bool (*sync)(struct device *d, struct error *err);
+
+    // Device data on the host, valid until the next call; NULL when that failed. For taps.
+    const void *(*show)(struct device *d, const void *data, size_t bytes);
+
+    // A weight matrix: the bytes that it takes on the device (0: its type is not multiplied there), and its copy there,
+    // in the order in which the device's products read it. `out` is for this device's ops only; free out->data.
+    size_t (*matrix_bytes)(struct device *d, const struct matrix *w);
+    bool (*put_matrix)(struct device *d, struct matrix *out, const struct matrix *w, struct error *err);
+
+    // A sequence of ops that is run again and again. begin: true if the device ran the sequence of `key` as it was
+    // recorded before (all that the ops read through pointers may have changed, their arguments not): the caller skips
+    // it. Else the caller queues the sequence, which may be recorded, and calls end. NULL: this device records nothing.
+    bool (*begin)(struct device *d, uint64_t key);
+    void (*end)(struct device *d);
+};
+
+#endif
