@@ -35,9 +35,25 @@ LDFLAGS += $(SAN)
 ISA_FLAGS_avx2 = -mavx2 -mfma -mf16c
 isa_of = $(word 2,$(subst /, ,$(patsubst src/ops/cpu/%,x/%,$(1))))
 
-LIB_SRC := $(sort $(shell find src -name '*.c' -not -path 'src/cli/*'))
+# CUDA: built in where nvcc is found, absent otherwise (CUDA=0 leaves it out).
+NVCC ?= $(or $(shell command -v nvcc 2>/dev/null),$(wildcard /usr/local/cuda/bin/nvcc))
+CUDA ?= $(if $(NVCC),1,0)
+ifeq ($(CUDA),1)
+CUDA_HOME ?= $(patsubst %/bin/nvcc,%,$(realpath $(NVCC)))
+# Hopper's own code, and code that every chip from compute capability 8.0 on can run or compile at start.
+CUDA_ARCH ?= -gencode arch=compute_90a,code=sm_90a -gencode arch=compute_80,code=[sm_80,compute_80]
+# No contraction, as on the CPU: a sum is the same in every kernel.
+NVCCFLAGS = -O3 -std=c++17 -fmad=false -lineinfo -Xcompiler -fPIC,-fvisibility=hidden,-fno-exceptions,-fno-rtti,-fno-threadsafe-statics
+CPPFLAGS += -DTANDEM_CUDA -isystem $(CUDA_HOME)/include
+LDLIBS += -L$(CUDA_HOME)/lib64 -lcudart_static -ldl -lrt
+CUDA_SRC := $(sort $(wildcard src/ops/cuda/*.cu))
+else
+NOT_BUILT = -not -path 'src/ops/cuda/*'
+endif
+
+LIB_SRC := $(sort $(shell find src -name '*.c' -not -path 'src/cli/*' $(NOT_BUILT))) $(CUDA_SRC)
 CLI_SRC := $(sort $(wildcard src/cli/*.c))
-LIB_OBJ = $(LIB_SRC:%.c=$(BUILD)/%.o)
+LIB_OBJ = $(addprefix $(BUILD)/,$(addsuffix .o,$(basename $(LIB_SRC))))
 CLI_OBJ = $(CLI_SRC:%.c=$(BUILD)/%.o)
 TEST_SRC := $(sort $(shell find tests -name 'test_*.c'))
 TEST_BIN = $(TEST_SRC:%.c=$(BUILD)/%)
@@ -55,6 +71,10 @@ $(BUILD)/libtandem_all.a: $(LIB_OBJ)
 $(BUILD)/src/ops/cpu/%.o: src/ops/cpu/%.c
 	@mkdir -p $(@D)
 	$(CC) $(CPPFLAGS) $(CFLAGS) $(ISA_FLAGS_$(call isa_of,$<)) -MMD -MP -c -o $@ $<
+
+$(BUILD)/%.o: %.cu
+	@mkdir -p $(@D)
+	$(NVCC) $(NVCCFLAGS) $(CUDA_ARCH) -Isrc -Iinclude -MMD -MP -c -o $@ $<
 
 $(BUILD)/%.o: %.c
 	@mkdir -p $(@D)

@@ -1,0 +1,309 @@
+// device.c: an opened GPU: its memory, its stream, its recorded sequences (CUDA graphs), and its table of ops. It owns
+// no kernels.
+#include "ops/cuda/device.h"
+
+#include "base/size.h"
+#include "ops/cuda/cuda.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { MAX_RECORDINGS = 512, OLDEST_CHIP = 80, STAGING = 64 << 20 };
+
+struct recording {
+    uint64_t key;
+    cudaGraphExec_t graph;
+};
+
+static struct cuda_state *state(struct device *d) {
+    return (struct cuda_state *)(void *)((char *)d - offsetof(struct cuda_state, device));
+}
+
+void cuda_check(struct cuda_state *s, cudaError_t e, const char *what) {
+    if (e == cudaSuccess || s->failed != cudaSuccess) return;
+    s->failed = e;
+    s->failed_at = what;
+}
+
+// ---- Recorded sequences
+// ----------------------------------------------------------------------------------------------
+
+static void forget_recordings(struct cuda_state *s) {
+    for (size_t i = 0; i < s->n_recordings; i++) cudaGraphExecDestroy(s->recordings[i].graph);
+    s->n_recordings = 0;
+}
+
+static bool begin(struct device *d, uint64_t key) {
+    struct cuda_state *s = state(d);
+    if (s->failed != cudaSuccess) return true;
+    for (size_t i = 0; i < s->n_recordings; i++) {
+        if (s->recordings[i].key != key) continue;
+        cuda_check(s, cudaGraphLaunch(s->recordings[i].graph, s->stream), "launching a recorded step");
+        return true;
+    }
+    if (s->n_recordings == MAX_RECORDINGS) forget_recordings(s);
+    s->recording = key;
+    cuda_check(s, cudaStreamBeginCapture(s->stream, cudaStreamCaptureModeThreadLocal), "recording a step");
+    return false;
+}
+
+static void end(struct device *d) {
+    struct cuda_state *s = state(d);
+    cudaGraph_t graph = NULL;
+    struct recording *r = &s->recordings[s->n_recordings];
+    cuda_check(s, cudaStreamEndCapture(s->stream, &graph), "recording a step");
+    if (s->failed == cudaSuccess) {
+        cuda_check(s, cudaGraphInstantiate(&r->graph, graph, 0), "recording a step");
+        if (s->failed == cudaSuccess) {
+            r->key = s->recording;
+            s->n_recordings++;
+            cuda_check(s, cudaGraphLaunch(r->graph, s->stream), "launching a recorded step");
+        }
+    }
+    if (graph) cudaGraphDestroy(graph);
+    s->recording = 0;
+}
+
+// ---- Memory
+// ----------------------------------------------------------------------------------------------------------
+
+static size_t available(struct device *d) {
+    (void)d;
+    size_t free_bytes = 0, total = 0;
+    return cudaMemGetInfo(&free_bytes, &total) == cudaSuccess ? free_bytes : 0;
+}
+
+static void *device_alloc(struct device *d, size_t bytes, const char *what, struct error *err) {
+    void *memory = NULL;
+    cudaSetDevice(state(d)->index);
+    if (cudaMalloc(&memory, bytes ? bytes : 1) == cudaSuccess) return memory;
+    (void)cudaGetLastError();
+    error_set(err, "%s: out of memory for %s: %.2f GB asked for, %.2f GB of %.2f GB are free", d->name, what,
+              (double)bytes / 1e9, (double)available(d) / 1e9, (double)d->memory / 1e9);
+    return NULL;
+}
+
+// Recorded sequences may point into what is freed.
+static void device_free(struct device *d, void *memory) {
+    struct cuda_state *s = state(d);
+    if (!memory) return;
+    cudaStreamSynchronize(s->stream);
+    forget_recordings(s);
+    cudaFree(memory);
+}
+
+static void *alloc_host(struct device *d, size_t bytes) {
+    (void)d;
+    void *memory = NULL;
+    if (cudaHostAlloc(&memory, bytes ? bytes : 1, cudaHostAllocDefault) == cudaSuccess) return memory;
+    (void)cudaGetLastError();
+    return NULL;
+}
+
+static void free_host(struct device *d, void *memory) {
+    (void)d;
+    if (memory) cudaFreeHost(memory);
+}
+
+static void copy(struct cuda_state *s, void *to, const void *from, size_t bytes, enum cudaMemcpyKind kind) {
+    cudaSetDevice(s->index); // the calling thread may be a new one
+    if (s->failed != cudaSuccess || bytes == 0) return;
+    cuda_check(s, cudaMemcpyAsync(to, from, bytes, kind, s->stream), "copying");
+}
+
+static void wait(struct cuda_state *s) {
+    if (s->failed == cudaSuccess) cuda_check(s, cudaStreamSynchronize(s->stream), "running a step");
+}
+
+static void put(struct device *d, void *to, const void *from, size_t bytes) {
+    copy(state(d), to, from, bytes, cudaMemcpyHostToDevice);
+    wait(state(d));
+}
+
+static void put_later(struct device *d, void *to, const void *from, size_t bytes) {
+    copy(state(d), to, from, bytes, cudaMemcpyHostToDevice);
+}
+
+static void get(struct device *d, void *to, const void *from, size_t bytes) {
+    copy(state(d), to, from, bytes, cudaMemcpyDeviceToHost);
+    wait(state(d));
+}
+
+static void move(struct device *d, void *to, const void *from, size_t bytes) {
+    copy(state(d), to, from, bytes, cudaMemcpyDeviceToDevice);
+}
+
+static void fill(struct device *d, void *to, uint8_t byte, size_t bytes) {
+    struct cuda_state *s = state(d);
+    if (s->failed == cudaSuccess) cuda_check(s, cudaMemsetAsync(to, byte, bytes, s->stream), "filling memory");
+}
+
+static bool sync_device(struct device *d, struct error *err) {
+    struct cuda_state *s = state(d);
+    wait(s);
+    if (s->failed == cudaSuccess) return true;
+    return error_set(err, "%s failed while %s: %s (%s)", d->name, s->failed_at, cudaGetErrorString(s->failed),
+                     cudaGetErrorName(s->failed));
+}
+
+static const void *show(struct device *d, const void *data, size_t bytes) {
+    struct cuda_state *s = state(d);
+    if (bytes > s->shown_bytes) {
+        free_host(d, s->shown);
+        s->shown = alloc_host(d, bytes);
+        s->shown_bytes = s->shown ? bytes : 0;
+    }
+    if (!s->shown) return NULL;
+    get(d, s->shown, data, bytes);
+    return s->failed == cudaSuccess ? s->shown : NULL;
+}
+
+// ---- Matrices
+// --------------------------------------------------------------------------------------------------------
+
+// bf16 in units of 8 rows (matrix.cuh): rows to whole pairs of units, columns to whole slices of 128.
+static size_t matrix_bytes(struct device *d, const struct matrix *w) {
+    (void)d;
+    size_t rows, columns, n;
+    if (w->type != DTYPE_BF16 || w->n_in % 4 != 0 || !size_align_up(w->n_out, 16, &rows) ||
+        !size_align_up(w->n_in, 128, &columns) || !size_mul(rows, columns, &n) || !size_mul(n, 2, &n))
+        return 0;
+    return n;
+}
+
+static bool put_matrix(struct device *d, struct matrix *out, const struct matrix *w, struct error *err) {
+    struct cuda_state *s = state(d);
+    size_t bytes = matrix_bytes(d, w), per_step = STAGING / w->row_bytes;
+    if (per_step > w->n_out) per_step = w->n_out;
+    if (per_step == 0 || bytes == 0)
+        return error_set(err, "%s: tensor %s does not fit a copy of %d MB", d->name, w->name, STAGING >> 20);
+    void *memory = device_alloc(d, bytes, "weights", err), *rows = NULL;
+    if (memory) rows = device_alloc(d, per_step * w->row_bytes, "copying weights", err);
+    if (rows) {
+        *out = *w;
+        out->data = memory;
+        fill(d, memory, 0, bytes);
+        for (size_t at = 0; at < w->n_out; at += per_step) {
+            size_t n = w->n_out - at < per_step ? w->n_out - at : per_step;
+            put(d, rows, (const char *)w->data + at * w->row_bytes, n * w->row_bytes);
+            cuda_pack_rows(s, out, rows, at, n);
+        }
+    }
+    device_free(d, rows);
+    bool ok = rows && sync_device(d, err);
+    if (!ok) device_free(d, memory);
+    return ok;
+}
+
+static bool can_run(struct device *d, size_t n_heads, size_t n_kv_heads, size_t head_dim, struct error *err) {
+    if (head_dim % 32 != 0 || head_dim > 128)
+        return error_set(err, "%s: head_dim 32, 64, 96 or 128 is expected, the model has %zu", d->name, head_dim);
+    if (n_heads / n_kv_heads > 16)
+        return error_set(err, "%s: at most 16 query heads for a KV head are expected, the model has %zu", d->name,
+                         n_heads / n_kv_heads);
+    return true;
+}
+
+// ---- Opening
+// ---------------------------------------------------------------------------------------------------------
+
+int ops_cuda_count(void) {
+    int n = 0;
+    if (cudaGetDeviceCount(&n) != cudaSuccess) {
+        (void)cudaGetLastError();
+        return 0;
+    }
+    return n;
+}
+
+static bool find_gpu(int index, struct error *err) {
+    int n = 0;
+    cudaError_t e = cudaGetDeviceCount(&n);
+    (void)cudaGetLastError();
+    if (e == cudaErrorInsufficientDriver) {
+        int driver = 0;
+        cudaDriverGetVersion(&driver);
+        if (driver == 0)
+            return error_set(err, "device cuda:%d: no CUDA driver was found on this machine (libcuda.so.1)", index);
+        return error_set(err, "device cuda:%d: the driver supports CUDA %d.%d, this build needs %d.%d", index,
+                         driver / 1000, driver % 1000 / 10, CUDART_VERSION / 1000, CUDART_VERSION % 1000 / 10);
+    }
+    if (e == cudaErrorNoDevice || (e == cudaSuccess && n == 0))
+        return error_set(err, "device cuda:%d: the CUDA driver finds no GPU on this machine", index);
+    if (e != cudaSuccess) return error_set(err, "device cuda:%d: %s", index, cudaGetErrorString(e));
+    if (index >= n) return error_set(err, "device cuda:%d: this machine has %d, cuda:0 to cuda:%d", index, n, n - 1);
+    return true;
+}
+
+static bool start(struct cuda_state *s, struct error *err) {
+    struct cudaDeviceProp p;
+    cudaError_t e = cudaGetDeviceProperties(&p, s->index);
+    if (e == cudaSuccess) {
+        snprintf(s->device.name, sizeof s->device.name, "%s (%.120s)", s->short_name, p.name);
+        s->device.memory = p.totalGlobalMem;
+        s->n_sms = p.multiProcessorCount;
+        if (p.major * 10 + p.minor < OLDEST_CHIP)
+            return error_set(err, "device %s: compute capability %d.%d is too old, 8.0 is needed", s->device.name,
+                             p.major, p.minor);
+        e = cudaSetDevice(s->index);
+    }
+    if (e == cudaSuccess) e = cudaStreamCreateWithFlags(&s->stream, cudaStreamNonBlocking);
+    if (e == cudaSuccess) e = cudaMalloc((void **)&s->arrivals, SPLIT_ROWS * sizeof *s->arrivals);
+    if (e == cudaSuccess) e = cudaMemset(s->arrivals, 0, SPLIT_ROWS * sizeof *s->arrivals);
+    if (e == cudaSuccess) {
+        cuda_products_setup(s);
+        cuda_attention_setup(s);
+        e = s->failed;
+    }
+    return e == cudaSuccess ||
+           error_set(err, "device %s: %s (%s)", s->short_name, cudaGetErrorString(e), cudaGetErrorName(e));
+}
+
+const struct ops *ops_cuda_open(int index, struct error *err) {
+    if (!find_gpu(index, err)) return NULL;
+    struct cuda_state *s = size_alloc_zero(1, sizeof *s);
+    if (s) s->recordings = size_alloc_zero(MAX_RECORDINGS, sizeof *s->recordings);
+    if (!s || !s->recordings) {
+        free(s);
+        error_set(err, "out of memory");
+        return NULL;
+    }
+    s->index = index;
+    snprintf(s->short_name, sizeof s->short_name, "cuda:%d", index);
+    s->device = (struct device){.can_run = can_run,
+                                .alloc = device_alloc,
+                                .free = device_free,
+                                .alloc_host = alloc_host,
+                                .free_host = free_host,
+                                .available = available,
+                                .put = put,
+                                .send = put_later,
+                                .get = get,
+                                .move = move,
+                                .fill = fill,
+                                .sync = sync_device,
+                                .show = show,
+                                .matrix_bytes = matrix_bytes,
+                                .put_matrix = put_matrix,
+                                .begin = begin,
+                                .end = end};
+    s->ops = (struct ops){.name = s->short_name, .device = &s->device};
+    cuda_fill_pointwise(&s->ops);
+    cuda_fill_products(&s->ops);
+    cuda_fill_attention(&s->ops);
+    if (start(s, err)) return &s->ops;
+    ops_cuda_close(&s->ops);
+    return NULL;
+}
+
+void ops_cuda_close(const struct ops *ops) {
+    if (!ops) return;
+    struct cuda_state *s = (struct cuda_state *)(uintptr_t)ops;
+    forget_recordings(s);
+    if (s->arrivals) cudaFree(s->arrivals);
+    free_host(&s->device, s->shown);
+    if (s->stream) cudaStreamDestroy(s->stream);
+    free(s->recordings);
+    free(s);
+}

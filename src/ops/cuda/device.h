@@ -1,0 +1,55 @@
+// ops/cuda/device.h: what the CUDA backend's own files share: the state behind a table, and how kernels are launched.
+// C and CUDA C++ include it.
+#ifndef TANDEM_OPS_CUDA_DEVICE_H
+#define TANDEM_OPS_CUDA_DEVICE_H
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#include "ops/ops.h"
+
+#include <cuda_runtime_api.h>
+
+enum {
+    SPLIT_ROWS = 1024, // tokens times heads up to which attention splits a sequence's chunks over blocks
+    SMALL_TOKENS = 8,  // up to here products norm and round their inputs themselves
+};
+
+// One opened GPU. `ops` comes first: a table's address is its state's.
+struct cuda_state {
+    struct ops ops;
+    struct device device;
+    char short_name[16]; // "cuda:0"
+    int index, n_sms;
+    cudaStream_t stream;
+    cudaError_t failed;    // the first error; nothing is done after it
+    const char *failed_at; // what was being done
+    unsigned *arrivals;    // [SPLIT_ROWS] zero between launches
+    void *shown;           // for device.show
+    size_t shown_bytes;
+    struct recording *recordings;
+    size_t n_recordings;
+    uint64_t recording; // the key of the sequence being recorded, 0: none
+};
+
+static inline struct cuda_state *cuda_of(const struct op_ctx *ctx) {
+    return (struct cuda_state *)(uintptr_t)ctx->ops;
+}
+
+// Keeps the first error.
+void cuda_check(struct cuda_state *s, cudaError_t e, const char *what);
+
+void cuda_fill_pointwise(struct ops *ops);
+void cuda_fill_products(struct ops *ops);
+void cuda_fill_attention(struct ops *ops);
+bool cuda_products_setup(struct cuda_state *s);
+bool cuda_attention_setup(struct cuda_state *s);
+// Rows [row, row + n_rows) of a matrix, as stored, to their places in the device's order.
+void cuda_pack_rows(struct cuda_state *s, const struct matrix *out, const void *rows, size_t row, size_t n_rows);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif
