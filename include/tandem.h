@@ -66,6 +66,7 @@ typedef struct tandem_options {
     size_t max_batch;    /* most sessions in one tandem_next_many, most sequences in one tandem_step; 0: 8 */
     size_t max_queue;    /* most requests that wait for tandem_step; 0: 1,024 */
     const char *fusion;  /* "on", "off" or a list of fused ops; NULL: "on" */
+    const char *device;  /* "auto", "cpu", "cuda" or "cuda:N"; NULL: "auto", a GPU where one can run the model */
     const char *isa;     /* "auto", "portable", "avx2"; NULL: "auto" */
     const char *kv_type; /* "bf16" or "f32"; NULL: "bf16" */
     const char *chat_template; /* a name ("qwen3", "chatml", ...); NULL: recognised from the model's template */
@@ -85,7 +86,7 @@ TANDEM_API size_t tandem_context(const tandem_engine *engine);
 
 /* The memory plan in bytes. */
 typedef struct tandem_memory {
-    size_t weights;     /* mapped from the file, read in every step */
+    size_t weights;     /* read in every step: mapped from the file, or the GPU's copy */
     size_t kv;          /* KV pages, all sessions together */
     size_t activations; /* activations, logits, sampling and scratch of a step */
 } tandem_memory;

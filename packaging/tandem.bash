@@ -10,7 +10,7 @@ _tandem() {
     fi
     case $prev in
     --think | --fusion) mapfile -t COMPREPLY < <(compgen -W "on off" -- "$cur") && return ;;
-    --device) mapfile -t COMPREPLY < <(compgen -W "auto cpu" -- "$cur") && return ;;
+    --device) mapfile -t COMPREPLY < <(compgen -W "auto cpu cuda" -- "$cur") && return ;;
     --isa) mapfile -t COMPREPLY < <(compgen -W "auto portable avx2" -- "$cur") && return ;;
     --path) mapfile -t COMPREPLY < <(compgen -W "fused standard T H" -- "$cur") && return ;;
     --kv-type) mapfile -t COMPREPLY < <(compgen -W "bf16 f32" -- "$cur") && return ;;

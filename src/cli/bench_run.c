@@ -159,6 +159,9 @@ struct bench *bench_create(tandem_engine *e, const struct bench_options *o, stru
                               .max_tokens = o->max_tokens,
                               .max_logit_rows = o->max_batch,
                               .max_positions = o->max_positions};
+    run.weights = e->weights;
+    run.max_pages = o->n_pages;
+    if (run.max_tokens < FILL_TOKENS) run.max_tokens = FILL_TOKENS;
     size_t n_tokens = o->max_tokens > FILL_TOKENS ? o->max_tokens : FILL_TOKENS, n_seqs = o->max_batch + 1;
     b->token = size_alloc(n_tokens, sizeof *b->token);
     b->position = size_alloc(n_tokens, sizeof *b->position);
@@ -171,7 +174,8 @@ struct bench *bench_create(tandem_engine *e, const struct bench_options *o, stru
     bool ok = b->token && b->position && b->seq && b->seq_start && b->page_start && b->kv_len && b->rows && b->pages;
     if (!ok) error_set(err, "out of memory");
     for (size_t i = 0; ok && i < o->n_pages; i++) b->pages[i] = (int32_t)i;
-    ok = ok && make_buffer(b, err) && kv_store_create(&b->kv, &e->model->config, e->kv_type, o->n_pages, err) &&
+    ok = ok && make_buffer(b, err) &&
+         kv_store_create_on(e->ops->device, &b->kv, &e->model->config, e->kv_type, o->n_pages, err) &&
          (b->run = run_create(e->model, &run, err)) != NULL;
     if (!ok) {
         bench_free(b);
@@ -234,7 +238,6 @@ static bool fill_kv(struct bench *b, const struct bench_case *what, struct error
     size_t width = c->n_kv_heads * c->head_dim, n_pages = bench_pages(what) / what->batch;
     float *k = size_alloc(FILL_TOKENS, 2 * width * sizeof *k), *v = k + FILL_TOKENS * width;
     if (!k) return error_set(err, "out of memory");
-    struct op_ctx ctx = {.ops = b->engine->ops, .pool = b->engine->pool, .layer = -1};
     for (size_t layer = 0; layer < c->n_layers; layer++) {
         struct noise noise;
         noise_seed(&noise, 99, layer);
@@ -245,7 +248,7 @@ static bool fill_kv(struct bench *b, const struct bench_case *what, struct error
                 struct batch batch = make_batch(b, 1, at, n, n_pages, false);
                 b->page_start[0] = (int32_t)(s * n_pages);
                 b->page_start[1] = (int32_t)((s + 1) * n_pages);
-                ctx.ops->kv_store(&ctx, &b->kv.layers[layer], &batch, k, v);
+                run_store_kv(b->run, &b->kv.layers[layer], &batch, k, v);
             }
         }
     }
@@ -310,6 +313,7 @@ bool bench_measure(struct bench *b, const struct bench_case *what, struct bench_
             b->tps[v][r] = (double)(out->n_tokens * what->batch) / seconds;
             b->rate[v][r] = bytes / seconds / 1e9;
             b->share[v][r] = b->rate[v][r] / read;
+            if (!run_error(b->run, err)) return false;
             if (r > 0 && out->variants[v].hash != hash)
                 return error_set(err, "repeat %zu gave other logits than the first: %016llx, then %016llx", r + 1,
                                  (unsigned long long)out->variants[v].hash, (unsigned long long)hash);

@@ -21,7 +21,7 @@ static const struct {
     [OPT_FUSION] = {"fusion", 0, "on|off|LIST", "fused ops: all, none (the standard path), or a list of names"},
     [OPT_KV_TYPE] = {"kv-type", 0, "bf16|f32", "type in which K and V are stored (default bf16)"},
     [OPT_ISA] = {"isa", 0, "NAME", "instruction set: auto, portable, avx2 (default auto)"},
-    [OPT_DEVICE] = {"device", 0, "auto|cpu", "where to run (default auto; this build has the CPU)"},
+    [OPT_DEVICE] = {"device", 0, "NAME", "where to run: auto, cpu, cuda or cuda:N (default auto: a GPU, if one can)"},
     [OPT_TEMPLATE] = {"template", 0, "NAME", "chat template, in place of recognising the model's"},
     [OPT_SEED] = {"seed", 0, "N", "seed of the sampling noise (default: random)"},
     [OPT_TEMP] = {"temp", 0, "X", "temperature, 0 to 100; 0 is greedy"},
@@ -130,8 +130,9 @@ static bool take(struct cli_options *o, enum option_id id, const char *argument,
         *status = cli_usage("--logit-bias: expected ID:NUMBER (at most %d times), found \"%s\"", MAX_BIASES, argument);
         return false;
     }
-    if (id == OPT_DEVICE && strcmp(argument, "auto") != 0 && strcmp(argument, "cpu") != 0) {
-        *status = cli_usage("--device: this build has the CPU only: expected auto or cpu, found \"%s\"", argument);
+    if (id == OPT_DEVICE && strcmp(argument, "auto") != 0 && strcmp(argument, "cpu") != 0 &&
+        strcmp(argument, "cuda") != 0 && strncmp(argument, "cuda:", 5) != 0) {
+        *status = cli_usage("--device: expected auto, cpu, cuda or cuda:N, found \"%s\"", argument);
         return false;
     }
     return true;

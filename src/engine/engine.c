@@ -12,7 +12,14 @@
 #include <string.h>
 #include <sys/random.h>
 
-enum { DEFAULT_CONTEXT = 8192, DEFAULT_CHUNK = 256, DEFAULT_BATCH = 8, MAX_BATCH = 1024, MAX_CHUNK = 65536 };
+enum {
+    DEFAULT_CONTEXT = 8192,
+    DEFAULT_CHUNK = 256,
+    DEVICE_CHUNK = 2048,
+    DEFAULT_BATCH = 8,
+    MAX_BATCH = 1024,
+    MAX_CHUNK = 65536
+};
 
 const char *tandem_version(void) {
     return "0.1.0";
@@ -41,7 +48,7 @@ static bool choose_limits(tandem_engine *e, const tandem_options *o, struct erro
     e->context = o->context ? o->context : model_context < DEFAULT_CONTEXT ? model_context : DEFAULT_CONTEXT;
     if (e->context > model_context)
         return error_set(err, "context: the model has %zu positions, %zu were asked for", model_context, e->context);
-    e->chunk = o->chunk ? o->chunk : DEFAULT_CHUNK;
+    e->chunk = o->chunk ? o->chunk : e->ops->device ? DEVICE_CHUNK : DEFAULT_CHUNK;
     if (e->chunk > MAX_CHUNK) return error_set(err, "chunk: expected 1 to %d, found %zu", MAX_CHUNK, e->chunk);
     if (e->chunk > e->context) e->chunk = e->context;
     e->max_batch = o->max_batch ? o->max_batch : DEFAULT_BATCH;
@@ -52,6 +59,8 @@ static bool choose_limits(tandem_engine *e, const tandem_options *o, struct erro
     if (strcmp(type, "bf16") == 0) e->kv_type = DTYPE_BF16;
     else if (strcmp(type, "f32") == 0) e->kv_type = DTYPE_F32;
     else return error_set(err, "KV type: expected bf16 or f32, found %s", type);
+    if (e->ops->device && e->kv_type != DTYPE_BF16)
+        return error_set(err, "KV type: %s stores K and V as bf16, %s was asked for", e->ops->device->name, type);
     return true;
 }
 
@@ -60,6 +69,35 @@ static uint64_t hash_seed(void) {
     uint64_t seed = 0;
     if (getrandom(&seed, sizeof seed, 0) != (ssize_t)sizeof seed) seed = (uint64_t)(clock_seconds() * 1e9);
     return seed;
+}
+
+// Refuses what a device's memory cannot hold, before anything is allocated.
+static bool check_device_memory(const tandem_engine *e, size_t weights, size_t kv, size_t activations,
+                                struct error *err) {
+    struct device *d = e->ops->device;
+    size_t available = d->available(d), needed = SIZE_MAX;
+    if (size_add(weights, kv, &needed) && size_add(needed, activations, &needed) && needed <= available) return true;
+    return error_set(err,
+                     "%s: the plan does not fit\n  weights      %9.3f GB\n  KV           %9.3f GB\n"
+                     "  activations  %9.3f GB\n  free         %9.3f GB of %.3f\n"
+                     "a smaller --ctx, or fewer sessions at once, needs less",
+                     d->name, (double)weights / 1e9, (double)kv / 1e9, (double)activations / 1e9,
+                     (double)available / 1e9, (double)d->memory / 1e9);
+}
+
+// The weights' copy on the device, if the ops have one. The KV's size is checked with them.
+static bool place_weights(tandem_engine *e, const struct run_options *run, size_t n_pages, struct error *err) {
+    struct device *d = e->ops->device;
+    const struct model_config *c = &e->model->config;
+    if (!d) return true;
+    size_t weights = weights_device_bytes(e->model, d, err), kv, page;
+    if (!weights) return false;
+    if (!size_mul(c->n_kv_heads * c->head_dim * 2 * 2, KV_PAGE_TOKENS * c->n_layers, &page) ||
+        !size_mul(page, n_pages, &kv))
+        kv = SIZE_MAX;
+    if (!check_device_memory(e, weights, kv, run_bytes(e->model, run), err)) return false;
+    e->weights = weights_upload(e->model, d, &e->log, err);
+    return e->weights != NULL;
 }
 
 static bool plan_memory(tandem_engine *e, const tandem_options *o, struct error *err) {
@@ -72,10 +110,13 @@ static bool plan_memory(tandem_engine *e, const tandem_options *o, struct error 
                               .fusion = e->fusion,
                               .max_tokens = e->max_step_tokens,
                               .max_logit_rows = e->max_batch,
-                              .max_positions = e->context};
+                              .max_positions = e->context,
+                              .max_pages = per_session * e->max_batch};
     size_t n_vocab = e->model->config.n_vocab;
     struct step_arrays *s = &e->step;
-    if (!kv_store_create(&e->kv, &e->model->config, e->kv_type, n_pages, err) ||
+    if (!place_weights(e, &run, n_pages, err)) return false;
+    run.weights = e->weights;
+    if (!kv_store_create_on(e->ops->device, &e->kv, &e->model->config, e->kv_type, n_pages, err) ||
         !kv_pool_create(&e->pages, n_pages, KV_PAGE_TOKENS, hash_seed(), err) ||
         !sampler_create(&e->sampler, n_vocab, err))
         return false;
@@ -93,7 +134,7 @@ static bool plan_memory(tandem_engine *e, const tandem_options *o, struct error 
         !s->pages)
         return error_set(err, "out of memory for batches of %zu sessions", e->max_batch);
     if (!requests_create(e, o, err)) return false;
-    e->memory = (tandem_memory){.weights = e->model->weight_bytes,
+    e->memory = (tandem_memory){.weights = e->weights ? e->weights->bytes : e->model->weight_bytes,
                                 .kv = e->kv.bytes,
                                 .activations = run_bytes(e->model, &run) + sampler_bytes(n_vocab)};
     return true;
@@ -135,18 +176,33 @@ static bool open_text(tandem_engine *e, const tandem_options *o, struct error *e
     return true;
 }
 
+// On "auto", a GPU that cannot run this model gives way to the CPU, and says why.
+static bool settle_device(tandem_engine *e, const tandem_options *o, struct error *err) {
+    struct device *d = e->ops->device;
+    struct error why = {0};
+    if (!d || model_runs_on(e->model, d, &why)) return true;
+    if (o->device && strcmp(o->device, "auto") != 0) return error_set(err, "%s", why.text);
+    log_warn(&e->log, "running on the CPU: %s", why.text);
+    ops_close(e->ops);
+    e->ops = ops_cpu(o->isa, err);
+    return e->ops != NULL;
+}
+
 static bool open_parts(tandem_engine *e, const tandem_options *o, struct error *err) {
     enum model_kind kind;
     struct buffer path = {0};
     e->log = (struct log){.message = forward_message, .progress = forward_progress, .user = (void *)(uintptr_t)o};
     if (!o->model) return error_set(err, "no model was named");
-    e->ops = ops_cpu(o->isa, err);
+    struct error why = {0};
+    e->ops = ops_open(o->device, o->isa, &why, err);
+    if (e->ops && why.text[0]) log_warn(&e->log, "running on the CPU: %s", why.text);
     bool ok = e->ops && fusion_parse(o->fusion ? o->fusion : "on", &e->fusion, err) &&
               (e->pool = pool_create(o->threads, err)) != NULL && hub_resolve(o->model, &kind, &path, err);
     if (ok) {
         struct model_load_options load = {.check_values = true, .pool = e->pool, .log = &e->log};
         e->model = model_load(kind, path.data, &load, err);
-        ok = e->model && choose_limits(e, o, err) && open_text(e, o, err) && plan_memory(e, o, err);
+        ok = e->model && settle_device(e, o, err) && choose_limits(e, o, err) && open_text(e, o, err) &&
+             plan_memory(e, o, err);
     }
     buffer_free(&path);
     e->log = (struct log){0}; // the options are the caller's: nothing is said after this call
@@ -181,6 +237,8 @@ void tandem_close(tandem_engine *e) {
     kv_pool_free(&e->pages);
     kv_store_free(&e->kv);
     run_free(e->run);
+    weights_free(e->weights);
+    ops_close(e->ops);
     tokenizer_free(e->tokenizer);
     model_free(e->model);
     pool_free(e->pool);

@@ -30,6 +30,7 @@ struct tandem_engine {
     struct log log; // its texts go to the options' callbacks
     struct pool *pool;
     const struct ops *ops;
+    struct device_weights *weights; // on the ops' device; NULL: the model's own
     uint32_t fusion;
     enum dtype kv_type;
     size_t context, chunk, max_batch, max_step_tokens;

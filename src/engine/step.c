@@ -41,6 +41,7 @@ const float *engine_run(tandem_engine *e, const struct engine_share *shares, siz
 
 bool engine_check_logits(tandem_engine *e, const float *logits, const int32_t *ids, const struct kv_seq *kv, size_t n,
                          struct error *err) {
+    if (!run_error(e->run, err)) return false; // the device failed, and stays so
     if (logits_finite(logits, e->model->config.n_vocab)) return true;
     tripwire_explain(e, &(struct tripwire_sequence){.ids = ids, .pages = kv->pages, .n = n}, err);
     return false;

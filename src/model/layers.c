@@ -353,7 +353,9 @@ const float *model_forward(const struct model *m, struct run *r, struct kv_store
     }
     forward_on_device(m, r, kv, b);
     r->device->get(r->device, r->fetched, r->logits, b->n_logit_rows * m->config.n_vocab * sizeof *r->fetched);
-    return r->device->sync(r->device, NULL) ? r->fetched : NULL;
+    if (!r->device->sync(r->device, NULL))
+        for (size_t i = 0; i < b->n_logit_rows * m->config.n_vocab; i++) r->fetched[i] = NAN;
+    return r->fetched;
 }
 
 // ---- KV

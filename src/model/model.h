@@ -112,7 +112,7 @@ void kv_store_copy_page(struct kv_store *kv, size_t from, size_t to); // every l
 
 // Runs one ragged batch through every layer: writes its K and V into its pages and returns the logits
 // [n_logit_rows, n_vocab], on the host, valid until the next step. Token ids, positions and pages are in range: the
-// engine checked. NULL when the device failed: run_error says how.
+// engine checked. When the device failed they are NaN, and run_error says how.
 const float *model_forward(const struct model *model, struct run *run, struct kv_store *kv, const struct batch *batch);
 // Puts K and V [batch->n_tokens, n_kv_heads * head_dim], host memory, into one layer's pages, as a step would.
 void run_store_kv(struct run *run, struct kv_layer *layer, const struct batch *batch, const float *k, const float *v);
