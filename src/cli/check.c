@@ -158,6 +158,9 @@ static int run(const struct cli_options *o) {
     if (!cli_size(o, OPT_THREADS, 1, 1024, &threads) || !cli_size(o, OPT_SEED, 0, SIZE_MAX, &seed)) return EXIT_USAGE;
     if (o->given[OPT_STAGE] && !doctor_stages_parse(o->text[OPT_STAGE], &stages, &err))
         return cli_usage("--stage: %s", err.text);
+    if (o->given[OPT_DEVICE] && strncmp(o->text[OPT_DEVICE], "cuda", 4) == 0)
+        return cli_fail(
+            "check: the stages run on the CPU so far; `make gpu-check` holds the GPU's ops against the oracle");
     const char *model = cli_model(o);
     if (!model) return EXIT_FAULT;
     bool json = o->given[OPT_JSON];

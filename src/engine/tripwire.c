@@ -195,6 +195,10 @@ static void explain_position(tandem_engine *e, struct run *run, const struct tri
 }
 
 void tripwire_explain(tandem_engine *e, const struct tripwire_sequence *s, struct error *err) {
+    if (e->kv.device) { // its pages are not the host's to look into
+        error_set(err, "the logits for position %zu hold NaN or Inf: nothing was sampled, the KV was dropped", s->n);
+        return;
+    }
     struct run_options options = {
         .ops = e->ops, .pool = e->pool, .max_tokens = 1, .max_logit_rows = 1, .max_positions = e->context};
     size_t first = 0, row = 0, bytes = 0;

@@ -52,10 +52,12 @@ static size_t lay_out(const struct model_config *c, const struct run_options *o,
                                 .max_width = width > q ? width : q,
                                 .n_heads = c->n_heads,
                                 .head_dim = c->head_dim,
-                                .n_threads = o->ops->device ? 1 : pool_size(o->pool),
-                                .ops = o->ops};
+                                .n_threads = o->ops->device ? 1 : pool_size(o->pool)};
     size_t scratch;
     if (!ops_scratch_floats(&limits, &scratch)) return SIZE_MAX;
+    size_t own = 0; // what the backend wants beside
+    if (o->ops->scratch_floats && !o->ops->scratch_floats(o->ops, &limits, &own)) return SIZE_MAX;
+    if (own > scratch) scratch = own;
     bool device = o->ops->device != NULL;
     struct {
         size_t rows, columns;

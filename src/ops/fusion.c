@@ -273,9 +273,5 @@ bool ops_scratch_floats(const struct ops_limits *limits, size_t *out) {
     if (!attention_floats(limits->max_positions, limits->head_dim, &attention)) return false;
     if (!size_mul(attention, n_threads, &attention)) return false;
     *out = matmul > attention ? matmul : attention;
-    size_t own = 0;
-    if (limits->ops && limits->ops->scratch_floats && !limits->ops->scratch_floats(limits->ops, limits, &own))
-        return false;
-    if (own > *out) *out = own;
     return true;
 }

@@ -298,7 +298,6 @@ struct ops_limits {
     size_t max_width;                 // the largest n_in of any matrix
     size_t n_heads, head_dim;
     int n_threads;
-    const struct ops *ops; // whose own needs count too; NULL: no others
 };
 bool ops_scratch_floats(const struct ops_limits *limits, size_t *out);
 

@@ -118,10 +118,7 @@ static void run_way(const struct subject *s, const struct way *w, float *out) {
         seq_start[w->n_seqs] = (int32_t)b.n_tokens;
         page_start[w->n_seqs] = (int32_t)n_pages;
         const float *logits = model_forward(s->model, run, &kv, &b);
-        if (!logits) {
-            run_error(run, &err);
-            fail_msg("%s: %s", w->name, err.text);
-        }
+        if (!run_error(run, &err)) fail_msg("%s: %s", w->name, err.text);
         memcpy(out, logits, b.n_logit_rows * c->n_vocab * sizeof *out);
         out += b.n_logit_rows * c->n_vocab;
     }
@@ -347,10 +344,8 @@ static void run_device(const struct subject *s, uint32_t fusion, struct records 
                       .kv_len = kv_len,
                       .logit_rows = position};
     run_set_tap(run, record_run, out);
-    if (!model_forward(s->model, run, &kv, &b)) {
-        run_error(run, &err);
-        fail_msg("%s", err.text);
-    }
+    model_forward(s->model, run, &kv, &b);
+    if (!run_error(run, &err)) fail_msg("%s", err.text);
     kv_store_free(&kv);
     run_free(run);
 }

@@ -135,8 +135,8 @@ static void layer_create(struct layer *l, const struct shape *s) {
     }
     l->past_k = random_floats(n_past * kv, 3.0f);
     l->past_v = random_floats(n_past * kv, 3.0f);
-    l->batch = (struct batch){l->n_tokens,  s->n_seqs,     l->n_tokens, l->token,  l->position,  l->seq,
-                              l->seq_start, l->page_start, l->pages,    l->kv_len, l->logit_rows};
+    l->batch = (struct batch){l->n_tokens,  s->n_seqs,     l->n_tokens, l->token,  l->position,   l->seq,
+                              l->seq_start, l->page_start, l->pages,    l->kv_len, l->logit_rows, NULL};
 }
 
 static void layer_free(struct layer *l) {
