@@ -141,6 +141,19 @@ test-real:
 .PHONY: programs
 programs: $(TEST_BIN)
 
+# On a machine with a GPU: the CUDA backend's tests, and under the sanitizers of CUDA's toolkit the small ones again.
+GPU_SMALL = test_oracle_tandem_tiny
+.PHONY: gpu-check gpu-sanitize gpu-bench
+gpu-check: $(BUILD)/tests/ops/test_cuda
+	$<
+gpu-sanitize: $(BUILD)/tests/ops/test_cuda
+	for tool in memcheck racecheck initcheck synccheck; do \
+	    compute-sanitizer --tool $$tool --error-exitcode 1 $< $(GPU_SMALL) || exit 1; done
+# The measurements that docs/SPEED.md reports.
+gpu-bench: $(BUILD)/tandem
+	$< bench --synthetic qwen3-0.6b --device cuda --decode --depth 0,1024,4096,16384 --batch 1,8,32,256 --repeat 3
+	$< bench --synthetic qwen3-0.6b --device cuda --prefill 512,2048 --chunk 2048 --repeat 3
+
 # The unit tests of this build alone, as in `make asan`.
 .PHONY: unit-tests
 unit-tests: $(TEST_BIN)
@@ -231,6 +244,7 @@ help:
 	@echo 'make install    PREFIX=/usr/local DESTDIR=; make uninstall'
 	@echo 'make debug, asan, ubsan, tsan, coverage    the unit tests in another build, in build/NAME'
 	@echo 'make fuzz       every fuzz target for FUZZ_SECONDS=20'
+	@echo 'make gpu-check, gpu-sanitize, gpu-bench    on a machine with a GPU and nvcc'
 	@echo 'make format     clang-format; make lint checks it and the limits of style'
 	@echo 'make clean'
 
