@@ -160,8 +160,9 @@ unit-tests: $(TEST_BIN)
 	@python3 tools/run-tests $(TEST_BIN)
 
 .PHONY: debug asan ubsan tsan coverage
-# A sanitizer's code and other levels of optimisation make gcc guess wrongly: the plain build is the one that judges.
-NO_GUESSES = -Wno-maybe-uninitialized -Wno-format-truncation
+# A sanitizer's code and other levels of optimisation make gcc guess wrongly, and at -O0 intrinsics are macros that convert:
+# the plain build is the one that judges.
+NO_GUESSES = -Wno-maybe-uninitialized -Wno-format-truncation -Wno-conversion
 VARIANT = @tools/deps test </dev/null && $(MAKE) -s BUILD=build/$@ all unit-tests </dev/null
 debug:
 	$(VARIANT) OPT="-O0 -g3 $(NO_GUESSES)"

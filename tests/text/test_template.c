@@ -236,6 +236,18 @@ static void test_encode(void **state) {
     assert_false(template_encode(tok, out.data, out.len, &bad, &ids, &err));
     stray = (struct template_mark){0, 2};
     assert_false(template_encode(tok, out.data, out.len, &bad, &ids, &err)); // "<|" is no token
+    assert_non_null(strstr(err.text, "writes <|, which the tokenizer does not have"));
+    stray = (struct template_mark){0, out.len + 1};
+    assert_false(template_encode(tok, out.data, out.len, &bad, &ids, &err));
+    assert_non_null(strstr(err.text, "outside the prompt"));
+    static char long_text[100];
+    memset(long_text, 'x', sizeof long_text);
+    stray = (struct template_mark){0, 64};
+    assert_false(template_encode(tok, long_text, sizeof long_text, &bad, &ids, &err));
+    assert_non_null(strstr(err.text, "64 bytes"));
+    struct template_mark turned[] = {{22, 10}, {0, 12}};
+    bad = (struct template_marks){turned, 2, 2};
+    assert_false(template_encode(tok, "<|im_start|>0123456789<|im_end|>", 32, &bad, &ids, &err)); // not in order
     assert_int_equal(ids.n, before);
     buffer_free(&back);
     buffer_free(&out);

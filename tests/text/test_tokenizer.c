@@ -163,9 +163,26 @@ static void test_bos(void **state) {
     p.post = "{\"type\":\"TemplateProcessing\",\"single\":[{\"Sequence\":{\"id\":\"A\"}},"
              "{\"SpecialToken\":{\"id\":\"<s>\"}}]}";
     refused(&p, "post_processor");
+    // As Llama 3's files have it: offsets first, then the template.
+#define LLAMA3_POST(id)                                                                                                \
+    "{\"type\":\"Sequence\",\"processors\":[{\"type\":\"ByteLevel\"},{\"type\":\"TemplateProcessing\",\"single\":["    \
+    "{\"SpecialToken\":{\"id\":\"" id "\"}},{\"Sequence\":{\"id\":\"A\"}}]}]}"
+    p.post = LLAMA3_POST("<s>");
+    tok = open_parts(&p);
+    assert_true(tokenizer_adds_bos(tok) && tokenizer_bos(tok) == 300);
+    tokenizer_free(tok);
+    p.post = LLAMA3_POST("<none>");
+    refused(&p, "post_processor names \"<none>\", which is no token");
+    p.post = "{\"type\":\"Sequence\",\"processors\":[{\"type\":\"RobertaProcessing\"}]}";
+    refused(&p, "RobertaProcessing");
+    p.post = "{\"type\":\"BertProcessing\"}";
+    refused(&p, "BertProcessing");
     p.post = NULL;
     struct buffer b = write_file(&p);
     struct error err = {""};
+    static const char without[] = "{\"add_bos_token\":true}";
+    assert_null(tokenizer_open_bytes(b.data, b.len, without, sizeof without - 1, &err));
+    assert_non_null(strstr(err.text, "no \"bos_token\" is given"));
     static const char good[] = "{\"add_bos_token\":true,\"bos_token\":{\"content\":\"<s>\"},\"eos_token\":\"<s>\","
                                "\"chat_template\":[{\"name\":\"default\",\"template\":\"T\"}]}",
                       bad[] = "{\"eos_token\":\"<e>\"}";
@@ -183,6 +200,10 @@ static void test_bos(void **state) {
     "{\"type\":\"Sequence\",\"pretokenizers\":[{\"type\":\"Split\",\"pattern\":{\"Regex\":\"" regex                    \
     "\"},\"behavior\":\"Isolated\",\"invert\":false},{\"type\":\"ByteLevel\",\"add_prefix_space\":false,"              \
     "\"use_regex\":false}]}"
+
+#define SPLIT_AS(behavior, invert)                                                                                     \
+    "{\"type\":\"Split\",\"pattern\":{\"Regex\":\"x\"},\"behavior\":\"" behavior "\",\"invert\":" invert "}"
+#define NORMALIZERS(list) "{\"type\":\"Sequence\",\"normalizers\":[" list "]}"
 
 static void test_refused(void **state) {
     (void)state;
@@ -212,7 +233,22 @@ static void test_refused(void **state) {
     refused(&(struct parts){.decoder = "{\"type\":\"Metaspace\"}"}, "decoder Metaspace");
     refused(&(struct parts){.model = "\"byte_fallback\":true,"}, "byte_fallback");
     refused(&(struct parts){.model = "\"dropout\":0.1,"}, "dropout");
+    refused(&(struct parts){.model = "\"continuing_subword_prefix\":\"##\","}, "continuing_subword_prefix");
+    refused(&(struct parts){.pre = SPLIT_AS("Removed", "false")}, "behavior Removed");
+    refused(&(struct parts){.pre = SPLIT_AS("Isolated", "true")}, "Isolated, inverted,");
+    refused(&(struct parts){.pre = "{\"type\":\"Sequence\",\"pretokenizers\":[{\"type\":\"Digits\"},{\"type\":"
+                                   "\"ByteLevel\",\"add_prefix_space\":true}]}"},
+            "add_prefix_space inside a Sequence");
+    refused(&(struct parts){.pre = "{\"type\":\"Sequence\",\"pretokenizers\":[" BYTE_LEVEL ",{\"type\":\"Digits\"}]}"},
+            "Digits behind ByteLevel");
+    refused(&(struct parts){.pre = "{\"type\":\"Split\",\"pattern\":{\"String\":\" \"}}"}, "only a Regex pattern");
+    refused(&(struct parts){.normalizer = NORMALIZERS("{\"type\":\"NFC\"},{\"type\":\"Lowercase\"}")}, "Lowercase");
+    refused(&(struct parts){.normalizer = "{\"type\":\"Sequence\"}"}, "\"normalizers\": expected an array");
+    static const char wordpiece[] =
+        "{\"pre_tokenizer\":" BYTE_LEVEL ",\"model\":{\"type\":\"WordPiece\",\"vocab\":{}}}";
     struct error err = {""};
+    assert_null(tokenizer_open_bytes(wordpiece, sizeof wordpiece - 1, NULL, 0, &err));
+    assert_non_null(strstr(err.text, "WordPiece is not supported"));
     assert_null(tokenizer_open_folder("tests/text", &err));
     assert_non_null(strstr(err.text, "tokenizer.json"));
 }
@@ -284,6 +320,16 @@ static void nfc_gives(const char *text, const char *expected) {
     buffer_free(&out);
 }
 
+static void test_normalizers(void **state) {
+    (void)state;
+    static const char *const forms[] = {"{\"type\":\"NFC\"}", NORMALIZERS("{\"type\":\"NFC\"}"), NORMALIZERS("")};
+    for (size_t i = 0; i < 3; i++) {
+        struct tokenizer *tok = open_parts(&(struct parts){.normalizer = forms[i]});
+        encodes(tok, "e\xcc\x81", 3, false, i < 2 ? "195 169" : "101 204 129");
+        tokenizer_free(tok);
+    }
+}
+
 static void test_nfc(void **state) {
     (void)state;
     nfc_gives("", "");
@@ -300,9 +346,10 @@ static void test_nfc(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_merges),   cmocka_unit_test(test_invalid_utf8), cmocka_unit_test(test_added_tokens),
-        cmocka_unit_test(test_bos),      cmocka_unit_test(test_refused),      cmocka_unit_test(test_truncated),
-        cmocka_unit_test(test_patterns), cmocka_unit_test(test_long),         cmocka_unit_test(test_nfc),
+        cmocka_unit_test(test_merges),      cmocka_unit_test(test_invalid_utf8), cmocka_unit_test(test_added_tokens),
+        cmocka_unit_test(test_normalizers), cmocka_unit_test(test_bos),          cmocka_unit_test(test_refused),
+        cmocka_unit_test(test_truncated),   cmocka_unit_test(test_patterns),     cmocka_unit_test(test_long),
+        cmocka_unit_test(test_nfc),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
