@@ -6,5 +6,9 @@
 
 // tool_choice, parallel_tool_calls and response_format in OpenAI's form. May take the tools out of the prompt.
 bool format_read_openai(struct generation *g, const struct pyjson *body, struct chat_prompt *p, struct fault *f);
+// tool_choice in Anthropic's form; p->tools are in OpenAI's.
+bool format_read_anthropic(struct generation *g, const struct pyjson *body, struct chat_prompt *p, struct fault *f);
+// The same for responses: tool_choice, text.format.
+bool format_read_responses(struct generation *g, const struct pyjson *body, struct chat_prompt *p, struct fault *f);
 
 #endif
