@@ -31,6 +31,14 @@ static bool is_type(const json_t *object, const char *type) {
     return strcmp(type_of(object), type) == 0;
 }
 
+// Checked first: what else another kind of tokenizer holds that tandem lacks says less.
+static bool check_model_type(const json_t *root, struct error *err) {
+    const json_t *model = member(root, "model");
+    if (!json_is_object(model)) return error_set(err, FILE_NAME ": \"model\": expected an object");
+    return !member(model, "type") || is_type(model, "BPE") || // old files name no type
+           error_set(err, FILE_NAME ": model %.60s is not supported; tandem knows byte-level BPE", type_of(model));
+}
+
 static bool read_normalizer(struct tokenizer *tok, const json_t *root, struct error *err) {
     const json_t *normalizer = member(root, "normalizer");
     if (!normalizer) return true;
@@ -120,9 +128,6 @@ static bool read_model(struct tokenizer *tok, const struct tokenizer_outline *ou
     const json_t *model = member(root, "model");
     double dropout = 0;
     bool byte_fallback = false;
-    if (!json_is_object(model)) return error_set(err, FILE_NAME ": \"model\": expected an object");
-    if (member(model, "type") && !is_type(model, "BPE")) // old files name no type
-        return error_set(err, "%s %.60s is not supported; tandem knows byte-level BPE", where, type_of(model));
     if (!json_read_text(model, where, "continuing_subword_prefix", &prefix, err) ||
         !json_read_text(model, where, "end_of_word_suffix", &suffix, err) ||
         !json_read_number(model, where, "dropout", &dropout, err) ||
@@ -255,9 +260,9 @@ static bool read_tokenizer(struct tokenizer *tok, const struct tokenizer_outline
                            struct error *err) {
     bool ignore_merges = false;
     if (!json_is_object(root)) return error_set(err, FILE_NAME ": expected an object");
-    return read_normalizer(tok, root, err) && read_pretokenizer(tok, root, err) && read_decoder(root, err) &&
-           read_model(tok, outline, root, &ignore_merges, err) && read_added(tok, root, err) &&
-           read_post_processor(tok, root, err) &&
+    return check_model_type(root, err) && read_normalizer(tok, root, err) && read_pretokenizer(tok, root, err) &&
+           read_decoder(root, err) && read_model(tok, outline, root, &ignore_merges, err) &&
+           read_added(tok, root, err) && read_post_processor(tok, root, err) &&
            (tokenizer_finish(tok, ignore_merges, err) || error_prefix(err, FILE_NAME ": "));
 }
 
