@@ -18,8 +18,8 @@ static const struct {
     double share;
 } stages[STAGE_COUNT] = {
     [STAGE_WEIGHTS] = {"weights", stage_weights, 0.05},
-    [STAGE_OPS] = {"ops", NULL, 0.3},
-    [STAGE_MODEL] = {"model", NULL, 0.4},
+    [STAGE_OPS] = {"ops", stage_ops, 0.3},
+    [STAGE_MODEL] = {"model", stage_model, 0.4},
     [STAGE_SERVING] = {"serving", NULL, 0.25},
 };
 
@@ -165,6 +165,8 @@ static bool open_parts(struct doctor *d, struct error *err) {
     struct buffer path = {0};
     struct error why = {0};
     bool ok = o->model || error_set(err, "no model was named");
+    if (ok && o->kv_type && strcmp(o->kv_type, "bf16") != 0 && strcmp(o->kv_type, "f32") != 0)
+        ok = error_set(err, "KV type: expected bf16 or f32, found %s", o->kv_type);
     ok = ok && (d->ops = ops_cpu(o->isa, err)) != NULL && fusion_parse(o->fusion ? o->fusion : "on", &d->fusion, err) &&
          (d->pool = pool_create(o->threads, err)) != NULL && hub_resolve(o->model, &d->kind, &path, err);
     if (ok) d->path = strdup(buffer_text(&path));
@@ -187,6 +189,7 @@ struct doctor *doctor_open(const struct doctor_options *options, struct error *e
         return NULL;
     }
     d->options = *options;
+    d->kv_type = options->kv_type && strcmp(options->kv_type, "f32") == 0 ? DTYPE_F32 : DTYPE_BF16;
     if (!d->options.stages) d->options.stages = (1u << STAGE_COUNT) - 1;
     if (d->options.budget <= 0) d->options.budget = d->options.thorough ? INFINITY : 240;
     if (!open_parts(d, err)) {

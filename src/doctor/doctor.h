@@ -121,6 +121,7 @@ struct doctor {
     char load_error[1024];    //
     const struct ops *ops;    // under test
     uint32_t fusion;          // under test
+    enum dtype kv_type;       //
     struct pool *pool;        //
     struct tokenizer *tokens; // NULL when the model has none
     struct doctor_prompt prompts[MAX_PROMPTS];

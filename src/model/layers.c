@@ -16,6 +16,7 @@ struct run {
     const struct device_weights *weights; // what the ops read: `host`, or a device's copies
     struct device *device;                // whose memory `memory` is; NULL: the host's
     float *memory;
+    size_t bytes;     // of `memory`
     float *x;         // [max_tokens, hidden] the residual stream
     float *normed;    // [max_tokens, hidden]
     float *q;         // [max_tokens, n_heads * head_dim]
@@ -151,6 +152,7 @@ struct run *run_create(const struct model *model, const struct run_options *o, s
         return NULL;
     }
     run->ctx = (struct op_ctx){.ops = o->ops, .pool = o->pool, .fusion = o->fusion, .layer = -1};
+    run->bytes = bytes;
     run->max_tokens = o->max_tokens;
     run->max_logit_rows = o->max_logit_rows;
     run->host = (struct device_weights){
@@ -179,6 +181,13 @@ void run_free(struct run *run) {
 
 bool run_error(struct run *run, struct error *err) {
     return !run->device || run->device->sync(run->device, err);
+}
+
+void run_poison(struct run *run) {
+    // On a device the table of rotations, which every step reads, stands behind what steps write.
+    size_t n = run->device ? (size_t)((unsigned char *)run->rope - (unsigned char *)run->memory) : run->bytes;
+    if (run->device) run->device->fill(run->device, run->memory, 0xFF, n);
+    else memset(run->memory, 0xFF, n);
 }
 
 void run_set_tap(struct run *run, tap_fn *tap, void *user) {

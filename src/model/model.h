@@ -94,6 +94,8 @@ size_t run_bytes(const struct model *model, const struct run_options *options); 
 
 void run_set_tap(struct run *run, tap_fn *tap, void *user); // NULL: none
 void run_set_fusion(struct run *run, uint32_t fusion);
+void run_poison(
+    struct run *run); // fills all of a step's memory with NaN, to show that nothing is read before it is written
 
 // The KV pages of all layers, one layer after the other. [n_layers]
 struct kv_store {
