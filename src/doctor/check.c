@@ -20,7 +20,7 @@ static const struct {
     [STAGE_WEIGHTS] = {"weights", stage_weights, 0.05},
     [STAGE_OPS] = {"ops", stage_ops, 0.3},
     [STAGE_MODEL] = {"model", stage_model, 0.4},
-    [STAGE_SERVING] = {"serving", NULL, 0.25},
+    [STAGE_SERVING] = {"serving", stage_serving, 0.25},
 };
 
 const char *doctor_stage_name(enum doctor_stage stage) {
