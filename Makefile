@@ -33,6 +33,9 @@ LDLIBS += $(PKG_LIBS) -lm -pthread
 LDFLAGS += $(SAN)
 
 ISA_FLAGS_avx2 = -mavx2 -mfma -mf16c
+ISA_FLAGS_avx512 = $(ISA_FLAGS_avx2) -mavx512f -mavx512bw -mavx512vl -mavx512dq
+ISA_FLAGS_avx512vnni = $(ISA_FLAGS_avx512) -mavx512vnni
+ISA_FLAGS_avx512bf16 = $(ISA_FLAGS_avx512vnni) -mavx512bf16
 isa_of = $(word 2,$(subst /, ,$(patsubst src/ops/cpu/%,x/%,$(1))))
 
 # CUDA: built in where nvcc is found, absent otherwise (CUDA=0 leaves it out).
@@ -95,7 +98,7 @@ unit: $(TEST_BIN)
 # Each tests/fuzz/fuzz_NAME.c is a libFuzzer program; `make fuzz` runs every one for FUZZ_SECONDS, in clang's sanitizers.
 FUZZ_SAN = address,undefined -fno-sanitize-recover=all
 FUZZ_BIN = $(patsubst %.c,$(BUILD)/%,$(sort $(wildcard tests/fuzz/fuzz_*.c)))
-# The layers that read hostile bytes; the ops use compiler features that Debian 12's clang lacks.
+# The layers that read hostile bytes.
 FUZZ_OBJ = $(filter $(addprefix $(BUILD)/src/,base/% format/% text/% model/config.o),$(LIB_OBJ))
 $(BUILD)/tests/fuzz/fuzz_%: $(BUILD)/tests/fuzz/fuzz_%.o $(FUZZ_OBJ)
 	$(CC) -fsanitize=fuzzer,$(FUZZ_SAN) -o $@ $^ $(LDLIBS)

@@ -11,7 +11,7 @@ _tandem() {
     case $prev in
     --think | --fusion) mapfile -t COMPREPLY < <(compgen -W "on off" -- "$cur") && return ;;
     --device) mapfile -t COMPREPLY < <(compgen -W "auto cpu cuda" -- "$cur") && return ;;
-    --isa) mapfile -t COMPREPLY < <(compgen -W "auto portable avx2" -- "$cur") && return ;;
+    --isa) mapfile -t COMPREPLY < <(compgen -W "auto portable avx2 avx512 avx512vnni avx512bf16" -- "$cur") && return ;;
     --path) mapfile -t COMPREPLY < <(compgen -W "fused standard T H" -- "$cur") && return ;;
     --kv-type) mapfile -t COMPREPLY < <(compgen -W "bf16 f32" -- "$cur") && return ;;
     --synthetic)

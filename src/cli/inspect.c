@@ -133,8 +133,14 @@ static void tell_norms(const struct model *m, json_t *out) {
 
 static json_t *machine_json(void) {
     const struct ops *best = ops_cpu(NULL, NULL);
-    return json_pack("{s:s,s:i,s:s}", "version", tandem_version(), "cpus", pool_usable_cpus(), "ops",
-                     best ? best->name : "none");
+    json_t *isas = json_array();
+    size_t n;
+    const struct isa_info *isa = ops_cpu_isas(&n);
+    for (size_t i = 0; i < n; i++)
+        json_array_append_new(isas, json_pack("{s:s,s:s,s:b}", "name", isa[i].name, "needs", isa[i].needs, "available",
+                                              isa[i].available));
+    return json_pack("{s:s,s:i,s:s,s:o}", "version", tandem_version(), "cpus", pool_usable_cpus(), "ops",
+                     best ? best->name : "none", "isas", isas);
 }
 
 static int tell_machine(bool json) {
@@ -142,6 +148,10 @@ static int tell_machine(bool json) {
     const struct ops *best = ops_cpu(NULL, NULL);
     printf("tandem         %s\nCPUs           %d usable by this process\nops            %s\n", tandem_version(),
            pool_usable_cpus(), best ? best->name : "none");
+    size_t n;
+    const struct isa_info *isa = ops_cpu_isas(&n);
+    for (size_t i = 0; i < n; i++)
+        printf("--isa          %-12s %-22s %s\n", isa[i].name, isa[i].needs, isa[i].available ? "yes" : isa[i].why_not);
     for (int i = 0; i < FUSED_COUNT; i++)
         printf("fused op       %-20s %s\n", fusion_info((enum fused_op)i)->name,
                best && fusion_available(best, (enum fused_op)i) ? "yes" : "no: its primitives run");

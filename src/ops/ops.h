@@ -252,9 +252,17 @@ struct ops {
     void (*norm_head)(const struct op_ctx *ctx, const struct norm_head_args *a);
 };
 
-// The CPU's table for this machine, or for a named instruction set ("portable", "avx2", ...; NULL or "auto": the best
-// that this CPU has). NULL with the list of known names when the name is unknown or the CPU lacks it.
+// The CPU's table for this machine, or for a named instruction set ("portable", "avx2", "avx512", ...; NULL or "auto":
+// the best that this CPU has). NULL with the list of known names when the name is unknown or the CPU lacks it.
 const struct ops *ops_cpu(const char *isa, struct error *err);
+
+// The instruction sets that this build knows, from the plainest to the widest.
+struct isa_info {
+    const char *name, *needs; // as ops_cpu takes it; what the CPU must have
+    bool available;
+    const char *why_not; // NULL when available
+};
+const struct isa_info *ops_cpu_isas(size_t *n);
 
 // x[n] as a product with `weights` multiplies it (above), exactly, as f64: what an oracle feeds its own product to
 // judge an op by. n is a multiple of ACT_BLOCK for quantised weights.

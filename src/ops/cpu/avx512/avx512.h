@@ -1,0 +1,22 @@
+// avx512.h: the kernels of AVX-512 (F, BW, VL, DQ) and of its extensions VNNI and BF16. Everything else that these
+// tables hold is AVX2's: what is not a product with weights is a small part of a step.
+#ifndef TANDEM_OPS_CPU_AVX512_AVX512_H
+#define TANDEM_OPS_CPU_AVX512_AVX512_H
+
+#include "ops/cpu/avx2/kernels.h"
+
+// `ops` holds AVX2's table; each takes what the one above has and overrides its kernels.
+void avx512_fill(struct ops *ops);
+void avx512vnni_fill(struct ops *ops);
+void avx512bf16_fill(struct ops *ops);
+
+// Whether vdpbf16ps adds as dotpair does on this CPU (docs/NUMERICS.md): runs it. Only where CPUID has AVX512_BF16.
+bool avx512bf16_adds_pairs(void);
+
+void avx512_dense(float *out, const struct matrix *w, size_t row, size_t n_rows, const float *x, size_t n_tokens);
+void avx512_quantised(float *out, const struct matrix *w, size_t row, size_t n_rows, const float *x, size_t n_tokens);
+void avx512_deal_pairs(float *to, const float *from, size_t n);
+void avx512vnni_quantised(float *out, const struct matrix *w, size_t row, size_t n_rows, const float *x,
+                          size_t n_tokens);
+
+#endif

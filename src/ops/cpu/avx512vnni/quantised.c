@@ -1,0 +1,50 @@
+// quantised.c: qdot (ops.h) with VNNI: vpdpbusd multiplies four unsigned weights of a row with four signed activations
+// and adds them up in 32 bits, without saturation. Q8_0's signed weights become unsigned by adding 128.
+#include "ops/cpu/avx512/avx512.h"
+
+#if defined(__AVX512VNNI__)
+
+#include "ops/cpu/avx2/unpack.h"
+#include "ops/cpu/avx2/vec.h"
+
+enum { MAX_N = 8 };
+
+INLINE int signed_offset(enum dtype type) {
+    return type == DTYPE_Q8_0 ? 128 : 0;
+}
+
+INLINE void integer_sums(enum dtype type, const struct weight_tile *tile, size_t column, size_t len,
+                         const int8_t *const *x, __m512i *sum, const size_t N) {
+    for (size_t t = 0; t < N; t++) sum[t] = _mm512_setzero_si512();
+    for (size_t i = 0; i < len / 4; i++) {
+        __m512i w = _mm512_load_si512(tile->q[column / 4 + i]);
+        if (type == DTYPE_Q8_0) w = _mm512_xor_si512(w, _mm512_set1_epi8((char)-128));
+        for (size_t t = 0; t < N; t++) {
+            int four;
+            memcpy(&four, x[t] + column + 4 * i, sizeof four);
+            sum[t] = _mm512_dpbusd_epi32(sum[t], w, _mm512_set1_epi32(four));
+        }
+    }
+}
+
+#include "ops/cpu/avx512/lanes.h"
+
+void avx512vnni_quantised(float *out, const struct matrix *w, size_t row, size_t n_rows, const float *x,
+                          size_t n_tokens) {
+    any_type(out, w, row, n_rows, x, n_tokens);
+}
+
+static const struct cpu_kernels kernels = {avx512_dense, avx512vnni_quantised, avx512_deal_pairs};
+
+void avx512vnni_fill(struct ops *ops) {
+    ops->name = "cpu/avx512vnni";
+    ops->kernels = &kernels;
+}
+
+#else
+
+void avx512vnni_fill(struct ops *ops) {
+    (void)ops;
+}
+
+#endif
