@@ -72,6 +72,8 @@ enum option_id {
     OPT_CHUNK,
     OPT_FUSIONS,
     OPT_MANIFEST,
+    OPT_PURE,
+    OPT_FORCE,
     OPT_MODEL,
     OPT_HOST,
     OPT_PORT,
@@ -115,7 +117,7 @@ struct command {
 };
 
 extern const struct command command_chat, command_run, command_tokenize, command_template, command_inspect,
-    command_trace, command_diff, command_check, command_bench, command_replay, command_serve;
+    command_trace, command_diff, command_check, command_bench, command_replay, command_quantize, command_serve;
 
 // Says `tandem: SUBCOMMAND: ...` on stderr and returns EXIT_FAULT (cli_usage: EXIT_USAGE).
 int cli_fail(const char *format, ...) __attribute__((format(printf, 1, 2)));

@@ -70,6 +70,8 @@ static const struct {
     [OPT_REPEAT] = {"repeat", 0, "N", "repeats of every measurement"},
     [OPT_CSV] = {"csv", 0, NULL, "print comma-separated values"},
     [OPT_CHUNK] = {"chunk", 0, "N", "most prompt tokens of one step"},
+    [OPT_PURE] = {"pure", 0, NULL, "every matrix in the one type, the head and the embedding included"},
+    [OPT_FORCE] = {"force", 0, NULL, "replace a file that exists"},
     [OPT_MANIFEST] = {"manifest", 0, "FILE", "write a record of the run, for `tandem replay`"},
     [OPT_MODEL] = {"model", 0, "MODEL", "this model in place of the recorded one"},
     [OPT_FUSIONS] = {"fusion", 0, "on|off|LIST|on,off", "fused ops, as in run; on,off measures both in alternation"},

@@ -297,6 +297,11 @@ size_t bpe_n_merges(const struct bpe *b) {
     return b->n_merges;
 }
 
+void bpe_merge(const struct bpe *b, size_t rank, int32_t *left, int32_t *right) {
+    *left = b->merges[rank].left;
+    *right = b->merges[rank].right;
+}
+
 // Merging. Always the pair of lowest rank, the leftmost where ranks tie.
 
 struct bpe_symbol {

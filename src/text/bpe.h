@@ -37,6 +37,7 @@ const char *bpe_bytes(const struct bpe *b, int32_t id, size_t *n);        // wha
 const char *bpe_text(const struct bpe *b, int32_t id, size_t *n);         // in the alphabet; NULL: no token
 int32_t bpe_n_ids(const struct bpe *b);                                   // one more than the largest id
 size_t bpe_n_merges(const struct bpe *b);
+void bpe_merge(const struct bpe *b, size_t rank, int32_t *left, int32_t *right); // rank < bpe_n_merges
 
 // Memory for merging that is kept from word to word. All zero is valid.
 struct bpe_scratch {
