@@ -380,6 +380,7 @@ static bool read_messages(struct generation *g, struct fault *f) {
     g->max_tokens = (size_t)limit;
     g->own = size_alloc_zero(1, sizeof(struct own));
     if (!g->own) return no_memory(f);
+    g->may_think = prompt_thinks(g->s, &p) && !template_opens_thinking(g->s->engine->template_kind);
     return format_read_anthropic(g, body, &p, f) && generation_read_sampling(g, body, prompt_thinks(g->s, &p), f) &&
            prompt_into(g, &p, f);
 }

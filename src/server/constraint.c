@@ -7,43 +7,86 @@
 #include <string.h>
 
 struct constraint {
+    const struct tokenizer *tok;
     size_t think_budget;
-    int32_t think_close; // -1: none
+    int32_t think_open, think_close, call_open; // -1: none
+    struct automaton *automaton;                // NULL: the form is free
+    bool on_call;                               // only between <tool_call> and </tool_call>
+    bool active;
+    bool may_think;
     size_t n_words;
     uint32_t *bits; // [n_words]
 };
 
 bool constraint_for(const struct generation *g, struct choice *c, struct error *err) {
-    if (g->think_budget == SIZE_MAX) return true;
+    if (g->think_budget == SIZE_MAX && g->grammar.n == 0) return true;
     struct constraint *k = c->constraint = size_alloc_zero(1, sizeof *k);
     if (!k) return error_set(err, "out of memory");
     const tandem_engine *e = g->s->engine;
+    k->tok = e->tokenizer;
     k->think_budget = g->think_budget;
-    k->think_close = tokenizer_find(e->tokenizer, "</think>");
+    k->think_open = tokenizer_find(k->tok, "<think>");
+    k->think_close = tokenizer_find(k->tok, "</think>");
+    k->call_open = tokenizer_find(k->tok, "<tool_call>");
+    k->may_think = g->may_think;
     k->n_words = (e->model->config.n_vocab + 31) / 32;
     k->bits = size_alloc(k->n_words, sizeof *k->bits);
-    return k->bits || error_set(err, "out of memory");
+    if (!k->bits) return error_set(err, "out of memory");
+    if (g->grammar.n == 0) return true;
+    struct grammar copy = {.n = g->grammar.n, .cap = g->grammar.n, .start = g->grammar.start};
+    copy.nodes = size_alloc(copy.n, sizeof *copy.nodes);
+    if (!copy.nodes) return error_set(err, "out of memory");
+    memcpy(copy.nodes, g->grammar.nodes, copy.n * sizeof *copy.nodes);
+    k->on_call = g->constrains_calls;
+    k->active = !k->on_call;
+    k->automaton = automaton_create(g->s->vocabulary, &copy, g->has_tools, err);
+    return k->automaton != NULL;
 }
 
 void constraint_free(struct constraint *k) {
     if (!k) return;
+    automaton_free(k->automaton);
     free(k->bits);
     free(k);
 }
 
-static const uint32_t *only(struct constraint *k, int32_t id) {
-    memset(k->bits, 0, k->n_words * sizeof *k->bits);
+static void set_bit(struct constraint *k, int32_t id) {
     k->bits[id / 32] |= (uint32_t)1 << id % 32;
+}
+
+const uint32_t *constraint_mask(struct constraint *k, const struct choice *c) {
+    if (c->thinking) {
+        if (c->n_reasoning < k->think_budget || k->think_close < 0) return NULL;
+        memset(k->bits, 0, k->n_words * sizeof *k->bits);
+        set_bit(k, k->think_close);
+        return k->bits;
+    }
+    if (!k->automaton || !k->active) return NULL;
+    const uint32_t *mask = automaton_mask(k->automaton);
+    if (c->n_tokens > 0 || !k->may_think || k->think_open < 0) return mask;
+    memcpy(k->bits, mask, k->n_words * sizeof *k->bits); // the first token may begin the thinking
+    set_bit(k, k->think_open);
     return k->bits;
 }
 
-const uint32_t *constraint_mask(struct constraint *k, bool thinking, size_t n_reasoning) {
-    if (thinking && n_reasoning >= k->think_budget && k->think_close >= 0) return only(k, k->think_close);
-    return NULL;
+bool constraint_accept(struct constraint *k, int32_t id, bool thought) {
+    if (thought || !k->automaton) return true;
+    if (!k->active) {
+        if (id == k->call_open) {
+            automaton_reset(k->automaton);
+            k->active = true;
+        }
+        return true;
+    }
+    size_t n = 0;
+    const char *bytes = tokenizer_token_bytes(k->tok, id, &n);
+    if (!tokenizer_is_special(k->tok, id)) automaton_accept(k->automaton, bytes, bytes ? n : 0);
+    if (!automaton_only_end(k->automaton)) return true;
+    if (!k->on_call) return false;
+    k->active = false;
+    return true;
 }
 
-void constraint_accept(struct constraint *k, int32_t id, bool thinking) {
-    (void)k;
-    (void)id;
-    (void)thinking;
+const char *constraint_failed(const struct constraint *k) {
+    return k->automaton ? automaton_failed(k->automaton) : NULL;
 }

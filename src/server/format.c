@@ -1,42 +1,196 @@
-// format.c: see format.h.
+// format.c: see format.h. It turns what a request asks for into one grammar of the whole answer, or of tool calls
+// alone.
 #include "server/format.h"
+
+#include "server/schema.h"
 
 #include <string.h>
 
-static bool read_tool_choice(struct generation *g, const struct pyjson *v, struct chat_prompt *p, struct fault *f) {
+// What was asked for, before it becomes a grammar.
+struct form {
+    bool json, required;             // a JSON answer; a tool must be called
+    const struct pyjson *schema;     // of the answer; NULL: any object
+    const char *schema_where, *tool; // for messages; the one tool that must be called
+    bool parallel;
+};
+
+static const struct pyjson *function_of(const struct pyjson *tool) {
+    return pyjson_get(tool, "function");
+}
+
+static bool is_strict(const struct pyjson *tool) {
+    const struct pyjson *strict = pyjson_get(function_of(tool), "strict");
+    return strict && strict->type == PYJSON_TRUE;
+}
+
+static uint32_t text(struct grammar *g, const char *s, uint32_t next) {
+    return grammar_text(g, s, strlen(s), next);
+}
+
+// The arguments of one tool: its schema, or any object where that is not supported and not asked for strictly.
+static bool put_arguments(struct grammar *g, const struct pyjson *tool, uint32_t next, uint32_t *out,
+                          struct error *err) {
+    const struct pyjson *schema = field(function_of(tool), "parameters");
+    struct error why = {0};
+    size_t before = g->n;
+    if (schema && schema_compile(g, schema, "tools", next, out, &why)) return true;
+    if (schema && is_strict(tool)) {
+        *err = why;
+        return false;
+    }
+    g->n = before;
+    g->full = false;
+    *out = grammar_json(g, true, next);
+    return true;
+}
+
+// What follows <tool_call>, for every tool that may be called: \n{"name": ..., "arguments": ...}\n</tool_call>
+static bool put_call(struct grammar *g, const struct pyjson *tools, const char *only, uint32_t next, uint32_t *out,
+                     struct error *err) {
+    uint32_t end = text(g, "}\n</tool_call>", next);
+    bool any = false;
+    for (const struct pyjson *t = tools->first; t; t = t->next) {
+        const struct pyjson *name = pyjson_get(function_of(t), "name");
+        uint32_t one;
+        struct buffer quoted = {0};
+        if (only && !pyjson_is_text(name, only)) continue;
+        if (!put_arguments(g, t, end, &one, err)) return false;
+        if (!pyjson_write_string(name->text, name->n_text, &quoted)) return error_set(err, "out of memory");
+        one = text(g, "\n{\"name\": ", grammar_text(g, quoted.data, quoted.len, text(g, ", \"arguments\": ", one)));
+        buffer_free(&quoted);
+        *out = any ? grammar_split(g, *out, one) : one;
+        any = true;
+    }
+    return any || error_set(err, "tool_choice: there is no tool called \"%.100s\"", only ? only : "");
+}
+
+// Calls, one behind the other.
+static bool put_calls(struct grammar *g, const struct generation *gen, const struct form *form, uint32_t next,
+                      uint32_t *out, struct error *err) {
+    uint32_t again = form->parallel ? grammar_hole(g) : next, call;
+    if (!put_call(g, gen->tools, form->tool, again, &call, err)) return false;
+    call = text(g, "<tool_call>", call);
+    if (form->parallel) grammar_fill(g, again, next, text(g, "\n", call));
+    *out = call;
+    return true;
+}
+
+static bool make_grammar(struct generation *gen, const struct form *form, struct error *err) {
+    struct grammar *g = &gen->grammar;
+    uint32_t end = grammar_accept(g), start = end, other;
+    if (form->json) {
+        if (!form->schema) start = grammar_json(g, true, end);
+        else if (!schema_compile(g, form->schema, form->schema_where, end, &start, err)) return false;
+        if (gen->has_tools) {
+            if (!put_calls(g, gen, form, end, &other, err)) return false;
+            start = form->required ? other : grammar_split(g, start, other);
+        }
+    } else if (form->required) {
+        if (!put_calls(g, gen, form, end, &start, err)) return false;
+    } else {
+        if (!put_call(g, gen->tools, NULL, end, &start, err)) return false;
+        gen->constrains_calls = true;
+    }
+    if (!gen->constrains_calls && gen->may_think) // what stands between </think> and the answer
+        for (int i = 0; i < 2; i++) start = grammar_split(g, start, grammar_bytes(g, '\n', '\n', start));
+    g->start = start;
+    return !g->full || error_set(err, "the schemas are too large: more than %d places", MAX_NODES);
+}
+
+static bool finish(struct generation *g, const struct form *form, const char *param, struct fault *f) {
+    bool strict = false;
+    for (const struct pyjson *t = g->has_tools ? g->tools->first : NULL; t; t = t->next)
+        strict = strict || is_strict(t);
+    if (!form->json && !form->required && !strict) return true;
+    struct error err = {0};
+    if (make_grammar(g, form, &err)) return true;
+    return fault_set(f, 400, param, "%s", err.text);
+}
+
+// "auto", "none", "required" (or "any"), or the name of a tool.
+static bool choose_tools(struct generation *g, const char *mode, const char *tool, struct form *form,
+                         struct chat_prompt *p, struct fault *f) {
     g->tools = p->tools && p->tools->n ? p->tools : NULL;
     g->has_tools = g->tools != NULL;
-    if (!v || pyjson_is_text(v, "auto")) return true;
-    if (pyjson_is_text(v, "none")) {
+    form->tool = tool;
+    if (tool) form->parallel = false; // one call of this tool
+    form->required = tool || strcmp(mode, "required") == 0 || strcmp(mode, "any") == 0;
+    if (!form->required && strcmp(mode, "auto") != 0 && strcmp(mode, "none") != 0)
+        return fault_set(f, 400, "tool_choice",
+                         "tool_choice: expected \"auto\", \"none\", \"required\" or a tool, found \"%.40s\"", mode);
+    if (form->required && !g->has_tools)
+        return fault_set(f, 400, "tool_choice", "tool_choice: a tool must be called, but there are no tools");
+    if (strcmp(mode, "none") == 0 && !tool) {
         g->has_tools = false;
         p->tools = NULL;
-        return true;
     }
-    return fault_set(f, 400, "tool_choice", "tool_choice: expected \"auto\" or \"none\"");
+    return true;
+}
+
+static bool read_choice(struct generation *g, const struct pyjson *v, struct form *form, struct chat_prompt *p,
+                        struct fault *f) {
+    if (!v) return choose_tools(g, "auto", NULL, form, p, f);
+    if (v->type == PYJSON_STRING) return choose_tools(g, v->text, NULL, form, p, f);
+    const struct pyjson *name = field(v, "name");
+    if (!name) name = field(field(v, "function"), "name");
+    if (v->type != PYJSON_OBJECT || !name || name->type != PYJSON_STRING)
+        return fault_set(f, 400, "tool_choice", "tool_choice: expected a string, or an object that names a function");
+    return choose_tools(g, "required", name->text, form, p, f);
+}
+
+// {"type": "json_schema", ...}: `holder` is the object that has the schema.
+static bool read_format(const struct pyjson *format, const struct pyjson *holder, const char *param, struct form *form,
+                        struct fault *f) {
+    const struct pyjson *type = pyjson_get(format, "type"), *schema = field(holder, "schema");
+    if (!format || pyjson_is_text(type, "text")) return true;
+    form->json = true;
+    form->schema_where = param;
+    if (pyjson_is_text(type, "json_object")) return true;
+    if (!pyjson_is_text(type, "json_schema"))
+        return fault_set(f, 400, param, "%s: type must be \"text\", \"json_object\" or \"json_schema\"", param);
+    if (!schema) return fault_set(f, 400, param, "%s: json_schema needs a schema", param);
+    form->schema = schema;
+    return true;
 }
 
 bool format_read_openai(struct generation *g, const struct pyjson *body, struct chat_prompt *p, struct fault *f) {
+    struct form form = {.parallel = true};
     const struct pyjson *format = NULL;
-    if (!read_tool_choice(g, field(body, "tool_choice"), p, f) ||
-        !field_typed(body, "response_format", PYJSON_OBJECT, &format, f))
-        return false;
-    if (format && !pyjson_is_text(pyjson_get(format, "type"), "text"))
-        return fault_set(f, 400, "response_format", "response_format: expected type \"text\"");
-    return true;
+    return field_bool(body, "parallel_tool_calls", &form.parallel, f) &&
+           read_choice(g, field(body, "tool_choice"), &form, p, f) &&
+           field_typed(body, "response_format", PYJSON_OBJECT, &format, f) &&
+           read_format(format, field(format, "json_schema"), "response_format", &form, f) &&
+           finish(g, &form, form.json ? "response_format" : "tools", f);
 }
 
 bool format_read_anthropic(struct generation *g, const struct pyjson *body, struct chat_prompt *p, struct fault *f) {
-    const struct pyjson *choice = NULL;
-    if (!field_typed(body, "tool_choice", PYJSON_OBJECT, &choice, f)) return false;
-    return read_tool_choice(g, choice ? field(choice, "type") : NULL, p, f);
+    struct form form = {.parallel = true};
+    const struct pyjson *choice = NULL, *config = NULL, *format = NULL;
+    bool alone = false;
+    if (!field_typed(body, "tool_choice", PYJSON_OBJECT, &choice, f) ||
+        !field_typed(body, "output_config", PYJSON_OBJECT, &config, f) ||
+        !field_typed(body, "output_format", PYJSON_OBJECT, &format, f) ||
+        !field_bool(choice, "disable_parallel_tool_use", &alone, f) ||
+        (config && !field_typed(config, "format", PYJSON_OBJECT, &format, f)))
+        return false;
+    form.parallel = !alone;
+    const struct pyjson *type = field(choice, "type"), *name = field(choice, "name");
+    if (choice && (!type || type->type != PYJSON_STRING))
+        return fault_set(f, 400, "tool_choice", "tool_choice: type must be \"auto\", \"any\", \"tool\" or \"none\"");
+    if (pyjson_is_text(type, "tool") && (!name || name->type != PYJSON_STRING))
+        return fault_set(f, 400, "tool_choice", "tool_choice: a tool must be named");
+    bool named = pyjson_is_text(type, "tool");
+    return choose_tools(g, type && !named ? type->text : "auto", named ? name->text : NULL, &form, p, f) &&
+           read_format(format, format, "output_config", &form, f) &&
+           finish(g, &form, form.json ? "output_config" : "tools", f);
 }
 
 bool format_read_responses(struct generation *g, const struct pyjson *body, struct chat_prompt *p, struct fault *f) {
-    const struct pyjson *text = NULL, *format;
-    if (!read_tool_choice(g, field(body, "tool_choice"), p, f) || !field_typed(body, "text", PYJSON_OBJECT, &text, f))
-        return false;
-    format = text ? field(text, "format") : NULL;
-    if (format && !pyjson_is_text(pyjson_get(format, "type"), "text"))
-        return fault_set(f, 400, "text", "text.format: expected type \"text\"");
-    return true;
+    struct form form = {.parallel = true};
+    const struct pyjson *text_field = NULL, *format = NULL;
+    return field_bool(body, "parallel_tool_calls", &form.parallel, f) &&
+           read_choice(g, field(body, "tool_choice"), &form, p, f) &&
+           field_typed(body, "text", PYJSON_OBJECT, &text_field, f) &&
+           field_typed(text_field, "format", PYJSON_OBJECT, &format, f) &&
+           read_format(format, format, "text", &form, f) && finish(g, &form, form.json ? "text" : "tools", f);
 }

@@ -86,6 +86,7 @@ void generation_free(struct generation *g) {
     free(g->bias_ids);
     free(g->bias);
     free(g->own);
+    grammar_free(&g->grammar);
     buffer_free(&g->scratch);
     arena_free(&g->arena);
     pthread_mutex_destroy(&g->fail_lock);
@@ -345,11 +346,12 @@ static const uint32_t *mask(void *user, size_t index) {
     const struct part *p = user;
     struct generation *g = p->g;
     struct choice *c = &g->choices[(size_t)(p - g->parts) * g->n + index];
-    return c->constraint ? constraint_mask(c->constraint, c->thinking, c->n_reasoning) : NULL;
+    return c->constraint ? constraint_mask(c->constraint, c) : NULL;
 }
 
 static int submit_part(struct generation *g, struct part *p, struct error *err) {
     bool only = g->max_tokens == 0;
+    if (g->grammar.n) g->sampling.ignore_end = false; // where the answer is complete, it ends
     tandem_request_options o = {.prompt = p->prompt.ids,
                                 .n_prompt = p->prompt.n,
                                 .max_tokens = g->max_tokens == SIZE_MAX ? 0 : g->max_tokens,
@@ -427,8 +429,14 @@ static bool on_token(struct generation *g, struct choice *c, const tandem_event 
     int32_t id = e->token.id;
     c->n_tokens++;
     note_token(g, c);
+    bool thought = c->thinking, complete = false;
     follow_thinking(c, id);
-    if (c->constraint) constraint_accept(c->constraint, id, c->thinking);
+    if (c->constraint) complete = !constraint_accept(c->constraint, id, thought || c->thinking);
+    if (c->constraint && constraint_failed(c->constraint)) {
+        fail(g, 400, constraint_failed(c->constraint));
+        generation_cancel(g);
+        return false;
+    }
     if (g->logprobs && g->writer->token) g->writer->token(c, e);
     if (engine_is_end(engine, id) || tokenizer_is_special(engine->tokenizer, id)) return true;
     size_t n = 0;
@@ -436,7 +444,7 @@ static bool on_token(struct generation *g, struct choice *c, const tandem_event 
     if (!bytes) return true; // a padding row of the embedding
     if (!buffer_append(&c->raw, bytes, n) || !token_ids_append(&c->ids, &id, 1)) c->failed = true;
     if (!stream_feed(c->stream, bytes, n, emit, c)) c->failed = true;
-    return !stream_stopped(c->stream) && !c->failed;
+    return !stream_stopped(c->stream) && !c->failed && !complete;
 }
 
 // Remembers what was said, for the next turn: all of it, as it stays in a tool loop, and what is behind the thinking.

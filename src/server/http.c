@@ -437,6 +437,10 @@ struct server *server_start(tandem_engine *engine, const struct server_options *
     s->epoll = epoll_create1(EPOLL_CLOEXEC);
     s->replies = replies_create();
     bool ok = s->epoll >= 0 && s->replies ? true : error_set(err, "cannot start: %s", strerror(errno));
+    if (ok)
+        s->vocabulary = vocabulary_create(engine->tokenizer, engine->model->config.n_vocab, engine->end_ids,
+                                          engine->n_end_ids, err);
+    ok = ok && s->vocabulary;
     if (ok && options->api_key_file) ok = (s->keys = keys_load(options->api_key_file, err)) != NULL;
     if (ok && load_tls(s, err) && start_threads(s, err) && listen_on(s, err)) return s;
     server_stop(s);
@@ -494,6 +498,7 @@ void server_stop(struct server *s) {
     if (s->epoll >= 0) close(s->epoll);
     keys_free(s->keys);
     replies_free(s->replies);
+    vocabulary_free(s->vocabulary);
     free(s->tls_cert);
     if (s->tls_key) memset(s->tls_key, 0, strlen(s->tls_key));
     free(s->tls_key);

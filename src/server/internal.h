@@ -80,6 +80,7 @@ struct metrics {          // guarded by the server's lock
 
 struct replies;
 struct keys;
+struct vocabulary;
 
 struct server {
     tandem_engine *engine;
@@ -101,6 +102,7 @@ struct server {
     struct metrics metrics;
     struct keys *keys;       // NULL: none are asked for
     struct replies *replies; // has a lock of its own
+    struct vocabulary *vocabulary;
 
     pthread_mutex_t job_lock;
     pthread_cond_t job_came;
