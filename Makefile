@@ -88,8 +88,11 @@ $(BUILD)/tests/%: $(BUILD)/tests/%.o $(BUILD)/libtandem_all.a
 	$(CC) $(LDFLAGS) -o $@ $< $(BUILD)/libtandem_all.a $(LDLIBS) -lcmocka
 
 # This one makes the library's allocations fail.
+# And an engine's functions, to see what the doctor says.
+SERVING_WRAPPED = kv_store_copy_page kv_trim kv_match model_forward
 WRAPPED = malloc calloc realloc aligned_alloc strdup strndup free
 $(BUILD)/tests/engine/test_out_of_memory: LDFLAGS += $(WRAPPED:%=-Wl,--wrap=%)
+$(BUILD)/tests/doctor/test_check_serving: LDFLAGS += $(SERVING_WRAPPED:%=-Wl,--wrap=%)
 
 .PHONY: unit
 unit: $(TEST_BIN)

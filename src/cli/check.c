@@ -98,16 +98,18 @@ static json_t *fault_json(const struct fault *f) {
 
 static json_t *stage_json(const struct stage_report *s) {
     static const char *const names[] = {[VERDICT_SKIPPED] = "skipped", [VERDICT_OK] = "ok", [VERDICT_FAULT] = "fault"};
-    json_t *faults = json_array(), *notes = json_array();
+    json_t *faults = json_array(), *notes = json_array(), *figures = json_object();
+    for (size_t i = 0; i < s->n_figures; i++)
+        json_object_set_new(figures, s->figures[i].name, number(s->figures[i].value));
     for (size_t i = 0; i < s->n_faults && i < MAX_FAULTS; i++) json_array_append_new(faults, fault_json(&s->faults[i]));
     for (const char *at = s->notes.data ? s->notes.data : ""; *at;) {
         size_t n = strcspn(at, "\n");
         json_array_append_new(notes, json_stringn(at, n));
         at += n + (at[n] == '\n');
     }
-    return json_pack("{s:s,s:s,s:I,s:f,s:s,s:I,s:o,s:o}", "name", s->name, "verdict", names[s->verdict], "checks",
+    return json_pack("{s:s,s:s,s:I,s:f,s:s,s:o,s:I,s:o,s:o}", "name", s->name, "verdict", names[s->verdict], "checks",
                      (json_int_t)s->n_checks, "seconds", s->seconds, "summary", s->summary.data ? s->summary.data : "",
-                     "n_faults", (json_int_t)s->n_faults, "faults", faults, "notes", notes);
+                     "figures", figures, "n_faults", (json_int_t)s->n_faults, "faults", faults, "notes", notes);
 }
 
 static json_t *report_json(const struct doctor *d, const struct doctor_report *report) {
@@ -151,9 +153,24 @@ static int examine(const struct doctor_options *options, bool json) {
     return status;
 }
 
+// --synthetic SHAPE [--type TYPE] in place of MODEL, as in bench. NULL: `status` is what to exit with.
+static const char *choose_model(const struct cli_options *o, char *text, size_t size, int *status) {
+    *status = EXIT_USAGE;
+    if (!o->given[OPT_SYNTHETIC]) {
+        if (o->given[OPT_TYPE]) return cli_usage("--type goes with --synthetic"), NULL;
+        *status = EXIT_FAULT;
+        return cli_model(o);
+    }
+    if (o->model) return cli_usage("expected MODEL or --synthetic, found both"), NULL;
+    snprintf(text, size, "synthetic:%.64s:%.32s", o->text[OPT_SYNTHETIC],
+             o->given[OPT_TYPE] ? o->text[OPT_TYPE] : "bf16");
+    return text;
+}
+
 static int run(const struct cli_options *o) {
     size_t threads = 0, seed = 1;
     uint32_t stages = 0;
+    int status = EXIT_FAULT;
     struct error err = {0};
     if (!cli_size(o, OPT_THREADS, 1, 1024, &threads) || !cli_size(o, OPT_SEED, 0, SIZE_MAX, &seed)) return EXIT_USAGE;
     if (o->given[OPT_STAGE] && !doctor_stages_parse(o->text[OPT_STAGE], &stages, &err))
@@ -161,8 +178,9 @@ static int run(const struct cli_options *o) {
     if (o->given[OPT_DEVICE] && strncmp(o->text[OPT_DEVICE], "cuda", 4) == 0)
         return cli_fail(
             "check: the stages run on the CPU so far; `make gpu-check` holds the GPU's ops against the oracle");
-    const char *model = cli_model(o);
-    if (!model) return EXIT_FAULT;
+    char synthetic[128];
+    const char *model = choose_model(o, synthetic, sizeof synthetic, &status);
+    if (!model) return status;
     bool json = o->given[OPT_JSON];
     struct cli_bar bar = {0};
     struct doctor_options options = {.model = model,
@@ -178,13 +196,13 @@ static int run(const struct cli_options *o) {
     return examine(&options, json);
 }
 
-static const enum option_id options[] = {OPT_STAGE,   OPT_THOROUGH, OPT_JSON, OPT_FUSION, OPT_KV_TYPE,
-                                         OPT_THREADS, OPT_ISA,      OPT_SEED, OPT_DEVICE, OPT_HELP};
+static const enum option_id options[] = {OPT_SYNTHETIC, OPT_TYPE,    OPT_STAGE, OPT_THOROUGH, OPT_JSON,   OPT_FUSION,
+                                         OPT_KV_TYPE,   OPT_THREADS, OPT_ISA,   OPT_SEED,     OPT_DEVICE, OPT_HELP};
 
 const struct command command_check = {
     .name = "check",
     .summary = "the doctor: prove that the fast path computes the model, or name what is wrong",
-    .usage = "[MODEL] [--stage LIST] [--thorough] [--json]",
+    .usage = "[MODEL | --synthetic SHAPE [--type TYPE]] [--stage LIST] [--thorough] [--json]",
     .details = "Stages: weights (what the file holds is what the model reads), ops (every op against its primitives, "
                "bit for bit,\n"
                "and against f64 arithmetic), model (whole runs against f64), serving (batch, chunks, pages, reuse and "

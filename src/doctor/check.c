@@ -79,6 +79,10 @@ void stage_note(struct stage_report *r, const char *format, ...) {
     (void)buffer_printf(&r->notes, "%s\n", line);
 }
 
+void stage_figure(struct stage_report *r, const char *name, double value) {
+    if (r->n_figures < MAX_FIGURES) r->figures[r->n_figures++] = (struct figure){name, value};
+}
+
 void doctor_report_free(struct doctor_report *report) {
     for (int i = 0; i < STAGE_COUNT; i++) {
         buffer_free(&report->stages[i].summary);

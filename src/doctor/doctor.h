@@ -55,6 +55,14 @@ struct fault {
 
 enum { MAX_FAULTS = 32 }; // kept for each stage; n_faults counts on
 
+// A number that a script may want.
+struct figure {
+    const char *name; // "kl_mean"; a constant
+    double value;
+};
+
+enum { MAX_FIGURES = 16 };
+
 struct stage_report {
     enum doctor_stage stage;
     const char *name; // "weights", "ops", "model", "serving"
@@ -63,8 +71,10 @@ struct stage_report {
     double seconds;
     size_t n_faults;                     // all that were found
     struct fault faults[MAX_FAULTS + 1]; // the first of them, in the order in which the model computes; and a spare
-    struct buffer summary;               // one line: what was covered and the figures that matter
-    struct buffer notes;                 // lines worth reading that are no fault
+    struct figure figures[MAX_FIGURES];
+    size_t n_figures;
+    struct buffer summary; // one line: what was covered and the figures that matter
+    struct buffer notes;   // lines worth reading that are no fault
 };
 
 // A cause that explains a fault, and how sure that is.
@@ -165,6 +175,7 @@ struct fault *stage_fault(struct stage_report *r, enum fault_kind kind, const ch
 void fault_say(struct fault *f, const char *format, ...) __attribute__((format(printf, 2, 3)));
 // A line of the stage's notes, without the newline.
 void stage_note(struct stage_report *r, const char *format, ...) __attribute__((format(printf, 2, 3)));
+void stage_figure(struct stage_report *r, const char *name, double value);
 void doctor_progress(const struct doctor *d, double fraction); // of the stage in progress
 
 // A run of one prompt through model_forward on KV of its own, teacher-forced.

@@ -396,6 +396,8 @@ static bool keep_position(struct stage *s, const struct position_result *p) {
     return true;
 }
 
+enum { SHOWN_TIES = 3 };
+
 // A best token that is not T's: a tie when T's margin is within what Hugging Face's rounding moves a logit by.
 static void judge_mismatch(struct stage *s, const struct doctor_prompt *p, size_t position,
                            const struct position_result *r, size_t n_vocab) {
@@ -403,7 +405,7 @@ static void judge_mismatch(struct stage *s, const struct doctor_prompt *p, size_
     bool tie = r->margin <= 6 * noise;
     if (r->best == r->best_t) return;
     if (tie) {
-        if (++s->n_ties <= 8)
+        if (++s->n_ties <= SHOWN_TIES)
             stage_note(s->r,
                        "%s, position %zu: the best token is %zu, T's is %zu: a tie (T's margin %.3g, a logit's error "
                        "%.3g)",
@@ -510,42 +512,60 @@ static double mean(const double *x, size_t n) {
     return sum / (double)n;
 }
 
-// The logits' RMS error is at most half of H's (DESIGN.md section 3), and a little more in a model of few layers, where
-// less of H's rounding of the residual stream has added up. A product that rounds its input to int8 cannot
-// promise that: it is held to T op by op, and what it costs is told.
+// H's error is at least twice ours in a trained model (DESIGN.md section 3). Random weights, which do not amplify what
+// the residual stream loses in H, come to 0.5 as well: that is told, and an error of 0.7 is a fault. A product that
+// rounds its input to int8 cannot promise either: it is held to T op by op, and what it costs is told.
+static void judge_ratio(struct stage *s, double ours, double theirs) {
+    double floor = 1e-6; // of a model whose logits H, too, computes exactly
+    double ratio = theirs > floor ? ours / theirs : 0;
+    s->r->n_checks++;
+    if (s->quantised || ours <= 0.5 * theirs + floor) return;
+    if (ours <= 0.7 * theirs + floor) {
+        stage_note(s->r, "the logits' error is %.2f of H's: more than the half that trained models stay below", ratio);
+        return;
+    }
+    struct fault *f = stage_fault(s->r, FAULT_LOGITS, "logits: RMS error at most half of H's");
+    snprintf(f->tensor, sizeof f->tensor, "logits");
+    f->prompt = 0;
+    f->expected = 0.5 * theirs;
+    f->found = ours;
+    fault_say(
+        f,
+        "logits: RMS error %.3g against T over %zu positions, Hugging Face's rounding has %.3g: %.2f of it, where "
+        "at most 0.50 is right",
+        ours, s->n_positions, theirs, ratio);
+}
+
 static void judge_totals(struct stage *s) {
     size_t n = s->n_positions, values = n * s->d->model->config.n_vocab;
     if (n == 0) return;
     double ours = sqrt(s->squares / (double)values), theirs = sqrt(s->squares_h / (double)values);
     double ratio = theirs > 0 ? ours / theirs : 0, mean_kl = mean(s->kl, n), mean_h = mean(s->kl_h, n);
-    double size_floor = 1e-6; // of a model whose logits H, too, computes exactly
-    double limit = 0.5 + 0.5 / (double)s->d->model->config.n_layers;
-    s->r->n_checks++;
-    if (!s->quantised && !(ours <= limit * theirs + size_floor)) {
-        struct fault *f = stage_fault(s->r, FAULT_LOGITS, "logits: RMS error at most half of H's");
-        snprintf(f->tensor, sizeof f->tensor, "logits");
-        f->prompt = 0;
-        f->expected = limit * theirs;
-        f->found = ours;
-        fault_say(f,
-                  "logits: RMS error %.3g against T over %zu positions, Hugging Face's rounding has %.3g: %.2f of it, "
-                  "where at "
-                  "most 0.50 is right",
-                  ours, n, theirs, ratio);
-    }
+    judge_ratio(s, ours, theirs);
     qsort(s->kl, n, sizeof *s->kl, by_size);
     qsort(s->kl_h, n, sizeof *s->kl_h, by_size);
-    (void)buffer_printf(
-        &s->r->summary,
-        "%zu layers judged in place; %zu prompts, %zu positions: error %.2f of H's, KL %.2g (H %.2g), best token "
-        "%zu/%zu (H %zu)",
-        s->n_layers, s->n_prompts, n, ratio, mean_kl, mean_h, s->n_agree, n, s->n_agree_h);
-    stage_note(s->r,
-               "logits: RMS error %.3g, H %.3g; KL(T || ours) mean %.3g, p99.9 %.3g; KL(T || H) mean %.3g, p99.9 %.3g",
-               ours, theirs, mean_kl, quantile(s->kl, n, 0.999), mean_h, quantile(s->kl_h, n, 0.999));
-    if (s->n_ties > 8) stage_note(s->r, "%zu more ties", s->n_ties - 8);
+    double p999 = quantile(s->kl, n, 0.999), p999_h = quantile(s->kl_h, n, 0.999);
+    const struct figure figures[] = {{"positions", (double)n},
+                                     {"logits_rms_error", ours},
+                                     {"logits_rms_error_h", theirs},
+                                     {"kl_mean", mean_kl},
+                                     {"kl_p999", p999},
+                                     {"kl_mean_h", mean_h},
+                                     {"kl_p999_h", p999_h},
+                                     {"top1_agreement", (double)s->n_agree / (double)n},
+                                     {"top1_agreement_h", (double)s->n_agree_h / (double)n},
+                                     {"ties", (double)s->n_ties}};
+    for (size_t i = 0; i < sizeof figures / sizeof figures[0]; i++)
+        stage_figure(s->r, figures[i].name, figures[i].value);
+    (void)buffer_printf(&s->r->summary,
+                        "%zu layers judged in place; %zu prompts, %zu positions: error %.2f of H's, KL %.2g (H %.2g), "
+                        "best token %zu/%zu (H %zu)",
+                        s->n_layers, s->n_prompts, n, ratio, mean_kl, mean_h, s->n_agree, n, s->n_agree_h);
+    stage_note(s->r, "logits: RMS error %.3g, H %.3g; KL(T || ours) p99.9 %.3g, KL(T || H) p99.9 %.3g", ours, theirs,
+               p999, p999_h);
+    if (s->n_ties > SHOWN_TIES) stage_note(s->r, "%zu more ties", s->n_ties - SHOWN_TIES);
     if (s->quantised)
-        stage_note(s->r, "%s weights: their products round the input to int8, which is most of the KL of %.3g",
+        stage_note(s->r, "%s weights: rounding the input of their products to int8 costs a KL of %.3g",
                    dtype_info(s->d->model->layers[0].w_down.type)->name, mean_kl);
 }
 

@@ -491,11 +491,12 @@ static void close_stage(struct stage *s) {
     for (size_t i = 0; i < s->n_pools; i++) pool_free(s->pools[i]);
 }
 
-// How many tokens the sweep's prompt has: fewer where a layer is so large that it would take minutes.
+// How many tokens the sweep's prompt has: fewer where a layer is so large that it would take minutes, or in a hurry.
 static size_t prompt_tokens(const struct stage *s) {
     const struct model_config *c = &s->d->model->config;
     size_t per_token = (2 * c->n_heads + 2 * c->n_kv_heads) * c->head_dim * c->hidden + 3 * c->n_ff * c->hidden;
-    size_t n = per_token > ((size_t)1 << 27) && !s->d->options.thorough ? 65 : MAX_TOKENS;
+    bool few = per_token > ((size_t)1 << 27) || s->d->options.budget < 10;
+    size_t n = few && !s->d->options.thorough ? 65 : MAX_TOKENS;
     return n < c->context ? n : c->context;
 }
 
@@ -507,7 +508,7 @@ static bool check_layer(struct stage *s, int layer, bool full) {
     arena_free(&arena);
     ok = ok && check_ragged(s, w, layer, &arena);
     arena_free(&arena);
-    s->most_tokens = n;
+    if (n > s->most_tokens) s->most_tokens = n;
     s->n_layers++;
     return ok;
 }
@@ -516,8 +517,9 @@ static bool check_layers(struct stage *s) {
     size_t n = s->d->model->config.n_layers, order[3] = {0, n - 1, n / 2}, n_first = n < 3 ? n : 3;
     double left = s->d->deadline - clock_seconds();
     s->layer_budget = s->d->options.thorough ? INFINITY : left / 6;
+    bool small = s->d->model->weight_bytes < ((size_t)128 << 20);
     for (size_t i = 0; i < n_first; i++) {
-        if (!check_layer(s, (int)order[i], true)) return false;
+        if (!check_layer(s, (int)order[i], i == 0 || small || s->d->options.thorough)) return false;
         doctor_progress(s->d, 0.1 + 0.6 * (double)(i + 1) / (double)n_first);
     }
     for (size_t i = 0; i < n && n > 3; i++) {
@@ -531,6 +533,10 @@ static bool check_layers(struct stage *s) {
 
 static void summarise(struct stage *s) {
     struct buffer *b = &s->r->summary;
+    stage_figure(s->r, "values_judged", (double)s->judged.n_values);
+    stage_figure(s->r, "worst_error_over_h", s->judged.worst_of_h);
+    stage_figure(s->r, "worst_error_over_bound", s->judged.worst_of_bound);
+    stage_figure(s->r, "int8_input_cost", s->judged.quantised_cost);
     size_t n = s->d->model->config.n_layers;
     (void)buffer_printf(
         b, "%zu of %zu layers, %zu token counts to %zu, contexts to %zu, %zu instruction set%s, threads 1-8",

@@ -358,27 +358,28 @@ static void run_attention(const struct op_case *c, const struct op_ctx *ctx, str
                                               .q = b->q,
                                               .k = b->k,
                                               .v = b->v});
-    ops_qk_norm_rope_store(ctx, &(struct qk_norm_rope_store_args){.batch = &s->batch,
-                                                                  .n_heads = m->n_heads,
-                                                                  .n_kv_heads = m->n_kv_heads,
-                                                                  .head_dim = m->head_dim,
-                                                                  .q_norm = w->q_norm,
-                                                                  .k_norm = w->k_norm,
-                                                                  .eps = eps,
-                                                                  .cos_sin = b->cos_sin,
-                                                                  .q = b->q,
-                                                                  .k = b->k,
-                                                                  .v = b->v,
-                                                                  .kv = &s->kv});
+    struct qk_norm_rope_store_args store = {.batch = &s->batch,
+                                            .n_heads = m->n_heads,
+                                            .n_kv_heads = m->n_kv_heads,
+                                            .head_dim = m->head_dim,
+                                            .q_norm = w->q_norm,
+                                            .k_norm = w->k_norm,
+                                            .eps = eps,
+                                            .cos_sin = b->cos_sin,
+                                            .q = b->q,
+                                            .k = b->k,
+                                            .v = b->v,
+                                            .kv = &s->kv};
+    struct attention_args attention = {.batch = &s->batch,
+                                       .n_heads = m->n_heads,
+                                       .n_kv_heads = m->n_kv_heads,
+                                       .head_dim = m->head_dim,
+                                       .scale = (float)(1 / sqrt((double)m->head_dim)),
+                                       .q = b->q,
+                                       .kv = &s->kv,
+                                       .out = b->attn};
+    ops_rope_attention(ctx, &(struct rope_attention_args){&store, &attention});
     read_stored(s, out);
-    ops_attention(ctx, &(struct attention_args){.batch = &s->batch,
-                                                .n_heads = m->n_heads,
-                                                .n_kv_heads = m->n_kv_heads,
-                                                .head_dim = m->head_dim,
-                                                .scale = (float)(1 / sqrt((double)m->head_dim)),
-                                                .q = b->q,
-                                                .kv = &s->kv,
-                                                .out = b->attn});
     ops_out_residual(ctx,
                      &(struct proj_residual_args){
                          .n_tokens = out->n_rows, .in = b->attn, .w = &w->wo, .projected = b->projected, .x = b->x});

@@ -131,9 +131,24 @@ static void expect_same(struct stage *s, const char *check, const char *variant,
     }
 }
 
+// KV pages that nobody holds become NaN: what a check computed must not be there when the next one forgets to.
+static void poison_free_pages(tandem_engine *e) {
+    const struct kv_store *kv = &e->kv;
+    for (size_t page = 0; page < kv->n_pages; page++) {
+        if (e->pages.uses[page] > 0 || kv_is_cached(&e->pages, (int32_t)page)) continue;
+        for (size_t i = 0; i < kv->n_layers; i++) {
+            const struct kv_layer *l = &kv->layers[i];
+            size_t bytes = l->n_kv_heads * KV_PAGE_TOKENS * l->head_dim * (l->type == DTYPE_F32 ? 4 : 2);
+            memset((unsigned char *)l->k + page * bytes, 0xFF, bytes);
+            memset((unsigned char *)l->v + page * bytes, 0xFF, bytes);
+        }
+    }
+}
+
 // The prompt alone in a fresh session.
 static bool ask(struct stage *s, tandem_engine *e, const char *check, const char *variant) {
     struct outcome o = {0};
+    poison_free_pages(e);
     tandem_session *t = new_session(s, e, s->prompt, s->n);
     if (!t) return false;
     continue_alone(t, REPLY, &o);
@@ -180,6 +195,7 @@ static bool check_chunks(struct stage *s) {
 static bool check_pieces(struct stage *s) {
     int32_t ids[MAX_PROMPT + REPLY];
     char why[256];
+    poison_free_pages(s->engine);
     memcpy(ids, s->prompt, s->n * sizeof *ids);
     memcpy(ids + s->n, s->plain.id, REPLY * sizeof *ids);
     tandem_session *t = new_session(s, s->engine, ids, s->n + REPLY - 1);
@@ -236,6 +252,7 @@ static bool check_reuse(struct stage *s) {
     char why[256];
     size_t reused = 0;
     struct outcome a = {0}, b = {0}, c = {0}, f = {0}, g = {0}, ignored = {0};
+    poison_free_pages(s->engine);
     memcpy(ids, s->prompt, s->n * sizeof *ids);
     ids[s->n * 2 / 3] = s->other[0]; // the beginning is the prompt's, the rest is computed for nothing
     tandem_session *t = new_session(s, s->engine, ids, s->n);
@@ -283,6 +300,7 @@ static bool check_batch(struct stage *s, size_t n, size_t mine) {
     struct outcome o = {0};
     char variant[64];
     bool ok = true;
+    poison_free_pages(s->engine);
     for (size_t i = 0; ok && i < n; i++) {
         size_t from = i % 7, length = 1 + (i * 5) % 19;
         if (from + length > s->n) from = 0, length = 1;
@@ -408,6 +426,7 @@ static bool submit_all(struct stage *s, tandem_engine *e, struct answers *a, siz
 static bool check_requests(struct stage *s) {
     struct answers a;
     char variant[64];
+    poison_free_pages(s->engine);
     for (int round = 0; round < 2; round++) {
         if (!submit_all(s, s->engine, &a, 4, REPLY, false)) return false;
         for (size_t i = 0; i < 4; i += 2) {
@@ -476,19 +495,8 @@ static bool check_standard(struct stage *s) {
     return ok;
 }
 
-// All that no step in progress needs is NaN: activations, and KV pages that nobody holds.
 static bool check_poison(struct stage *s) {
     run_poison(s->engine->run);
-    const struct kv_store *kv = &s->engine->kv;
-    for (size_t page = 0; page < kv->n_pages; page++) {
-        if (s->engine->pages.uses[page] > 0 || kv_is_cached(&s->engine->pages, (int32_t)page)) continue;
-        for (size_t i = 0; i < kv->n_layers; i++) {
-            const struct kv_layer *l = &kv->layers[i];
-            size_t bytes = l->n_kv_heads * KV_PAGE_TOKENS * l->head_dim * (l->type == DTYPE_F32 ? 4 : 2);
-            memset((unsigned char *)l->k + page * bytes, 0xFF, bytes);
-            memset((unsigned char *)l->v + page * bytes, 0xFF, bytes);
-        }
-    }
     return ask(s, s->engine, "unused memory does not matter", "activations and unused KV are NaN");
 }
 
@@ -537,6 +545,9 @@ bool stage_serving(struct doctor *d, struct stage_report *r, struct error *err) 
     bool ok = open_stage(&s) && run_checks(&s);
     tandem_close(s.engine);
     if (!ok) return false;
+    stage_figure(r, "ways", (double)s.n_ways);
+    stage_figure(r, "preemptions", (double)s.n_preemptions);
+    stage_figure(r, "cached_tokens", (double)s.n_cached);
     (void)buffer_printf(
         &r->summary,
         "%zu ways to ask for the same %d tokens: chunks, batches to %d, pages, forks, reuse, preemption "

@@ -172,9 +172,9 @@ static void gelu_for_silu(void **state) {
     one_wrong("silu_mul", 0, spoil_silu);
 }
 
-static void combine_halves(float *out, const float *block_max, const float *block_sum, const float *o, size_t n_blocks,
-                           size_t head_dim) {
-    right->attn_combine(out, block_max, block_sum, o, n_blocks, head_dim);
+static void combine_halves(const struct op_ctx *ctx, float *out, const float *block_max, const float *block_sum,
+                           const float *o, size_t n_blocks, size_t head_dim) {
+    right->attn_combine(ctx, out, block_max, block_sum, o, n_blocks, head_dim);
     if (n_blocks > 64) out[0] *= 1.001f; // a silent limit of 2,048 positions
 }
 static void spoil_combine(struct ops *o) {
