@@ -73,6 +73,9 @@ enum option_id {
     OPT_FUSIONS,
     OPT_MANIFEST,
     OPT_PURE,
+    OPT_TEXT_FILE,
+    OPT_SAVE_LOGITS,
+    OPT_KLD,
     OPT_FORCE,
     OPT_MODEL,
     OPT_HOST,
@@ -117,7 +120,8 @@ struct command {
 };
 
 extern const struct command command_chat, command_run, command_tokenize, command_template, command_inspect,
-    command_trace, command_diff, command_check, command_bench, command_replay, command_quantize, command_serve;
+    command_trace, command_diff, command_check, command_bench, command_replay, command_quantize, command_perplexity,
+    command_serve;
 
 // Says `tandem: SUBCOMMAND: ...` on stderr and returns EXIT_FAULT (cli_usage: EXIT_USAGE).
 int cli_fail(const char *format, ...) __attribute__((format(printf, 1, 2)));

@@ -17,8 +17,9 @@
 #endif
 
 static const struct command *const commands[] = {
-    &command_chat,  &command_serve, &command_run,   &command_tokenize, &command_template, &command_inspect,
-    &command_trace, &command_diff,  &command_check, &command_bench,    &command_replay,   &command_quantize};
+    &command_chat,    &command_serve,    &command_run,       &command_tokenize, &command_template,
+    &command_inspect, &command_trace,    &command_diff,      &command_check,    &command_bench,
+    &command_replay,  &command_quantize, &command_perplexity};
 enum { N_COMMANDS = sizeof commands / sizeof commands[0] };
 
 static void print_usage(FILE *to) {
