@@ -126,6 +126,8 @@ extern const struct command command_chat, command_run, command_tokenize, command
 // Says `tandem: SUBCOMMAND: ...` on stderr and returns EXIT_FAULT (cli_usage: EXIT_USAGE).
 int cli_fail(const char *format, ...) __attribute__((format(printf, 1, 2)));
 int cli_usage(const char *format, ...) __attribute__((format(printf, 1, 2)));
+// Has cli_usage been called? What a number in an option does not allow shows only when it is read.
+bool cli_usage_was_wrong(void);
 void cli_set_command(const char *name); // for those messages; called once by main
 
 // Parses argv[1..] of a subcommand. false: `*status` is what to exit with (help was shown, or usage was wrong).

@@ -33,13 +33,20 @@ int cli_fail(const char *format, ...) {
     return EXIT_FAULT;
 }
 
+static bool usage_was_wrong;
+
 int cli_usage(const char *format, ...) {
+    usage_was_wrong = true;
     va_list args;
     va_start(args, format);
     complain(format, args);
     va_end(args);
     fprintf(stderr, "try: tandem %s%s--help\n", command_name, *command_name ? " " : "");
     return EXIT_USAGE;
+}
+
+bool cli_usage_was_wrong(void) {
+    return usage_was_wrong;
 }
 
 // ---- Opening
@@ -140,11 +147,7 @@ struct tokenizer *cli_open_tokenizer(const struct cli_options *o, enum template_
     buffer_free(&path);
     const char *name = o->text[OPT_TEMPLATE];
     if (tok && !name) *kind = template_recognise(tokenizer_chat_template(tok));
-    if (tok && name && !template_from_name(name, kind)) {
-        error_set(&err, "--template: expected one of %s, found \"%s\"", template_names(), name);
-        tokenizer_free(tok);
-        tok = NULL;
-    }
+    else if (tok) template_from_name(name, kind); // a name that is known: cli_parse saw to it
     if (!tok) cli_fail("%s", err.text);
     return tok;
 }

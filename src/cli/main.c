@@ -93,6 +93,7 @@ int main(int argc, char **argv) {
         int status;
         if (!cli_parse(commands[i], argc - 1, argv + 1, &options, &status)) return status;
         status = commands[i]->run(&options);
+        if (status == EXIT_FAULT && cli_usage_was_wrong()) status = EXIT_USAGE;
         if (!cli_flush()) return EXIT_FAULT;
         if (file_guard_tripped() && status == EXIT_GOOD)
             return cli_fail("a model file was truncated while it was in use: the result is not to be trusted");

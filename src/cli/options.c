@@ -136,6 +136,11 @@ static bool take(struct cli_options *o, enum option_id id, const char *argument,
         *status = cli_usage("--logit-bias: expected ID:NUMBER (at most %d times), found \"%s\"", MAX_BIASES, argument);
         return false;
     }
+    enum template_kind kind;
+    if (id == OPT_TEMPLATE && !template_from_name(argument, &kind)) {
+        *status = cli_usage("--template: expected one of %s, found \"%s\"", template_names(), argument);
+        return false;
+    }
     if (id == OPT_DEVICE && strcmp(argument, "auto") != 0 && strcmp(argument, "cpu") != 0 &&
         strcmp(argument, "cuda") != 0 && strncmp(argument, "cuda:", 5) != 0) {
         *status = cli_usage("--device: expected auto, cpu, cuda or cuda:N, found \"%s\"", argument);

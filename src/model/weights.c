@@ -265,7 +265,10 @@ static bool read_config_file(const char *folder, const char *file, bool optional
     *out = NULL;
     if (!buffer_printf(&path, "%s/%s", folder, file)) return error_set(err, "out of memory");
     bool ok = true;
-    if (!optional || file_exists(path.data)) {
+    if (!optional && !file_exists(path.data) && !file_is_broken_link(path.data)) {
+        ok = error_set(err, "%s holds no %s: expected a model's folder in Hugging Face's layout, or a .gguf file",
+                       folder, file);
+    } else if (!optional || file_exists(path.data)) {
         *out = json_load_path(path.data, MAX_CONFIG_BYTES, err);
         ok = *out != NULL;
     }

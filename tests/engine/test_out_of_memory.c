@@ -138,6 +138,12 @@ static bool generate(char *err, size_t err_size) {
     return ok;
 }
 
+#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
+enum { SLOWER = 12 };
+#else
+enum { SLOWER = 1 };
+#endif
+
 // Runs `work` with its n-th allocation failing, for every n (every `step`-th beyond the first 60), once and for good.
 static void fail_each(const char *name, work_fn *work, long step) {
     char err[1024] = "";
@@ -150,7 +156,7 @@ static void fail_each(const char *name, work_fn *work, long step) {
     assert_int_equal(atomic_load(&live), before);
     assert_true(total > 0);
     for (int mode = 0; mode < 2; mode++) {
-        for (long n = 1; n <= total; n += n < 60 ? 1 : step) {
+        for (long n = 1; n <= total; n += n < 60 / SLOWER ? 1 : step * SLOWER) {
             err[0] = '\0';
             fail_on = mode == 1;
             atomic_store(&made, 0);
