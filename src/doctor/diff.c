@@ -431,10 +431,17 @@ double diff_growth(const char *op) {
     return 2; // embed: rounding of its own
 }
 
+// What rounding explains without any growth. RoPE's angle is position * rate, in f32 in most engines: off by up to its
+// own roundoff times the position, in absolute terms.
+static double base_of(const struct diff *d, const struct diff_tensor *t) {
+    double base = larger(d->roundoff, t->input_error), angle = (double)(d->positions[d->n_rows - 1] + 1) * 0x1p-24;
+    return strcmp(t->op, "rope") == 0 && d->roundoff >= 0x1p-24 ? larger(base, angle) : base;
+}
+
 // Where inputs are already far apart, growth alone would allow any output: half of the values' size, or thrice the
 // inputs' error, is then the limit.
-static double limit_of(const struct diff_tensor *t, double roundoff) {
-    double base = larger(roundoff, t->input_error);
+static double limit_of(const struct diff *d, const struct diff_tensor *t) {
+    double base = base_of(d, t);
     return fmin(diff_growth(t->op) * base, fmax(0.5, 3 * base));
 }
 
@@ -521,7 +528,7 @@ static bool judge(struct diff *d, struct error *err) {
                 t_layer != (parts[part].in_layer ? layer : -1))
                 continue;
             t->input_error = input;
-            t->limit = limit_of(t, d->roundoff);
+            t->limit = limit_of(d, t);
             *error = t->error;
             at++;
         }
@@ -564,7 +571,7 @@ void diff_free(struct diff *d) {
 // Above this a row, head or column counts as wrong: a little more than what the inputs explain, or, where nothing is
 // above that, half the largest error.
 static double threshold(const struct diff *d, const struct diff_tensor *t, const double *errors, size_t n) {
-    double largest = 0, base = 2.5 * larger(d->roundoff, t->input_error);
+    double largest = 0, base = 2.5 * base_of(d, t);
     for (size_t i = 0; i < n; i++) largest = larger(largest, errors[i]);
     return t->departs && largest > base ? base : isfinite(largest) ? largest / 2 : 1e300;
 }
