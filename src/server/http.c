@@ -22,7 +22,8 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { DEFAULT_BODY = 8 << 20, DEFAULT_CONNECTIONS = 16384, HEAD_BYTES = 32 << 10 };
+// A body that is too large is read and thrown away up to DISCARD bytes, so that the client gets to read why.
+enum { DISCARD = 64 << 20, DEFAULT_BODY = 8 << 20, DEFAULT_CONNECTIONS = 16384, HEAD_BYTES = 32 << 10 };
 
 // ---- Heads
 
@@ -66,7 +67,7 @@ static int check_head(struct exchange *x, struct MHD_Connection *c, const char *
         char *end;
         errno = 0;
         unsigned long long n = strtoull(length, &end, 10);
-        if (errno || *end || n > s->options.max_body) return *why = NULL, 413;
+        if (errno || *end || n > DISCARD) return *why = NULL, 413;
     }
     return 0;
 }
@@ -216,9 +217,14 @@ static enum MHD_Result on_request(void *user, struct MHD_Connection *c, const ch
         size_t n = *n_upload;
         *n_upload = 0;
         if (x->ready) return MHD_YES; // refused already
-        if (x->body.len + n > s->options.max_body) return too_large(x);
+        x->received_bytes += n;
+        if (x->received_bytes > s->options.max_body) {
+            buffer_free(&x->body);
+            return x->received_bytes > DISCARD ? MHD_NO : MHD_YES;
+        }
         return buffer_append(&x->body, upload, n) ? MHD_YES : MHD_NO;
     }
+    if (x->received_bytes > s->options.max_body) return too_large(x);
     if (!x->handed_over) {
         if (strcmp(x->route->method, "POST") == 0) return hand_over(s, x);
         set_deadline(s, c, 0);

@@ -42,6 +42,7 @@ struct exchange {
     const struct route *route;
     uint64_t number, tenant;
     struct buffer body;
+    size_t received_bytes;
     double received; // when its body was complete
     int fd;
     atomic_int refs;
