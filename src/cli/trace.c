@@ -238,12 +238,15 @@ static const char *const path_names[N_PATHS] = {"fused", "standard", "T", "H"};
 
 static bool trace_path(struct recorder *r, tandem_engine *e, enum path path, const struct token_ids *ids) {
     struct error err = {0};
+    struct cli_bar bar = {0};
+    struct log log = cli_log(&bar);
     bool ok;
     r->type = path == PATH_T ? DTYPE_F64 : DTYPE_F32;
-    r->log = &e->log;
+    r->log = &log;
     r->n_layers = e->model->config.n_layers;
     if (path == PATH_T || path == PATH_H) ok = trace_oracle(r, e, path == PATH_T ? ORACLE_T : ORACLE_H, ids, &err);
     else ok = engine_trace(e, ids->ids, ids->n, path == PATH_STANDARD ? 0 : e->fusion, record, r, &err);
+    r->log = NULL;
     if (!ok) cli_fail("%s", err.text);
     else if (r->out_of_memory) ok = cli_fail("out of memory for the traced tensors") == 0;
     return ok;

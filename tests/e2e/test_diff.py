@@ -1,10 +1,12 @@
 """`tandem diff`: healthy pairs of traces are equal or within rounding, a wrong weight or number is found where it acts."""
 import html.parser
+import importlib.util
 import json
 import os
 import shutil
 import struct
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -272,3 +274,13 @@ def test_text(traces, tmp_path):
     plot = {line.split()[0]: line for line in done.stdout.splitlines() if "#" in line}
     assert plot["layers.4.resid"].count("#") > plot["layers.3.resid"].count("#") and " ! " in plot["layers.4.resid"]
     assert " ! " not in plot["layers.3.resid"]
+
+
+def test_hf_trace_says_what_it_needs():
+    """The tool for transformers, here without torch; `make test-hf` runs it."""
+    script = [sys.executable, "tools/hf_trace.py"]
+    done = subprocess.run([*script, "--help"], capture_output=True, text=True, check=True)
+    assert "tandem diff" in done.stdout and "--positions" in done.stdout
+    if importlib.util.find_spec("torch") is None:
+        done = subprocess.run([*script, TINY, "--ids", "1", "-o", "x"], capture_output=True, text=True)
+        assert done.returncode == 1 and "requirements-hf.txt" in done.stderr and "Traceback" not in done.stderr
