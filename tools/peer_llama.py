@@ -101,7 +101,7 @@ def main():
     try:
         peer = Llama(args.model, args.threads, max([*args.prefill, *(d + 64 for d in args.depth), 256]))
     except ImportError:
-        sys.exit("peer_llama.py needs llama-cpp-python; see --help's first lines in the source")
+        sys.exit("peer_llama.py needs llama-cpp-python; the head of this file says how to build it")
     tests = [("prefill", n) for n in args.prefill] + [("decode", d) for d in args.depth]
     results = []
     for kind, n in tests:
@@ -117,8 +117,10 @@ def main():
                                         str(n))
                     ours.append(tps)
                     shares.append(share)
-            print(f"\r{kind} {n}: {r + 1} of {args.repeat} ", end="", file=sys.stderr, flush=True)
-        print("\r\033[K", end="", file=sys.stderr, flush=True)
+            if sys.stderr.isatty():
+                print(f"\r\033[K{kind} {n}: {r + 1} of {args.repeat} ", end="", file=sys.stderr, flush=True)
+        if sys.stderr.isatty():
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
         ratios = sorted(a / b for a, b in zip(ours, theirs))
         results.append({"kind": kind, "n": n, "tandem_tps": statistics.median(ours), "llama_tps": statistics.median(theirs),
                         "ratio": {"median": statistics.median(ratios), "min": ratios[0], "max": ratios[-1]},

@@ -1,6 +1,7 @@
 // bench.c: `tandem bench`: what is to be measured, and how it is told: a table, JSON or CSV. Measuring is
 // bench_run.c's.
 #include "cli/bench_run.h"
+#include "cli/bench_workload.h"
 #include "cli/cli.h"
 
 #include "base/size.h"
@@ -89,8 +90,12 @@ static bool parse_request(const struct cli_options *o, struct request *r) {
         !cli_size(o, OPT_CHUNK, 1, 65536, &r->chunk) || !parse_fusion(o, r))
         return false;
     if (o->given[OPT_JSON] && o->given[OPT_CSV]) return cli_usage("expected one of --json and --csv"), false;
-    if (o->given[OPT_WORKLOAD] && strcmp(o->text[OPT_WORKLOAD], "offline-256") != 0)
-        return cli_usage("--workload: expected offline-256, found \"%s\"", o->text[OPT_WORKLOAD]), false;
+    if (o->given[OPT_WORKLOAD] && workload_requests(o->text[OPT_WORKLOAD]) == 0)
+        return cli_usage("--workload: expected offline-256, or offline-N for its first N requests, found \"%s\"",
+                         o->text[OPT_WORKLOAD]),
+               false;
+    if (o->given[OPT_WORKLOAD] && (r->n_fusions > 1 || r->n_batch > 1))
+        return cli_usage("--workload goes with one --batch and one --fusion"), false;
     r->max_seconds = o->given[OPT_REPEAT] ? INFINITY : 20;
     r->chosen = asks_decode || o->given[OPT_PREFILL];
     r->decode = asks_decode || !r->chosen;
@@ -235,7 +240,8 @@ static bool finish_report(struct report *rep) {
                                         rep->bandwidth.median, "bandwidth", spread_json(rep->bandwidth),
                                         "bandwidth_buffer_bytes", (json_int_t)rep->buffer_bytes, "results",
                                         rep->results));
-    if (!rep->csv)
+    if (!rep->csv && rep->buffer_bytes == 0) printf("\n%s, %s, %d threads\n", rep->cpu, rep->device, rep->threads);
+    else if (!rep->csv)
         printf("\n%s, %s, %d threads; reads %.1f GB/s (%.1f to %.1f, buffer of %.0f MB)\n", rep->cpu, rep->device,
                rep->threads, rep->bandwidth.median, rep->bandwidth.min, rep->bandwidth.max,
                (double)rep->buffer_bytes / 1e6);
@@ -314,6 +320,60 @@ static bool run_model(const struct cli_options *o, const struct request *r, stru
     return ok;
 }
 
+// A workload: its own engine, with the KV that it needs; results as of the other kinds.
+static bool run_workload(const struct cli_options *o, const struct request *r, struct report *rep, const char *model) {
+    size_t n = workload_requests(o->text[OPT_WORKLOAD]), batch = r->n_batch ? r->batch[0] : n;
+    size_t kv_tokens = workload_kv_tokens(o, model, n, bench_available_memory() / 10 * 7);
+    if (kv_tokens == 0) return false;
+    tandem_options base = {.model = model,
+                           .context = 2048,
+                           .kv_tokens = kv_tokens,
+                           .chunk = o->given[OPT_CHUNK] ? r->chunk : 0,
+                           .max_batch = batch,
+                           .fusion = o->given[OPT_FUSIONS] ? o->text[OPT_FUSIONS] : "on"};
+    tandem_engine *e = cli_open_as(o, &base);
+    if (!e) return false;
+    double tps[BENCH_MOST_REPEATS];
+    struct workload_options options = {
+        .n_requests = n, .progress = show_repeat, .user = (void *)(uintptr_t) "workload: token"};
+    struct workload_outcome out = {0};
+    struct error err = {0};
+    size_t n_repeats = o->given[OPT_REPEAT] ? r->n_repeats : 1;
+    bool ok = true;
+    for (size_t i = 0; ok && i < n_repeats; i++) {
+        uint64_t hash = out.tokens_hash;
+        ok = workload_run(e, &options, &out, &err);
+        if (ok && i > 0 && out.tokens_hash != hash) ok = error_set(&err, "repeat %zu gave other tokens", i + 1);
+        tps[i] = (double)out.n_output / out.seconds;
+    }
+    if (isatty(STDERR_FILENO)) fprintf(stderr, "\r\033[K");
+    if (!ok) cli_fail("%s: %s", model, err.text);
+    rep->threads = pool_size(e->pool);
+    snprintf(rep->device, sizeof rep->device, "%s", e->ops->name);
+    char type[16], hash[17], fusion[256];
+    snprintf(hash, sizeof hash, "%016llx", (unsigned long long)out.tokens_hash);
+    main_type(e->model, type, sizeof type);
+    struct spread s = ok ? bench_spread(tps, n_repeats) : (struct spread){0};
+    if (ok)
+        json_array_append_new(rep->results,
+                              json_pack("{s:s,s:s,s:s,s:s,s:I,s:I,s:I,s:I,s:I,s:s,s:o,s:n,s:n,s:n,s:n,s:s}", "kind",
+                                        "workload", "workload", o->text[OPT_WORKLOAD], "model", model, "type", type,
+                                        "batch", (json_int_t)batch, "depth", (json_int_t)0, "n_tokens",
+                                        (json_int_t)out.n_output, "n_prompt_tokens", (json_int_t)out.n_prompt,
+                                        "repeats", (json_int_t)n_repeats, "fusion",
+                                        fusion_text(e->fusion, fusion, sizeof fusion), "tps", spread_json(s), "gbs",
+                                        "bandwidth_share", "gflops", "logits_hash", "tokens_hash", hash));
+    if (ok && rep->csv)
+        printf("%s,workload,\"%s\",%s,%zu,0,%zu,%zu,\"%s\",%.4f,%.4f,%.4f,,,,\n", rep->device, model, type, batch,
+               out.n_output, n_repeats, fusion_text(e->fusion, fusion, sizeof fusion), s.median, s.min, s.max);
+    else if (ok && !rep->json)
+        printf(
+            "%s: %zu requests, %zu tokens in, %zu out, %.2f tok/s out, %.1f s; KV of %zu tokens, hash of the ids %s\n",
+            o->text[OPT_WORKLOAD], n, out.n_prompt, out.n_output, s.median, out.seconds, kv_tokens, hash);
+    tandem_close(e);
+    return ok;
+}
+
 static int run(const struct cli_options *o) {
     struct request *r = size_alloc_zero(1, sizeof *r);
     struct report rep = {.json = o->given[OPT_JSON], .csv = o->given[OPT_CSV], .results = json_array()};
@@ -322,15 +382,13 @@ static int run(const struct cli_options *o) {
         bool ok = true;
         status = EXIT_FAULT;
         read_cpu_name(rep.cpu, sizeof rep.cpu);
-        if (o->given[OPT_WORKLOAD]) {
-            cli_fail("--workload offline-256 is not built: it needs the scheduler");
-            ok = false;
-        } else {
+        if (!o->given[OPT_WORKLOAD] || rep.csv) {
             const struct ops *ops = ops_cpu(o->text[OPT_ISA], NULL);
             snprintf(rep.device, sizeof rep.device, "%s", ops ? ops->name : "");
             print_header(&rep);
         }
-        for (size_t i = 0; ok && i < r->n_models; i++) ok = run_model(o, r, &rep, r->models[i]);
+        for (size_t i = 0; ok && i < r->n_models; i++)
+            ok = o->given[OPT_WORKLOAD] ? run_workload(o, r, &rep, r->models[i]) : run_model(o, r, &rep, r->models[i]);
         if (ok && finish_report(&rep)) status = EXIT_GOOD;
     }
     json_decref(rep.results);
@@ -353,7 +411,8 @@ const struct command command_bench = {
         "8\n"
         "and 32; each until 5 repeats or 20 seconds are over. Sampling is not part of what is timed. The KV at a "
         "depth\n"
-        "holds random numbers.\n\n"
+        "holds random numbers. --workload offline-256 runs nano-vllm's benchmark through the scheduler: 256 requests "
+        "of 100\nto 1024 tokens, 142,827 in and 133,966 out; offline-N is its first N requests.\n\n"
         "  share      GB/s of weights and KV that must be read, over the read bandwidth: all threads add up a buffer\n"
         "             much larger than the caches, right before every repeat\n"
         "  logits     a hash of the first sequence's logits: the same for every batch, chunk, thread count and "

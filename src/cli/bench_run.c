@@ -21,7 +21,9 @@ struct bench {
     int32_t *seq_start, *page_start, *kv_len, *rows; // [max_batch + 1]
     int32_t *pages;                                  // [n_pages] 0, 1, 2, ...
     struct file_map buffer;                          // what the bandwidth is measured on
-    double bandwidths[MOST_BANDWIDTHS];              // [n_bandwidths] GB/s
+    void *device_buffers[2];                         // the same on a device
+    size_t buffer_bytes;
+    double bandwidths[MOST_BANDWIDTHS]; // [n_bandwidths] GB/s
     size_t n_bandwidths;
     // The repeats of the case in progress.
     double tps[BENCH_VARIANTS][BENCH_MOST_REPEATS], rate[BENCH_VARIANTS][BENCH_MOST_REPEATS];
@@ -96,7 +98,25 @@ static void write_piece(void *user, size_t begin, size_t end, int thread) {
     memset((unsigned char *)user + begin * 4096, (int)(begin % 251) + 1, (end - begin) * 4096);
 }
 
+// A device's: what a copy within its memory reads and writes.
+static double device_bandwidth(struct bench *b) {
+    struct device *d = b->engine->ops->device;
+    enum { COPIES = 4 };
+    d->move(d, b->device_buffers[1], b->device_buffers[0], b->buffer_bytes); // waits for nothing, but warms up
+    d->sync(d, NULL);
+    double start = clock_seconds();
+    for (int i = 0; i < COPIES; i++)
+        d->move(d, b->device_buffers[i % 2], b->device_buffers[1 - i % 2], b->buffer_bytes);
+    d->sync(d, NULL);
+    return 2.0 * COPIES * (double)b->buffer_bytes / (clock_seconds() - start) / 1e9;
+}
+
 static double measure_bandwidth(struct bench *b) {
+    if (b->engine->ops->device) {
+        double gbs_of_device = device_bandwidth(b);
+        if (b->n_bandwidths < MOST_BANDWIDTHS) b->bandwidths[b->n_bandwidths++] = gbs_of_device;
+        return gbs_of_device;
+    }
     struct read_job j = {b->buffer.data, &b->sink};
     double start = clock_seconds();
     pool_for(b->engine->pool, b->buffer.size / 4096, 64, read_piece, &j);
@@ -113,6 +133,15 @@ static bool make_buffer(struct bench *b, struct error *err) {
     if (available && size > available / 4) size = available / 4;
     size = size / 4096 * 4096;
     unsigned char *data;
+    struct device *d = b->engine->ops->device;
+    b->buffer_bytes = size;
+    if (d) {
+        b->buffer_bytes = (size_t)1 << 30;
+        for (int i = 0; i < 2; i++)
+            if (!(b->device_buffers[i] = d->alloc(d, b->buffer_bytes, "the measurement of the bandwidth", err)))
+                return false;
+        return true;
+    }
     if (size == 0 || !file_map_memory(&b->buffer, size, &data, err)) return false;
     pool_for(b->engine->pool, size / 4096, 64, write_piece, data); // untouched memory would all be one zero page
     return true;
@@ -123,7 +152,7 @@ static int by_value(const void *x, const void *y) {
     return (a > b) - (a < b);
 }
 
-static struct spread spread_of(const double *values, size_t n) {
+struct spread bench_spread(const double *values, size_t n) {
     double sorted[MOST_BANDWIDTHS];
     if (n == 0) return (struct spread){0};
     memcpy(sorted, values, n * sizeof *sorted);
@@ -134,11 +163,11 @@ static struct spread spread_of(const double *values, size_t n) {
 }
 
 struct spread bench_bandwidth(const struct bench *b) {
-    return spread_of(b->bandwidths, b->n_bandwidths);
+    return bench_spread(b->bandwidths, b->n_bandwidths);
 }
 
 size_t bench_buffer_bytes(const struct bench *b) {
-    return b->buffer.size;
+    return b->buffer_bytes;
 }
 
 static double repeat_once(struct bench *b, const struct bench_case *what, size_t n_tokens, uint64_t *hash);
@@ -193,6 +222,8 @@ void bench_free(struct bench *b) {
     run_free(b->run);
     kv_store_free(&b->kv);
     file_map_close(&b->buffer);
+    struct device *d = b->engine->ops->device;
+    for (int i = 0; d && i < 2; i++) d->free(d, b->device_buffers[i]);
     free(b);
 }
 
@@ -326,11 +357,11 @@ bool bench_measure(struct bench *b, const struct bench_case *what, struct bench_
     for (size_t v = 0; v < o->n_variants; v++) {
         struct bench_result *result = &out->variants[v];
         result->fusion = o->fusion[v];
-        result->tps = spread_of(b->tps[v], out->n_repeats);
-        result->gbs = spread_of(b->rate[v], out->n_repeats).median;
-        result->share = spread_of(b->share[v], out->n_repeats).median;
+        result->tps = bench_spread(b->tps[v], out->n_repeats);
+        result->gbs = bench_spread(b->rate[v], out->n_repeats).median;
+        result->share = bench_spread(b->share[v], out->n_repeats).median;
         result->gflops = flops / bytes * result->gbs;
     }
-    out->ratio = spread_of(b->ratio, out->n_repeats);
+    out->ratio = bench_spread(b->ratio, out->n_repeats);
     return true;
 }

@@ -66,6 +66,8 @@ bool bench_measure(struct bench *bench, const struct bench_case *what, struct be
 struct spread bench_bandwidth(const struct bench *bench);
 size_t bench_buffer_bytes(const struct bench *bench);
 
+struct spread bench_spread(const double *values, size_t n); // n at most 4096
+
 // KV pages that a case needs, and the bytes of one page.
 size_t bench_pages(const struct bench_case *what);
 size_t bench_page_bytes(const tandem_engine *engine);

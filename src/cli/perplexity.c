@@ -317,10 +317,11 @@ static bool plan(struct job *j, size_t window) {
                               .fusion = j->engine->fusion,
                               .max_tokens = STEP_TOKENS,
                               .max_logit_rows = STEP_TOKENS,
-                              .max_positions = window};
+                              .max_positions = window,
+                              .weights = j->engine->weights};
     if (!j->scores) return cli_fail("out of memory") == 0;
-    if (!kv_store_create(&j->kv, &j->engine->model->config, j->engine->kv_type,
-                         (window + KV_PAGE_TOKENS - 1) / KV_PAGE_TOKENS, &err) ||
+    if (!kv_store_create_on(j->engine->ops->device, &j->kv, &j->engine->model->config, j->engine->kv_type,
+                            (window + KV_PAGE_TOKENS - 1) / KV_PAGE_TOKENS, &err) ||
         !(j->run = run_create(j->engine->model, &run, &err)))
         return cli_fail("%s", err.text) == 0;
     return true;

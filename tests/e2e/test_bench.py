@@ -87,14 +87,27 @@ def test_default_set_leaves_out_what_the_model_cannot_hold():
     assert "at 4096" in done.stdout and "x32" in done.stdout
 
 
+def test_workload():
+    """The first requests of offline-256: all tokens come, and the same ones however many run at once."""
+    lengths = [[int(n) for n in line.replace(",", " ").split()[:3]] for line in open("src/cli/offline_256.h", encoding="utf-8")
+               if line.startswith("    ")]
+    prompts, outputs = lengths[0], lengths[13]
+    (r,) = bench("--synthetic", "tiny-llama", "--workload", "offline-3")["results"]
+    assert r["kind"] == "workload" and r["n_tokens"] == sum(outputs) and r["n_prompt_tokens"] == sum(prompts)
+    assert r["tps"]["median"] > 0 and r["batch"] == 3
+    (one,) = bench("--synthetic", "tiny-llama", "--workload", "offline-3", "--batch", "1", "--chunk", "64")["results"]
+    assert one["tokens_hash"] == r["tokens_hash"] and one["batch"] == 1
+    assert "3 requests" in tandem("bench", "--synthetic", "tiny-llama", "--workload", "offline-3").stdout
+
+
 def test_usage():
     for args, says in [(["--prefill", "0"], "--prefill"), (["--type", "q8_0"], "--type goes with --synthetic"),
                        (["--json", "--csv"], "one of --json and --csv"), (["--fusion", "on,of"], "fusion 'on'"),
-                       (["--workload", "x"], "expected offline-256"), (["--batch", "1,,2"], "--batch"),
+                       (["--workload", "x"], "expected offline-256"), (["--workload", "offline-257"], "expected offline-256"),
+                       (["--workload", "offline-2", "--batch", "1,2"], "one --batch"), (["--batch", "1,,2"], "--batch"),
                        (["models/tandem-tiny", "--synthetic", "tiny-llama"], "found both")]:
         assert says in tandem("bench", *args, status=2).stderr, args
     for args, says in [(["--depth", "9999999"], "positions, the model has"),
-                       (["--workload", "offline-256"], "not built"),
                        (["--synthetic", "qwen9"], "expected one of qwen3-0.6b"),
                        (["--synthetic", "tiny-llama", "--type", "q9"], "type \"q9\"")]:
         assert says in tandem("bench", *args, status=1).stderr, args
