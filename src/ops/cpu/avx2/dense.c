@@ -19,20 +19,31 @@ enum {
     MAX_N = 3,    // tokens at a time
 };
 
-// Adds 16 elements of a row to the sums of N tokens. With pairs, they all belong to `a`: eight lanes; else the first 8
-// to `a`, the others to `b`.
-INLINE void add_16(enum dtype type, const uint8_t *w, const float *x, size_t stride, __m256 *a, __m256 *b,
-                   const size_t N) {
-    if (type == DTYPE_BF16) {
-        __m256i pairs = _mm256_loadu_si256((const __m256i *)(const void *)w);
-        __m256 odd = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32((int)0xFFFF0000u)));
-        __m256 even = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
-        for (size_t t = 0; t < N; t++) a[t] = _mm256_fmadd_ps(odd, _mm256_loadu_ps(x + t * stride), a[t]);
-        for (size_t t = 0; t < N; t++) a[t] = _mm256_fmadd_ps(even, _mm256_loadu_ps(x + t * stride + 8), a[t]);
-    } else {
-        __m256 first = load_as_f32(type, w), second = load_as_f32(type, w + (type == DTYPE_F32 ? 32 : 16));
-        for (size_t t = 0; t < N; t++) a[t] = _mm256_fmadd_ps(first, _mm256_loadu_ps(x + t * stride), a[t]);
-        for (size_t t = 0; t < N; t++) b[t] = _mm256_fmadd_ps(second, _mm256_loadu_ps(x + t * stride + 8), b[t]);
+// Holds a value in a register: gcc would fold the load into every fma that uses it, and loads are the limit then.
+INLINE __m256 keep(__m256 v) {
+    __asm__("" : "+x"(v));
+    return v;
+}
+
+// Eight of 16 stored elements: for BF16 the odd ones (half 0) or the even ones, else the first or the last.
+INLINE __m256 half_of_16(enum dtype type, const uint8_t *w, size_t half) {
+    if (type != DTYPE_BF16) return load_as_f32(type, w + half * (type == DTYPE_F32 ? 32 : 16));
+    __m256i pairs = _mm256_loadu_si256((const __m256i *)(const void *)w);
+    return _mm256_castsi256_ps(half ? _mm256_slli_epi32(pairs, 16)
+                                    : _mm256_and_si256(pairs, _mm256_set1_epi32((int)0xFFFF0000u)));
+}
+
+// Adds 16 elements of R rows to the sums of N tokens. For BF16 they all belong to `a`, eight lanes; else the first 8 to
+// `a`, the others to `b`.
+INLINE void add_16(enum dtype type, const uint8_t *w, size_t row_bytes, const float *x, size_t stride,
+                   __m256 (*a)[MAX_N], __m256 (*b)[MAX_N], const size_t R, const size_t N) {
+    for (size_t half = 0; half < 2; half++) {
+        __m256(*sum)[MAX_N] = half && type != DTYPE_BF16 ? b : a, v[4];
+        for (size_t r = 0; r < R; r++) v[r] = half_of_16(type, w + r * row_bytes, half);
+        for (size_t t = 0; t < N; t++) {
+            __m256 in = keep(_mm256_loadu_ps(x + t * stride + 8 * half));
+            for (size_t r = 0; r < R; r++) sum[r][t] = _mm256_fmadd_ps(v[r], in, sum[r][t]);
+        }
     }
 }
 
@@ -49,15 +60,14 @@ INLINE void dots(enum dtype type, float *acc, const uint8_t *w, size_t row_bytes
     }
     size_t k = 0;
     for (; k + 32 <= n; k += 32) {
-        for (size_t r = 0; r < R; r++) add_16(type, w + r * row_bytes + k * size, x + k, stride, low[r], high[r], N);
-        for (size_t r = 0; r < R; r++) {
-            const uint8_t *at = w + r * row_bytes + (k + 16) * size;
-            if (type == DTYPE_BF16) add_16(type, at, x + k + 16, stride, high[r], low[r], N);
-            else add_16(type, at, x + k + 16, stride, low[r], high[r], N);
-        }
+        const uint8_t *second = w + (k + 16) * size;
+        add_16(type, w + k * size, row_bytes, x + k, stride, low, high, R, N);
+        if (type == DTYPE_BF16) add_16(type, second, row_bytes, x + k + 16, stride, high, low, R, N);
+        else add_16(type, second, row_bytes, x + k + 16, stride, low, high, R, N);
+        // Ties the two halves: gcc would make two loops of this one, each with too few chains to fill the fma units.
+        __asm__ volatile("" : "+x"(low[0][0]), "+x"(high[0][0]));
     }
-    if (k < n)
-        for (size_t r = 0; r < R; r++) add_16(type, w + r * row_bytes + k * size, x + k, stride, low[r], high[r], N);
+    if (k < n) add_16(type, w + k * size, row_bytes, x + k, stride, low, high, R, N);
     for (size_t r = 0; r < R; r++) {
         for (size_t t = 0; t < N; t++) {
             _mm256_store_ps(acc + (r * MAX_N + t) * DOT_LANES, low[r][t]);

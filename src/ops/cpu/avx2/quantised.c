@@ -12,7 +12,10 @@
 #include "ops/cpu/avx2/unpack.h"
 #include "ops/cpu/avx2/vec.h"
 
-enum { MAX_N = 4 };
+enum {
+    MAX_N = 4,         // tokens at a time
+    DIRECT_TOKENS = 1, // up to so many tokens, rows are not unpacked into a tile
+};
 
 // ---- Activations
 // -----------------------------------------------------------------------------------------------------
@@ -79,21 +82,20 @@ INLINE void integer_sums(enum dtype type, const struct weight_tile *tile, size_t
         for (size_t t = 0; t < N; t++) sum[o][t] = _mm256_setzero_si256();
     for (size_t j = 0; j < len / 4; j += steps) {
         __m256i pairs[2][MAX_N];
-        for (size_t i = j; i < j + steps && i < len / 4; i++) {
+        for (size_t o = 0; o < 2; o++)
+            for (size_t t = 0; t < N; t++) pairs[o][t] = _mm256_setzero_si256();
+#pragma GCC unroll 8
+        for (size_t i = j; i < (j + steps < len / 4 ? j + steps : len / 4); i++) {
             const __m256i *at = (const __m256i *)(const void *)tile->q[column / 4 + i];
-            __m256i w0 = _mm256_load_si256(at), w1 = _mm256_load_si256(at + 1);
+            __m256i w[2] = {_mm256_load_si256(at), _mm256_load_si256(at + 1)};
             for (size_t t = 0; t < N; t++) {
                 __m256i x4 = broadcast_4(x[t] + column + 4 * i);
-                __m256i p0, p1;
-                if (type == DTYPE_Q8_0) {
-                    p0 = _mm256_maddubs_epi16(_mm256_abs_epi8(w0), _mm256_sign_epi8(x4, w0));
-                    p1 = _mm256_maddubs_epi16(_mm256_abs_epi8(w1), _mm256_sign_epi8(x4, w1));
-                } else {
-                    p0 = _mm256_maddubs_epi16(w0, x4);
-                    p1 = _mm256_maddubs_epi16(w1, x4);
+                for (size_t o = 0; o < 2; o++) {
+                    __m256i p = type == DTYPE_Q8_0
+                                    ? _mm256_maddubs_epi16(_mm256_abs_epi8(w[o]), _mm256_sign_epi8(x4, w[o]))
+                                    : _mm256_maddubs_epi16(w[o], x4);
+                    pairs[o][t] = _mm256_add_epi16(pairs[o][t], p);
                 }
-                pairs[0][t] = i == j ? p0 : _mm256_add_epi16(pairs[0][t], p0);
-                pairs[1][t] = i == j ? p1 : _mm256_add_epi16(pairs[1][t], p1);
             }
         }
         for (size_t o = 0; o < 2; o++)
@@ -139,12 +141,90 @@ INLINE void add_tile(enum dtype type, float *out, const struct weight_tile *tile
         for (size_t o = 0; o < 2; o++) _mm256_storeu_ps(out + t * TILE_ROWS + OCTET * o, acc[o][t]);
 }
 
+// ---- One token: the tile is not worth its making
+// -------------------------------------------------------------------
+
+// Lane r of *low: the sum of v[r]'s eight lanes. With `apart` the sums of its first four, in low, and of its last, in
+// high.
+INLINE void sum_lanes(const __m256i *v, bool apart, __m256i *low, __m256i *high) {
+    __m256i a[4], b[2];
+    for (size_t i = 0; i < 4; i++) {
+        __m256i x = v[2 * i], y = v[2 * i + 1];
+        a[i] = _mm256_add_epi32(_mm256_unpacklo_epi32(x, y), _mm256_unpackhi_epi32(x, y));
+    }
+    for (size_t i = 0; i < 2; i++)
+        b[i] = _mm256_add_epi32(_mm256_unpacklo_epi64(a[2 * i], a[2 * i + 1]),
+                                _mm256_unpackhi_epi64(a[2 * i], a[2 * i + 1]));
+    *low = _mm256_permute2x128_si256(b[0], b[1], 0x20);
+    *high = _mm256_permute2x128_si256(b[0], b[1], 0x31);
+    if (!apart) *low = _mm256_add_epi32(*low, *high);
+}
+
+// Adds a group's integer sums of eight rows, and its minima, to their chains.
+INLINE __m256 add_group(enum dtype type, __m256 acc, __m256i sum, const float *scale, const float *min, __m256 d,
+                        int total, float weighted) {
+    const bool has_min = type == DTYPE_Q4_1 || type == DTYPE_Q5_1 || type == DTYPE_Q4_K || type == DTYPE_Q5_K;
+    const int offset = unpack_offset(type);
+    if (offset) sum = _mm256_sub_epi32(sum, _mm256_set1_epi32(offset * total));
+    acc = _mm256_fmadd_ps(_mm256_mul_ps(_mm256_load_ps(scale), d), _mm256_cvtepi32_ps(sum), acc);
+    if (has_min) acc = _mm256_fmadd_ps(_mm256_load_ps(min), _mm256_set1_ps(weighted), acc);
+    return acc;
+}
+
+INLINE void one_token(enum dtype type, float *out, const struct matrix *w, size_t row, size_t n_rows,
+                      const struct act_row *x) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    struct weight_tile tile; // its scales and minima only
+    for (size_t first = 0; first < TILE_ROWS && first < n_rows; first += OCTET) {
+        __m256 acc = _mm256_setzero_ps();
+        const char *next = (const char *)w->data + (row + first + OCTET) * w->row_bytes;
+        for (size_t k = 0; k < w->n_in; k += TILE_COLUMNS) {
+            size_t n = w->n_in - k < TILE_COLUMNS ? w->n_in - k : TILE_COLUMNS;
+            const uint8_t *rows[OCTET];
+            rows_at(w, row, first, n_rows, k, rows);
+            load_scales(type, &tile, first, rows, n);
+#pragma GCC unroll 8
+            for (size_t b = 0; b < n_blocks(type, n); b++) {
+                const size_t block = k / ACT_BLOCK + b;
+                __m256i v[OCTET], low, high, q = _mm256_loadu_si256((const __m256i *)(const void *)(x->q + 32 * block));
+                fetch_ahead(type, &next);
+                load_block(type, rows, b, v);
+                for (size_t r = 0; r < OCTET; r++) {
+                    __m256i pairs = type == DTYPE_Q8_0
+                                        ? _mm256_maddubs_epi16(_mm256_abs_epi8(v[r]), _mm256_sign_epi8(q, v[r]))
+                                        : _mm256_maddubs_epi16(v[r], q);
+                    v[r] = _mm256_madd_epi16(pairs, ones);
+                }
+                sum_lanes(v, type == DTYPE_Q6_K, &low, &high);
+                __m256 d = _mm256_broadcast_ss(x->scale + block);
+                int sum0 = x->sum[2 * block], sum1 = x->sum[2 * block + 1];
+                if (type == DTYPE_Q6_K) {
+                    acc = add_group(type, acc, low, &tile.scale[2 * b][first], NULL, d, sum0, 0);
+                    acc = add_group(type, acc, high, &tile.scale[2 * b + 1][first], NULL, d, sum1, 0);
+                } else {
+                    acc = add_group(type, acc, low, &tile.scale[b][first], &tile.min[b][first], d, sum0 + sum1,
+                                    x->weighted[block]);
+                }
+            }
+        }
+        _mm256_storeu_ps(out + first, acc);
+    }
+}
+
 INLINE void quantised(enum dtype type, float *out, const struct matrix *w, size_t row, size_t n_rows, const float *x,
                       size_t n_tokens) {
     struct weight_tile tile;
+    if (n_tokens <= DIRECT_TOKENS && type != DTYPE_Q2_K && type != DTYPE_Q3_K) {
+        for (size_t t = 0; t < n_tokens; t++) {
+            struct act_row token = act_row_at((float *)(uintptr_t)x, w->n_in, t);
+            one_token(type, out + t * TILE_ROWS, w, row, n_rows, &token);
+        }
+        return;
+    }
+    const char *next = (const char *)w->data + (row + TILE_ROWS) * w->row_bytes;
     for (size_t k = 0; k < w->n_in; k += TILE_COLUMNS) {
         size_t n = w->n_in - k < TILE_COLUMNS ? w->n_in - k : TILE_COLUMNS;
-        unpack_tile(type, &tile, w, row, n_rows, k, n, n_tokens <= 16);
+        unpack_tile(type, &tile, w, row, n_rows, k, n, &next);
         struct act_row rows[MAX_N];
         size_t t = 0;
         for (; t + 4 <= n_tokens; t += 4) {

@@ -94,27 +94,47 @@ INLINE __m256i fifth_bits(const uint8_t *p) {
     return _mm256_and_si256(_mm256_cmpeq_epi8(_mm256_and_si256(bytes, one), one), _mm256_set1_epi8(16));
 }
 
-// Types with blocks of 32: `n` columns of eight rows.
-INLINE void unpack_small(enum dtype type, struct weight_tile *tile, size_t first, const uint8_t *const *rows,
-                         size_t n) {
-    const size_t bytes = type == DTYPE_Q8_0   ? 34
-                         : type == DTYPE_Q4_0 ? 18
-                         : type == DTYPE_Q4_1 ? 20
-                         : type == DTYPE_Q5_0 ? 22
-                                              : 24;
-    const bool has_min = type == DTYPE_Q4_1 || type == DTYPE_Q5_1;
-    const bool has_fifth = type == DTYPE_Q5_0 || type == DTYPE_Q5_1;
+// The types with blocks of 32 elements: bytes of a block, and where its parts stand.
+struct small_layout {
+    size_t bytes, fifth, low;
+    bool has_min, has_fifth;
+};
+
+INLINE struct small_layout small_layout(enum dtype type) {
+    const bool has_min = type == DTYPE_Q4_1 || type == DTYPE_Q5_1, has_fifth = type == DTYPE_Q5_0 || type == DTYPE_Q5_1;
     const size_t fifth = has_min ? 4 : 2, low = fifth + (has_fifth ? 4 : 0);
-    for (size_t b = 0; b < n / 32; b++) {
-        __m256i v[OCTET];
+    return (struct small_layout){low + (type == DTYPE_Q8_0 ? 32 : 16), fifth, low, has_min, has_fifth};
+}
+
+// The 32 elements of block b (counted from where the rows point) of eight rows. Not for Q2_K and Q3_K.
+INLINE void load_block(enum dtype type, const uint8_t *const *rows, size_t b, __m256i *v) {
+    const __m256i nibble = _mm256_set1_epi8(15);
+    if (type == DTYPE_Q4_K || type == DTYPE_Q5_K) {
+        const size_t q = type == DTYPE_Q4_K ? 16 : 48;
         for (size_t r = 0; r < OCTET; r++) {
-            const uint8_t *at = rows[r] + b * bytes;
-            v[r] = type == DTYPE_Q8_0 ? load_32(at + 2) : nibbles_32(at + low);
-            if (has_fifth) v[r] = _mm256_or_si256(v[r], fifth_bits(at + fifth));
+            v[r] = load_32(rows[r] + q + 32 * (b / 2));
+            v[r] = _mm256_and_si256(b % 2 ? _mm256_srli_epi16(v[r], 4) : v[r], nibble);
+            if (type == DTYPE_Q4_K) continue;
+            __m256i high = _mm256_srli_epi16(load_32(rows[r] + 16), (int)b);
+            high = _mm256_and_si256(high, _mm256_set1_epi8(1));
+            v[r] = _mm256_or_si256(v[r], _mm256_slli_epi16(high, 4));
         }
-        put_block(tile, 32 * b, first, v);
-        _mm256_store_ps(&tile->scale[b][first], halves(rows, b * bytes));
-        if (has_min) _mm256_store_ps(&tile->min[b][first], halves(rows, b * bytes + 2));
+    } else if (type == DTYPE_Q6_K) {
+        const size_t half = b / 4, s = b % 4;
+        for (size_t r = 0; r < OCTET; r++) {
+            v[r] = load_32(rows[r] + 64 * half + 32 * (s % 2));
+            v[r] = _mm256_and_si256(s / 2 ? _mm256_srli_epi16(v[r], 4) : v[r], nibble);
+            __m256i high = load_32(rows[r] + 128 + 32 * half); // its bits 2 s to bits 4, 5
+            high = s < 2 ? _mm256_slli_epi16(high, (int)(4 - 2 * s)) : _mm256_srli_epi16(high, (int)(2 * s - 4));
+            v[r] = _mm256_or_si256(v[r], _mm256_and_si256(high, _mm256_set1_epi8(0x30)));
+        }
+    } else {
+        const struct small_layout l = small_layout(type);
+        for (size_t r = 0; r < OCTET; r++) {
+            const uint8_t *at = rows[r] + b * l.bytes;
+            v[r] = type == DTYPE_Q8_0 ? load_32(at + l.low) : nibbles_32(at + l.low);
+            if (l.has_fifth) v[r] = _mm256_or_si256(v[r], fifth_bits(at + l.fifth));
+        }
     }
 }
 
@@ -136,49 +156,29 @@ INLINE void scales_mins(const uint8_t *block, __m256 *scale, __m256 *min) {
     *min = _mm256_xor_ps(product, _mm256_set1_ps(-0.0f));
 }
 
-// Q4_K and Q5_K: one superblock of eight rows.
-INLINE void unpack_k32(enum dtype type, struct weight_tile *tile, size_t first, const uint8_t *const *rows) {
-    const __m256i low = _mm256_set1_epi8(15), one = _mm256_set1_epi8(1);
-    const size_t q = type == DTYPE_Q4_K ? 16 : 48;
-    for (size_t b = 0; b < 8; b++) {
-        __m256i v[OCTET];
-        for (size_t r = 0; r < OCTET; r++) {
-            v[r] = load_32(rows[r] + q + 32 * (b / 2));
-            v[r] = _mm256_and_si256(b % 2 ? _mm256_srli_epi16(v[r], 4) : v[r], low);
-            if (type == DTYPE_Q4_K) continue;
-            __m256i high = _mm256_and_si256(_mm256_srli_epi16(load_32(rows[r] + 16), (int)b), one);
-            v[r] = _mm256_or_si256(v[r], _mm256_slli_epi16(high, 4));
+// The scales and minima of `n` columns of eight rows. Not for Q2_K and Q3_K.
+INLINE void load_scales(enum dtype type, struct weight_tile *tile, size_t first, const uint8_t *const *rows, size_t n) {
+    if (type == DTYPE_Q4_K || type == DTYPE_Q5_K) {
+        __m256 scale[OCTET], min[OCTET];
+        for (size_t r = 0; r < OCTET; r++) scales_mins(rows[r], &scale[r], &min[r]);
+        put_scales(tile->scale, first, scale);
+        put_scales(tile->min, first, min);
+    } else if (type == DTYPE_Q6_K) {
+        for (size_t half = 0; half < 2; half++) {
+            __m256 scale[OCTET];
+            for (size_t r = 0; r < OCTET; r++) {
+                __m128 d = _mm_cvtph_ps(_mm_cvtsi32_si128(half_at(rows[r] + 208)));
+                __m128i s = _mm_loadl_epi64((const __m128i *)(const void *)(rows[r] + 192 + 8 * half));
+                scale[r] = _mm256_mul_ps(_mm256_broadcastss_ps(d), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(s)));
+            }
+            put_scales(tile->scale + 8 * half, first, scale);
         }
-        put_block(tile, 32 * b, first, v);
-    }
-    __m256 scale[OCTET], min[OCTET];
-    for (size_t r = 0; r < OCTET; r++) scales_mins(rows[r], &scale[r], &min[r]);
-    put_scales(tile->scale, first, scale);
-    put_scales(tile->min, first, min);
-}
-
-INLINE void unpack_q6(struct weight_tile *tile, size_t first, const uint8_t *const *rows) {
-    const __m256i low = _mm256_set1_epi8(15), two = _mm256_set1_epi8(0x30);
-    for (size_t b = 0; b < 8; b++) {
-        const size_t half = b / 4, s = b % 4;
-        __m256i v[OCTET];
-        for (size_t r = 0; r < OCTET; r++) {
-            v[r] = load_32(rows[r] + 64 * half + 32 * (s % 2));
-            v[r] = _mm256_and_si256(s / 2 ? _mm256_srli_epi16(v[r], 4) : v[r], low);
-            __m256i high = load_32(rows[r] + 128 + 32 * half); // its bits 2 s to bits 4, 5
-            high = s < 2 ? _mm256_slli_epi16(high, (int)(4 - 2 * s)) : _mm256_srli_epi16(high, (int)(2 * s - 4));
-            v[r] = _mm256_or_si256(v[r], _mm256_and_si256(high, two));
+    } else {
+        const struct small_layout l = small_layout(type);
+        for (size_t b = 0; b < n / 32; b++) {
+            _mm256_store_ps(&tile->scale[b][first], halves(rows, b * l.bytes));
+            if (l.has_min) _mm256_store_ps(&tile->min[b][first], halves(rows, b * l.bytes + 2));
         }
-        put_block(tile, 32 * b, first, v);
-    }
-    for (size_t half = 0; half < 2; half++) {
-        __m256 scale[OCTET];
-        for (size_t r = 0; r < OCTET; r++) {
-            __m128 d = _mm_cvtph_ps(_mm_cvtsi32_si128(half_at(rows[r] + 208)));
-            __m128i s = _mm_loadl_epi64((const __m128i *)(const void *)(rows[r] + 192 + 8 * half));
-            scale[r] = _mm256_mul_ps(_mm256_broadcastss_ps(d), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(s)));
-        }
-        put_scales(tile->scale + 8 * half, first, scale);
     }
 }
 
@@ -197,24 +197,50 @@ static void unpack_slowly(enum dtype type, struct weight_tile *tile, size_t firs
     }
 }
 
-// Columns k .. k + n of rows row .. row + n_rows; lanes past n_rows repeat the last row. `ahead`: also fetch what
-// stands a tile further down.
-INLINE void unpack_tile(enum dtype type, struct weight_tile *tile, const struct matrix *w, size_t row, size_t n_rows,
-                        size_t k, size_t n, bool ahead) {
+// Blocks of 32 in n columns. The K types have superblocks of 256 and nothing less: a constant, so that loops over it
+// unroll and a block's shifts become constants too.
+INLINE size_t n_blocks(enum dtype type, size_t n) {
+    return type == DTYPE_Q4_K || type == DTYPE_Q5_K || type == DTYPE_Q6_K ? TILE_COLUMNS / 32 : n / 32;
+}
+
+// Fetches as much of what `next` points to as one block of eight rows takes, and moves on: rows stand one behind the
+// other, so that a tile that asks for as much as it uses, evenly, has the next one in the cache when it ends. All the
+// requests at once would fill the queue of cache misses and stall.
+INLINE void fetch_ahead(enum dtype type, const char **next) {
     const struct dtype_info *info = dtype_info(type);
-    const size_t at = k / info->block_len * info->block_bytes, bytes = n / info->block_len * info->block_bytes;
+    const size_t bytes = OCTET * info->block_bytes / (info->block_len / ACT_BLOCK);
+    for (size_t i = 0; i < bytes; i += 64) _mm_prefetch(*next + i, _MM_HINT_T0);
+    *next += bytes;
+}
+
+// Where column k of eight rows stands: rows first .. first + 8 of the tile at `row`, of which there are n_rows; lanes
+// past them repeat the last.
+INLINE void rows_at(const struct matrix *w, size_t row, size_t first, size_t n_rows, size_t k, const uint8_t **rows) {
+    const struct dtype_info *info = dtype_info(w->type);
+    for (size_t r = 0; r < OCTET; r++) {
+        size_t i = first + r < n_rows ? first + r : n_rows - 1;
+        rows[r] = (const uint8_t *)w->data + (row + i) * w->row_bytes + k / info->block_len * info->block_bytes;
+    }
+}
+
+// Columns k .. k + n of rows row .. row + n_rows. *next: as in fetch_ahead.
+INLINE void unpack_tile(enum dtype type, struct weight_tile *tile, const struct matrix *w, size_t row, size_t n_rows,
+                        size_t k, size_t n, const char **next) {
     for (size_t first = 0; first < TILE_ROWS; first += OCTET) {
         const uint8_t *rows[OCTET];
-        for (size_t r = 0; r < OCTET; r++) {
-            size_t i = first + r < n_rows ? first + r : n_rows - 1;
-            rows[r] = (const uint8_t *)w->data + (row + i) * w->row_bytes + at;
-            for (size_t b = 0; ahead && b < bytes; b += 64)
-                _mm_prefetch((const char *)rows[r] + TILE_ROWS * w->row_bytes + b, _MM_HINT_T0);
+        rows_at(w, row, first, n_rows, k, rows);
+        if (type == DTYPE_Q2_K || type == DTYPE_Q3_K) {
+            unpack_slowly(type, tile, first, rows);
+            continue;
         }
-        if (info->block_len == 32) unpack_small(type, tile, first, rows, n);
-        else if (type == DTYPE_Q4_K || type == DTYPE_Q5_K) unpack_k32(type, tile, first, rows);
-        else if (type == DTYPE_Q6_K) unpack_q6(tile, first, rows);
-        else unpack_slowly(type, tile, first, rows);
+        load_scales(type, tile, first, rows, n);
+#pragma GCC unroll 8
+        for (size_t b = 0; b < n_blocks(type, n); b++) {
+            __m256i v[OCTET];
+            fetch_ahead(type, next);
+            load_block(type, rows, b, v);
+            put_block(tile, 32 * b, first, v);
+        }
     }
 }
 
