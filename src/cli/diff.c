@@ -98,7 +98,8 @@ static void print_finding(const struct diff *d, const struct finding *f) {
     printf("\n  position %d", p->position);
     if (t->n_heads) printf(", head %zu, channel %zu", p->column / t->head_dim, p->column % t->head_dim);
     else printf(", channel %zu", p->column);
-    printf(": A has %.9g, B has %.9g\n  where: %s\n", p->a, p->b, buffer_text(&f->extent));
+    printf(": A has %.9g, B has %.9g\n", p->a, p->b);
+    if (departs) printf("  where: %s\n", buffer_text(&f->extent));
     printf("  %zu of %zu elements differ; error %.2e; what it was computed from: %.2e\n", t->n_different,
            t->n_rows * t->n_columns, t->error, t->input_error);
     if (departs && d->must_be_equal)

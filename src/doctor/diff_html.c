@@ -122,10 +122,13 @@ static void put_first(struct page *p, const struct diff *d, const struct diff_pr
         put(p, "<tr><th>head, channel</th><td>%zu, %zu</td></tr>\n", at.column / t->head_dim, at.column % t->head_dim);
     else put(p, "<tr><th>channel</th><td>%zu</td></tr>\n", at.column);
     put(p, "<tr><th>A has</th><td>%.9g</td></tr>\n<tr><th>B has</th><td>%.9g</td></tr>\n", at.a, at.b);
-    put(p, "<tr><th>where</th><td>");
-    put_escaped(p, buffer_text(&extent));
+    if (d->verdict == DIFF_DEPARTS) {
+        put(p, "<tr><th>where</th><td>");
+        put_escaped(p, buffer_text(&extent));
+        put(p, "</td></tr>\n");
+    }
     put(p,
-        "</td></tr>\n<tr><th>error</th><td>%.2e; what it was computed from: %.2e; allowed: %.2e</td></tr>\n"
+        "<tr><th>error</th><td>%.2e; what it was computed from: %.2e; allowed: %.2e</td></tr>\n"
         "<tr><th>differ</th><td>%zu of %zu elements, by at most %.3g</td></tr></table></section>\n",
         t->error, t->input_error, t->limit, t->n_different, t->n_rows * t->n_columns, t->max_abs);
     buffer_free(&extent);
@@ -155,7 +158,7 @@ static int colour_of(double error, double low) {
 }
 
 static void put_cell(struct page *p, const struct diff *d, const struct diff_tensor *t, int x, int y, int w) {
-    bool first = d->first < d->n && t == &d->tensors[d->first];
+    bool first = d->verdict == DIFF_DEPARTS && t == &d->tensors[d->first];
     if (t->n_different) put(p, "<rect class=s%d", colour_of(t->error, scale_low(d)));
     else put(p, "<rect class=x");
     put(p, " x=%d y=%d width=%d height=%d rx=2><title>", x, y, w - 2, CELL_H - 2);
@@ -203,7 +206,7 @@ static void put_map(struct page *p, const struct diff *d) {
     for (int s = 0; s < N_COLOURS; s++)
         put(p, "<rect class=s%d x=%d y=%d width=42 height=14 /><text x=%d y=%d>%.0e</text>\n", s, LEFT + 44 + s * 44, y,
             LEFT + 44 + s * 44, y + 26, pow(10, scale_low(d) * (1 - (double)s / N_COLOURS)));
-    put(p, "<text x=%d y=%d>red frame: first; red line: beyond rounding</text></svg></section>\n",
+    put(p, "<text x=%d y=%d>red: beyond rounding; framed: the first</text></svg></section>\n",
         LEFT + 60 + N_COLOURS * 44, y + 11);
 }
 

@@ -263,6 +263,9 @@ def test_report(traces, tmp_path):
     assert text.count("class=first") == 1
     diff(traces["standard"], traces["fused"], "--report", tmp_path / "equal.html")
     assert "Equal, every element" in (tmp_path / "equal.html").read_text()
+    diff(traces["T"], traces["H"], "--report", tmp_path / "rounding.html")
+    text = (tmp_path / "rounding.html").read_text()
+    assert "Equal within rounding (bf16)" in text and "class=first" not in text and "class=mark" not in text
 
 
 def test_text(traces, tmp_path):
