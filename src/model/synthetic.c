@@ -5,6 +5,7 @@
 #include "base/size.h"
 #include "format/noise.h"
 #include "model/names.h"
+#include "model/recipe.h"
 
 #include <errno.h>
 #include <math.h>
@@ -60,8 +61,14 @@ bool synthetic_config(const char *shape, struct model_config *c, struct error *e
     return error_set(err, "synthetic shape \"%.64s\": expected one of %s", shape, synthetic_shapes());
 }
 
+// The types of the matrices: one for all, or a mix.
+struct types {
+    enum dtype type;             // without a mix; with one, that of most
+    const struct recipe *recipe; // NULL: no mix
+};
+
 // SHAPE[:TYPE[:SEED]]
-static bool parse_name(const char *name, char shape[32], enum dtype *type, uint64_t *seed, struct error *err) {
+static bool parse_name(const char *name, char shape[32], struct types *types, uint64_t *seed, struct error *err) {
     static const char prefix[] = "synthetic:";
     if (strncmp(name, prefix, sizeof prefix - 1) == 0) name += sizeof prefix - 1;
     char parts[3][32] = {"", "bf16", "1"};
@@ -75,11 +82,14 @@ static bool parse_name(const char *name, char shape[32], enum dtype *type, uint6
         if (*name++ == '\0') break;
     }
     memcpy(shape, parts[0], sizeof parts[0]);
-    if (!dtype_from_name(parts[1], type) || !dtype_info(*type)->is_weight)
-        return error_set(err,
-                         "synthetic model: type \"%s\": expected bf16, f16, f32, q8_0, q4_0, q4_1, q5_0, q5_1, q2_k, "
-                         "q3_k, q4_k, q5_k or q6_k",
-                         parts[1]);
+    *types = (struct types){0};
+    if (!dtype_from_name(parts[1], &types->type) || !dtype_info(types->type)->is_weight) {
+        types->recipe = recipe_find(parts[1], NULL);
+        if (!types->recipe)
+            return error_set(err, "synthetic model: type \"%s\": expected one of %s, or a plain q3_k, q4_k or q5_k",
+                             parts[1], recipe_names());
+        types->type = types->recipe->base;
+    }
     char *end;
     errno = 0;
     *seed = strtoull(parts[2], &end, 10);
@@ -90,13 +100,15 @@ static bool parse_name(const char *name, char shape[32], enum dtype *type, uint6
 
 // ---- Laying out: names, shapes, and where each tensor stands in one piece of memory
 
-static bool add_tensor(struct model *m, enum weight_part part, size_t layer, enum dtype type, size_t *total,
+static bool add_tensor(struct model *m, enum weight_part part, size_t layer, const struct types *types, size_t *total,
                        struct error *err) {
     size_t rows, columns;
     if (!weight_shape(&m->config, part, &rows, &columns)) return true;
     char name[WEIGHT_NAME_SIZE];
     weight_name(MODEL_SYNTHETIC, part, layer, name, sizeof name);
     bool vector = columns == 0;
+    enum dtype type = types->type;
+    if (types->recipe && !vector) type = recipe_type(types->recipe, false, &m->config, part, layer, columns);
     struct tensor *t = &m->files.tensors[m->files.n];
     *t = (struct tensor){.name = arena_copy_text(&m->files.arena, name, strlen(name)),
                          .type = vector && dtype_info(type)->is_quantised ? DTYPE_F32 : type,
@@ -109,7 +121,7 @@ static bool add_tensor(struct model *m, enum weight_part part, size_t layer, enu
     return size_add(*total, t->n_bytes, total) && size_align_up(*total, 64, total);
 }
 
-static bool lay_out(struct model *m, enum dtype type, struct error *err) {
+static bool lay_out(struct model *m, const struct types *types, struct error *err) {
     struct tensor_set *set = &m->files;
     size_t total = 0, at = 0;
     unsigned char *memory;
@@ -119,7 +131,7 @@ static bool lay_out(struct model *m, enum dtype type, struct error *err) {
     for (int part = 0; part < PART_COUNT; part++) {
         size_t n = weight_is_layered((enum weight_part)part) ? m->config.n_layers : 1;
         for (size_t layer = 0; layer < n; layer++)
-            if (!add_tensor(m, (enum weight_part)part, layer, type, &total, err)) return false;
+            if (!add_tensor(m, (enum weight_part)part, layer, types, &total, err)) return false;
     }
     if (!tensor_set_sort(set, err) || !file_map_memory(&set->maps[0], total, &memory, err)) return false;
     set->n_maps = 1;
@@ -211,7 +223,7 @@ static void fill(struct model *m, uint64_t seed, struct pool *pool, const struct
 
 struct model *model_synthetic(const char *name, struct pool *pool, const struct log *log, struct error *err) {
     char shape[32];
-    enum dtype type = DTYPE_BF16;
+    struct types types;
     uint64_t seed = 0;
     struct model *m = size_alloc_zero(1, sizeof *m);
     if (!m) {
@@ -220,8 +232,8 @@ struct model *model_synthetic(const char *name, struct pool *pool, const struct 
     }
     m->kind = MODEL_SYNTHETIC;
     m->path = strdup(name);
-    bool ok = (m->path || error_set(err, "out of memory")) && parse_name(name, shape, &type, &seed, err) &&
-              synthetic_config(shape, &m->config, err) && lay_out(m, type, err);
+    bool ok = (m->path || error_set(err, "out of memory")) && parse_name(name, shape, &types, &seed, err) &&
+              synthetic_config(shape, &m->config, err) && lay_out(m, &types, err);
     if (ok) fill(m, seed, pool, log);
     if (ok && model_bind(m, log, err)) return m;
     model_free(m);

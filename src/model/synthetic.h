@@ -2,8 +2,9 @@
 // doctor, and tiny shapes for tests. They have no tokenizer and say nothing sensible, but cost what a real model costs.
 //
 // Every command and the library take the name `synthetic:SHAPE[:TYPE[:SEED]]` for MODEL. Shapes are those of the
-// published config.json files; TYPE is any type that holds weights (bf16, f16, f32, q8_0, q4_k, ...; default bf16), and
-// is the type of every matrix, the embedding included. Vectors are f32 beside quantised matrices, else of TYPE.
+// published config.json files; TYPE is any type that holds weights (bf16, f16, f32, q8_0, q4_k, ...; default bf16), the
+// type of every matrix, the embedding included, or a mix as `tandem quantize` makes it (q4_k_m, ...). Vectors are f32
+// beside quantised matrices, else of TYPE.
 //
 // The bytes are a function of shape, type and seed alone. Weights are scaled so that activations stay of order one:
 // projections have standard deviation 1 / sqrt(n_in), those back into the residual stream less by sqrt(2 n_layers);

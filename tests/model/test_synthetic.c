@@ -121,13 +121,28 @@ static void published_shapes(void **state) {
     assert_true(!c.tied && c.hidden == 4096 && c.n_layers == 36 && c.n_ff == 12288);
 }
 
+static void mixes_are_those_of_quantize(void **state) {
+    (void)state;
+    struct error err = {0};
+    struct model *m = model_synthetic("synthetic:tiny-qwen3:q4_k_m", NULL, NULL, &err);
+    if (!m) fail_msg("%s", err.text);
+    assert_int_equal(m->embed.type, DTYPE_Q6_K); // the head's
+    assert_int_equal(m->layers[0].w_up.type, DTYPE_Q4_K);
+    assert_int_equal(m->layers[2].w_down.type, DTYPE_Q6_K);
+    model_free(m);
+    m = model_synthetic("synthetic:tiny-llama:q4_0", NULL, NULL, &err);
+    if (!m) fail_msg("%s", err.text);
+    assert_int_equal(m->head.type, DTYPE_Q4_0); // a plain type is every matrix's
+    model_free(m);
+}
+
 static void names_are_checked(void **state) {
     (void)state;
     static const struct {
         const char *name, *says;
     } bad[] = {
         {"synthetic:qwen9", "expected one of qwen3-0.6b"},
-        {"synthetic:tiny-qwen3:q9", "type \"q9\": expected bf16"},
+        {"synthetic:tiny-qwen3:q9", "type \"q9\": expected one of f32"},
         {"synthetic:tiny-qwen3:i32", "type \"i32\""},
         {"synthetic:tiny-qwen3:bf16:x", "seed"},
         {"synthetic:tiny-qwen3:bf16:1:2", "expected synthetic:SHAPE"},
@@ -165,6 +180,7 @@ int main(void) {
         cmocka_unit_test(bytes_depend_on_the_name_alone),
         cmocka_unit_test(activations_stay_sane),
         cmocka_unit_test(published_shapes),
+        cmocka_unit_test(mixes_are_those_of_quantize),
         cmocka_unit_test(names_are_checked),
         cmocka_unit_test(names_go_both_ways),
     };
