@@ -3,7 +3,7 @@
 // The fused op walks the blocks of one KV head once for a tile of query rows: the query heads that share the KV head,
 // times some neighbouring tokens of one sequence. A K vector is loaded and widened once for four rows, a V vector once
 // for two. Every row keeps its own maximum, sum and output, in the order that ops.h states, so a tile's other rows
-// change nothing.
+// change nothing. With few tokens and a long context the blocks themselves go to different threads.
 #include "ops/cpu/avx2/avx2.h"
 
 #if defined(__AVX2__)
@@ -300,10 +300,99 @@ static void attention_piece(void *user, size_t begin, size_t end, int thread) {
     }
 }
 
+// ---- Few tokens and long contexts: blocks of positions go to different threads
+// -------------------------------------
+// Each block's maximum, sum and output are kept, and combined in order afterwards by the same function as in the
+// composition: the same bits, whoever computed which block.
+
+struct split_job {
+    const struct attention_args *a;
+    size_t group, n_blocks, n_segments, segment; // blocks of the longest row; pieces of a row, and blocks in each
+    float *rows;                                 // [n_tokens * n_heads, split_floats]
+};
+
+// Of one row: max [n_blocks], sum [n_blocks], output [n_blocks, head_dim].
+static size_t split_floats(size_t n_blocks, size_t head_dim) {
+    return n_blocks * (head_dim + 2);
+}
+
+// Blocks [begin, end) for up to MAX_ROWS query heads of token t, from `head` on.
+static void split_heads(const struct split_job *j, size_t t, size_t head, size_t n_rows, size_t begin, size_t end) {
+    const struct attention_args *a = j->a;
+    const struct joint joint[2] = {{.first = true}, {.first = true}};
+    const int32_t *pages = a->batch->pages + a->batch->page_start[a->batch->seq[t]];
+    size_t n_kv = (size_t)a->batch->position[t] + 1, kv_head = head / j->group;
+    float s[MAX_ROWS * ATTN_BLOCK], *row[MAX_ROWS];
+    const float *q[MAX_ROWS];
+    for (size_t r = 0; r < n_rows; r++) {
+        q[r] = a->q + (t * a->n_heads + head + r) * a->head_dim;
+        row[r] = j->rows + (t * a->n_heads + head + r) * split_floats(j->n_blocks, a->head_dim);
+    }
+    for (size_t b = begin; b < end && b * ATTN_BLOCK < n_kv; b++) {
+        size_t page = (size_t)pages[b * ATTN_BLOCK / KV_PAGE_TOKENS], n = in_block(n_kv, b * ATTN_BLOCK);
+        const void *k = block_at(a->kv, a->kv->k, page, kv_head), *v = block_at(a->kv, a->kv->v, page, kv_head);
+        scores_rows(a->kv, s, q, n_rows, k, n, a->scale);
+        for (size_t r = 0; r < n_rows; r += 2) {
+            size_t pair = n_rows - r < 2 ? 1 : 2;
+            const float *p[2];
+            float *out[2];
+            for (size_t i = 0; i < pair; i++) {
+                p[i] = s + (r + i) * ATTN_BLOCK;
+                out[i] = row[r + i] + 2 * j->n_blocks + b * a->head_dim;
+                softmax_block(s + (r + i) * ATTN_BLOCK, n, row[r + i] + b, row[r + i] + j->n_blocks + b);
+            }
+            values_rows(a->kv, out, p, joint, pair, v, n);
+        }
+    }
+}
+
+static void split_piece(void *user, size_t begin, size_t end, int thread) {
+    (void)thread;
+    const struct split_job *j = user;
+    for (size_t i = begin; i < end; i++) {
+        size_t segment = i % j->n_segments, kv_head = i / j->n_segments % j->a->n_kv_heads;
+        size_t t = i / j->n_segments / j->a->n_kv_heads, first = segment * j->segment;
+        for (size_t h = 0; h < j->group; h += MAX_ROWS)
+            split_heads(j, t, kv_head * j->group + h, j->group - h < MAX_ROWS ? j->group - h : MAX_ROWS, first,
+                        first + j->segment);
+    }
+}
+
+static void combine_piece(void *user, size_t begin, size_t end, int thread) {
+    (void)thread;
+    const struct split_job *j = user;
+    for (size_t i = begin; i < end; i++) {
+        size_t n_kv = (size_t)j->a->batch->position[i / j->a->n_heads] + 1;
+        const float *row = j->rows + i * split_floats(j->n_blocks, j->a->head_dim);
+        attn_combine(NULL, j->a->out + i * j->a->head_dim, row, row + j->n_blocks, row + 2 * j->n_blocks,
+                     (n_kv + ATTN_BLOCK - 1) / ATTN_BLOCK, j->a->head_dim);
+    }
+}
+
+// False: there is enough to do for every thread without splitting, or the scratch is too small for it.
+static bool split(const struct op_ctx *ctx, const struct attention_args *a, size_t n_items) {
+    size_t n_threads = (size_t)pool_size(ctx->pool), longest = 0, n_rows = a->batch->n_tokens * a->n_heads;
+    enum { FEW = 4, LEAST = 4 }; // items a thread below which to split; blocks in a segment at least
+    if (n_threads == 1 || n_items >= FEW * n_threads) return false;
+    for (size_t t = 0; t < a->batch->n_tokens; t++)
+        longest = (size_t)a->batch->position[t] + 1 > longest ? (size_t)a->batch->position[t] + 1 : longest;
+    struct split_job j = {.a = a, .group = a->n_heads / a->n_kv_heads, .rows = ctx->scratch};
+    j.n_blocks = (longest + ATTN_BLOCK - 1) / ATTN_BLOCK;
+    if (j.n_blocks < 2 * LEAST || ctx->scratch_floats / n_rows < split_floats(j.n_blocks, a->head_dim)) return false;
+    size_t pieces = (FEW * n_threads + n_items - 1) / n_items;
+    j.segment = (j.n_blocks + pieces - 1) / pieces;
+    if (j.segment < LEAST) j.segment = LEAST;
+    j.n_segments = (j.n_blocks + j.segment - 1) / j.segment;
+    pool_for(ctx->pool, a->batch->n_tokens * a->n_kv_heads * j.n_segments, 1, split_piece, &j);
+    pool_for(ctx->pool, n_rows, 1, combine_piece, &j);
+    return true;
+}
+
 static void attention(const struct op_ctx *ctx, const struct attention_args *a) {
     struct attention_job j = {.a = a, .group = a->n_heads / a->n_kv_heads};
     j.tile = j.group < MAX_ROWS ? MAX_ROWS / j.group : 1;
-    pool_for(ctx->pool, (a->batch->n_tokens + j.tile - 1) / j.tile * a->n_kv_heads, 1, attention_piece, &j);
+    size_t n_items = (a->batch->n_tokens + j.tile - 1) / j.tile * a->n_kv_heads;
+    if (!split(ctx, a, n_items)) pool_for(ctx->pool, n_items, 1, attention_piece, &j);
 }
 
 void avx2_fill_attention(struct ops *ops) {
