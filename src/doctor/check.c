@@ -27,6 +27,10 @@ const char *doctor_stage_name(enum doctor_stage stage) {
     return stages[stage].name;
 }
 
+bool doctor_model_is_small(const struct doctor *d) {
+    return d->model->weight_bytes < ((size_t)128 << 20);
+}
+
 bool doctor_stages_parse(const char *list, uint32_t *mask, struct error *err) {
     *mask = 0;
     for (const char *at = list;; at++) {
@@ -182,6 +186,8 @@ static bool open_parts(struct doctor *d, struct error *err) {
     d->model = model_load(d->kind, d->path, &load, &why);
     snprintf(d->load_error, sizeof d->load_error, "%s", why.text);
     if (!d->model) return true;
+    if (d->options.budget <= 0) d->options.budget = doctor_model_is_small(d) ? 25 : 240;
+    if (d->options.thorough) d->options.budget = INFINITY;
     open_tokenizer(d);
     return make_prompts(d, err);
 }
@@ -195,7 +201,6 @@ struct doctor *doctor_open(const struct doctor_options *options, struct error *e
     d->options = *options;
     d->kv_type = options->kv_type && strcmp(options->kv_type, "f32") == 0 ? DTYPE_F32 : DTYPE_BF16;
     if (!d->options.stages) d->options.stages = (1u << STAGE_COUNT) - 1;
-    if (d->options.budget <= 0) d->options.budget = d->options.thorough ? INFINITY : 240;
     if (!open_parts(d, err)) {
         doctor_close(d);
         return NULL;
@@ -228,11 +233,20 @@ static void report_load_error(const struct doctor *d, struct stage_report *r) {
     }
 }
 
+// The engine refuses such weights, and every number after them would be a fault.
+static bool weights_are_finite(const struct doctor *d) {
+    const struct stage_report *r = &d->report->stages[STAGE_WEIGHTS];
+    for (size_t i = 0; i < r->n_faults && i < MAX_FAULTS; i++)
+        if (strcmp(r->faults[i].check, FINITE_CHECK) == 0) return false;
+    return true;
+}
+
 static bool run_stage(struct doctor *d, enum doctor_stage stage, struct error *err) {
     struct stage_report *r = &d->report->stages[stage];
     bool wanted = (d->options.stages >> stage & 1) && stages[stage].run;
     if (d->model && !wanted) return true;
     if (!d->model && stage != STAGE_WEIGHTS) return true;
+    if (d->model && stage != STAGE_WEIGHTS && !weights_are_finite(d)) return true;
     double started = clock_seconds();
     d->stage = stage;
     d->deadline = started + d->options.budget * stages[stage].share;

@@ -63,6 +63,8 @@ struct figure {
 
 enum { MAX_FIGURES = 16 };
 
+#define FINITE_CHECK "no NaN, no Inf" // of weights: when it fails, the other stages are not run
+
 struct stage_report {
     enum doctor_stage stage;
     const char *name; // "weights", "ops", "model", "serving"
@@ -106,7 +108,8 @@ struct doctor_options {
     const char *kv_type; // as in tandem_options
     int threads;         // 0: as many as this process may use
     uint64_t seed;       // of the generated prompts and inputs
-    double budget;       // seconds that stages ops, model and serving should take together; 0: 240, thorough: no limit
+    double
+        budget; // seconds that the stages should take together; 0: 25 for a small model, else 240; thorough: no limit
     bool no_diagnosis;
     void (*stage_done)(void *user, const struct stage_report *stage); // or NULL
     struct log log;                                                   // messages and progress bars
@@ -153,6 +156,7 @@ bool doctor_run(struct doctor *d, struct doctor_report *report, struct error *er
 void doctor_report_free(struct doctor_report *report);
 
 const char *doctor_stage_name(enum doctor_stage stage);
+bool doctor_model_is_small(const struct doctor *d); // every layer is examined, whatever the time
 bool doctor_stages_parse(const char *list, uint32_t *mask, struct error *err); // "weights,ops"
 
 // ---- Stages: each fills its report's checks, faults, summary and notes. False: it could not be carried out.

@@ -586,7 +586,7 @@ bool stage_model(struct doctor *d, struct stage_report *r, struct error *err) {
     double started = clock_seconds(), time = d->deadline - started;
     const struct doctor_prompt *first = &d->prompts[d->n_prompts > 2 ? 1 : 0];
     double end = d->deadline;
-    d->deadline = started + 0.4 * time;
+    d->deadline = doctor_model_is_small(d) ? INFINITY : started + 0.4 * time;
     bool ok = inspect_run(&s, first);
     d->deadline = end;
     ok = ok && check_fusion(&s, &d->prompts[0], d->model->config.n_layers * d->model->config.hidden > 20000 ? 37 : 77);

@@ -517,7 +517,7 @@ static bool check_layers(struct stage *s) {
     size_t n = s->d->model->config.n_layers, order[3] = {0, n - 1, n / 2}, n_first = n < 3 ? n : 3;
     double left = s->d->deadline - clock_seconds();
     s->layer_budget = s->d->options.thorough ? INFINITY : left / 6;
-    bool small = s->d->model->weight_bytes < ((size_t)128 << 20);
+    bool small = doctor_model_is_small(s->d);
     for (size_t i = 0; i < n_first; i++) {
         if (!check_layer(s, (int)order[i], i == 0 || small || s->d->options.thorough)) return false;
         doctor_progress(s->d, 0.1 + 0.6 * (double)(i + 1) / (double)n_first);

@@ -427,7 +427,7 @@ static void check_values(struct weights *w) {
             stage_note(w->r, "%s holds %zu NaN and %zu Inf, but nothing reads it", t->name, s->n_nan, s->n_inf);
             continue;
         }
-        struct fault *f = slot_fault(w, slot, "no NaN, no Inf");
+        struct fault *f = slot_fault(w, slot, FINITE_CHECK);
         f->channel = (int)(t->rank == 1 ? s->first_bad_column : s->first_bad_row);
         f->found = s->n_nan ? (double)NAN : (double)INFINITY;
         fault_say(f, "%s holds %zu NaN and %zu Inf, the first at [%zu, %zu]", t->name, s->n_nan, s->n_inf,
