@@ -164,7 +164,8 @@ typedef struct tandem_token {
 
 /* Computes what was appended, samples the next token and puts it behind the session's ids. TANDEM_OK: *token holds it;
  * TANDEM_END: an end token came (it is put behind the ids too, and *token holds it); TANDEM_FULL, TANDEM_CANCELLED,
- * TANDEM_ERROR. NaN or Inf in the logits is an error: nothing is sampled, and the session's KV is dropped. */
+ * TANDEM_ERROR. NaN or Inf in the logits is an error whose message names the op and the layer that made it first:
+ * nothing is sampled, and the session's KV is dropped. */
 TANDEM_API int tandem_session_next(tandem_session *session, tandem_token *token, char *err, size_t err_size);
 
 /* The same for several sessions of one engine in one step: status[i] and tokens[i] are session i's. Prompts that are

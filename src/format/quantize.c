@@ -12,8 +12,9 @@ static void put_half(unsigned char *p, float f) {
     p[1] = (unsigned char)(h >> 8);
 }
 
+// As it will be stored; what f16 cannot hold becomes its largest number, never Inf.
 static float as_half(float f) {
-    return f16_to_f32(f16_from_f32(f));
+    return f16_to_f32(f16_from_f32(f < -65504 ? -65504 : f > 65504 ? 65504 : f));
 }
 
 // Four lanes at a time, in any instruction set: the compilers' vector extension.

@@ -118,6 +118,8 @@ static void odd_values(void **state) {
         if (round_trip(quantised[i]) > 0.08) fail_msg("%s: offsets", dtype_info(quantised[i])->name);
         for (int k = 0; k < N; k++) x[k] = (float)(k % 31 - 15) * 1e3f;
         if (round_trip(quantised[i]) > 0.4) fail_msg("%s: large values", dtype_info(quantised[i])->name);
+        for (int k = 0; k < N; k++) x[k] = (float)(k % 3 - 1) * 1e30f; // beyond every scale: finite, if far off
+        round_trip(quantised[i]);
     }
 }
 
