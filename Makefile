@@ -67,6 +67,9 @@ all: $(BUILD)/tandem
 $(BUILD)/tandem: $(CLI_OBJ) $(BUILD)/libtandem_all.a
 	$(CC) $(LDFLAGS) -o $@ $(CLI_OBJ) $(BUILD)/libtandem_all.a $(LDLIBS) -ledit
 
+# It holds the web page as it stands.
+$(BUILD)/src/server/page.o: src/server/page.html
+
 # Every object of the library, internal symbols visible: for the program and the tests.
 $(BUILD)/libtandem_all.a: $(LIB_OBJ)
 	rm -f $@ && ar rcs $@ $^
@@ -102,7 +105,8 @@ unit: $(TEST_BIN)
 FUZZ_SAN = address,undefined -fno-sanitize-recover=all
 FUZZ_BIN = $(patsubst %.c,$(BUILD)/%,$(sort $(wildcard tests/fuzz/fuzz_*.c)))
 # The layers that read hostile bytes.
-FUZZ_OBJ = $(filter $(addprefix $(BUILD)/src/,base/% format/% text/% model/config.o),$(LIB_OBJ))
+FUZZ_SERVER = jsonscan toolcalls fields automaton schema
+FUZZ_OBJ = $(filter $(addprefix $(BUILD)/src/,base/% format/% text/% model/config.o $(FUZZ_SERVER:%=server/%.o)),$(LIB_OBJ))
 $(BUILD)/tests/fuzz/fuzz_%: $(BUILD)/tests/fuzz/fuzz_%.o $(FUZZ_OBJ)
 	$(CC) -fsanitize=fuzzer,$(FUZZ_SAN) -o $@ $^ $(LDLIBS)
 

@@ -123,6 +123,10 @@ static enum MHD_Result send_answer(struct exchange *x) {
     MHD_add_response_header(r, "X-Content-Type-Options", "nosniff");
     if (x->status == 429 || x->status == 503) MHD_add_response_header(r, "Retry-After", "1");
     if (x->status == 401) MHD_add_response_header(r, "WWW-Authenticate", "Bearer");
+    if (x->is_page) {
+        MHD_add_response_header(r, "Content-Security-Policy", buffer_text(&x->server->page_policy));
+        MHD_add_response_header(r, "Referrer-Policy", "no-referrer");
+    }
     if (x->stream) MHD_add_response_header(r, "X-Accel-Buffering", "no"); // nginx: pass it on at once
     enum MHD_Result ok = MHD_queue_response(x->connection, (unsigned)x->status, r);
     MHD_destroy_response(r);
@@ -446,7 +450,7 @@ struct server *server_start(tandem_engine *engine, const struct server_options *
     if (ok)
         s->vocabulary = vocabulary_create(engine->tokenizer, engine->model->config.n_vocab, engine->end_ids,
                                           engine->n_end_ids, err);
-    ok = ok && s->vocabulary;
+    ok = ok && s->vocabulary && (page_policy(&s->page_policy) || error_set(err, "cannot read the web page"));
     if (ok && options->api_key_file) ok = (s->keys = keys_load(options->api_key_file, err)) != NULL;
     if (ok && load_tls(s, err) && start_threads(s, err) && listen_on(s, err)) return s;
     server_stop(s);
@@ -503,6 +507,7 @@ void server_stop(struct server *s) {
     if (s->n_threads > 1) pthread_join(s->watcher, NULL);
     if (s->epoll >= 0) close(s->epoll);
     keys_free(s->keys);
+    buffer_free(&s->page_policy);
     replies_free(s->replies);
     vocabulary_free(s->vocabulary);
     free(s->tls_cert);

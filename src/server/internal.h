@@ -43,6 +43,7 @@ struct exchange {
     uint64_t number, tenant;
     struct buffer body;
     size_t received_bytes;
+    bool is_page;    // the answer is the web page: it goes with its policy
     double received; // when its body was complete
     int fd;
     atomic_int refs;
@@ -87,6 +88,7 @@ struct server {
     tandem_engine *engine;
     struct server_options options;
     char url[300];
+    struct buffer page_policy;
     char *tls_cert, *tls_key;
     struct MHD_Daemon *daemon;
     bool loopback;
@@ -147,6 +149,8 @@ void watch_remove(struct exchange *x);
 void histogram_add(struct histogram *h, double seconds); // metrics.c
 bool metrics_write(struct server *s, struct buffer *out);
 
+bool page_policy(struct buffer *out); // page.c
+void handle_page(struct exchange *x);
 void handle_chat(struct exchange *x);        // chat.c
 void handle_completions(struct exchange *x); // completions.c
 void handle_messages(struct exchange *x);    // anthropic.c

@@ -1,7 +1,9 @@
 """`tandem serve` as clients use it: OpenAI's library, streams, log-probabilities, limits, keys, signals."""
+import base64
 import concurrent.futures
+import hashlib
 import json
-import os
+import re
 import signal
 import socket
 import subprocess
@@ -261,6 +263,22 @@ def test_log_has_no_prompts(server):
     lines = [json.loads(line) for line in server.log if line.startswith("{")]
     assert lines[-1]["route"] == "/v1/chat/completions" and lines[-1]["status"] == 200
     assert not any("xylophone" in line for line in server.log)
+
+
+# ---- The web page
+
+def test_page_is_one_file_with_a_strict_policy(server):
+    status, headers, body = server.request("GET", "/")
+    page = body.decode()
+    assert status == 200 and headers["Content-Type"].startswith("text/html")
+    policy = dict(part.strip().split(" ", 1) for part in headers["Content-Security-Policy"].split(";"))
+    assert policy["default-src"] == "'none'" and policy["connect-src"] == "'self'" and policy["frame-ancestors"] == "'none'"
+    for tag in ("script", "style"):
+        text = page.split(f"<{tag}>")[1].split(f"</{tag}>")[0]
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert policy[f"{tag}-src"] == f"'sha256-{digest}'"
+    assert not re.search(r"(src|href)=\"(?!data:)", page) and "innerHTML" not in page and "style=" not in page
+    assert not re.search(r"<[^>]+ on[a-z]+=", page)  # the policy would not let them run
 
 
 # ---- Errors
