@@ -296,10 +296,11 @@ static double repeat_once(struct bench *b, const struct bench_case *what, size_t
         size_t n = n_tokens - at < chunk ? n_tokens - at : chunk;
         bool logits = what->kind == BENCH_DECODE || at + n == n_tokens;
         struct batch batch = make_batch(b, what->batch, what->depth + at, n, n_pages, logits);
-        const float *rows = model_forward(b->engine->model, b->run, &b->kv, &batch);
+        model_queue(b->engine->model, b->run, &b->kv, &batch);
+        if (b->engine->ops->device) run_choices(b->run); // a step has ended when its tokens are known
         if (!logits || (what->kind == BENCH_DECODE && at > 0)) continue;
         double before = clock_seconds();
-        *hash = logits_hash(0, rows, n_vocab);
+        *hash = logits_hash(0, run_logits(b->run), n_vocab);
         hashing = clock_seconds() - before;
     }
     return clock_seconds() - start - hashing;

@@ -79,6 +79,8 @@ struct engine_share {
 // caller says with kv_commit that the tokens are computed. At most max_batch shares, max_step_tokens tokens and
 // max_batch rows. The lock is held.
 const float *engine_run(tandem_engine *engine, const struct engine_share *shares, size_t n_shares);
+// The same without waiting: run_logits and run_choices of engine->run give what came of it.
+void engine_queue(tandem_engine *engine, const struct engine_share *shares, size_t n_shares);
 
 // Whether the logits behind the first n tokens of a sequence can be sampled from. NaN or Inf is an error that names the
 // op which made it (tripwire.h); the K and V are still the sequence's, and the caller drops them.

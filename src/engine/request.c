@@ -268,6 +268,7 @@ struct sink {
     struct requests *r;
     tandem_event_callback *callback;
     void *user;
+    const struct greedy_choice *greedy; // [rows of the step] the device's choices; NULL: its logits are wanted
 };
 
 static bool tell(struct sink *k, const struct choice *c, tandem_event event) {
@@ -369,8 +370,28 @@ static bool tell_prompt(struct sink *k, struct choice *c, const float *logits, s
     return true;
 }
 
-// Samples a choice's next token from its logits.
-static void sample(struct sink *k, struct choice *c, const float *logits) {
+// Whether a choice's tokens are the most probable ones, and nothing more is asked about them: then its logits may stay
+// on the device.
+static bool is_greedy(const struct choice *c) {
+    const tandem_request_options *o = &c->request->options;
+    const tandem_sampling *s = &c->sampling;
+    return s->temperature == 0 && s->repeat_penalty == 1 && s->presence_penalty == 0 && s->frequency_penalty == 0 &&
+           s->n_bias == 0 && !o->mask && !o->logprobs && !o->hash && !c->seq.wants_all;
+}
+
+// Puts a token behind a choice's ids and tells of it.
+static void accept(struct sink *k, struct choice *c, tandem_event event) {
+    int32_t id = event.token.id;
+    c->seq.ids[c->seq.n_ids++] = id;
+    k->r->now.n_generated_tokens++;
+    bool go_on = tell(k, c, event);
+    if (!go_on || engine_is_end(k->engine, id)) end_choice(k, c, TANDEM_FINISH_END, NULL);
+    else if (c->seq.n_ids == c->seq.n_limit) end_choice(k, c, TANDEM_FINISH_LENGTH, NULL);
+}
+
+// Samples a choice's next token from its logits, row `row` of the step's. Where the device chose (k->greedy), the
+// logits are fetched only if its choice is of no use.
+static void sample(struct sink *k, struct choice *c, size_t row) {
     tandem_engine *e = k->engine;
     const tandem_request_options *o = &c->request->options;
     size_t n_vocab = e->model->config.n_vocab;
@@ -379,6 +400,12 @@ static void sample(struct sink *k, struct choice *c, const float *logits) {
         end_choice(k, c, TANDEM_FINISH_LENGTH, NULL);
         return;
     }
+    const struct greedy_choice *greedy = k->greedy ? &k->greedy[row] : NULL;
+    if (greedy && greedy->ok && !(c->sampling.ignore_end && engine_is_end(e, greedy->id))) {
+        accept(k, c, (tandem_event){.kind = TANDEM_EVENT_TOKEN, .position = c->seq.n_ids, .token = {.id = greedy->id}});
+        return;
+    }
+    const float *logits = run_logits(e->run) + row * n_vocab;
     if (!engine_check_logits(e, logits, c->seq.ids, &c->seq.kv, c->seq.n_ids, &err)) {
         end_choice(k, c, TANDEM_FINISH_ERROR, err.text);
         return;
@@ -395,26 +422,24 @@ static void sample(struct sink *k, struct choice *c, const float *logits) {
         event.top = k->r->top;
         event.n_top = o->n_top;
     }
-    c->seq.ids[c->seq.n_ids++] = id;
-    k->r->now.n_generated_tokens++;
-    bool go_on = tell(k, c, event);
-    if (!go_on || engine_is_end(e, id)) end_choice(k, c, TANDEM_FINISH_END, NULL);
-    else if (c->seq.n_ids == c->seq.n_limit) end_choice(k, c, TANDEM_FINISH_LENGTH, NULL);
+    accept(k, c, event);
 }
 
 // What one share's rows of logits lead to.
-static void use_logits(struct sink *k, const struct sched_share *share, const float *logits) {
+static void use_logits(struct sink *k, const struct sched_share *share, size_t first_row) {
     struct choice *c = (struct choice *)share->seq;
     struct request *q = c->request;
-    size_t n_vocab = k->engine->model->config.n_vocab;
     if (!q->started) {
         q->started = true;
         k->r->now.n_cached_tokens += c->seq.n_reused;
         tell(k, c, (tandem_event){.kind = TANDEM_EVENT_START});
     }
-    if (share->n_rows && c->seq.wants_all && !tell_prompt(k, c, logits, share->n_rows)) return;
+    if (share->n_rows && c->seq.wants_all) {
+        const float *logits = run_logits(k->engine->run) + first_row * k->engine->model->config.n_vocab;
+        if (!tell_prompt(k, c, logits, share->n_rows)) return;
+    }
     if (c->seq.kv.n_kv < c->seq.n_ids) return;
-    const float *row = logits + (share->n_rows - 1) * n_vocab;
+    size_t row = first_row + share->n_rows - 1;
     if (c->seq.n_forks) {
         struct choice *choices = q->choices;
         size_t n = q->n_choices;
@@ -449,14 +474,19 @@ static void run_plan(struct sink *k) {
         r->shares[i] = (struct engine_share){.ids = s->seq->ids, .kv = &s->seq->kv, .n = s->n, .n_rows = s->n_rows};
         if (s->seq->n_ids == s->seq->n_prompt) r->now.n_prompt_tokens += s->n;
     }
-    const float *logits = engine_run(e, r->shares, r->step.n_shares);
+    bool greedy = e->ops->device != NULL;
+    for (size_t i = 0; i < r->step.n_shares; i++)
+        greedy = greedy && is_greedy((const struct choice *)r->step.shares[i].seq);
+    engine_queue(e, r->shares, r->step.n_shares);
+    k->greedy = greedy ? run_choices(e->run) : NULL;
     sched_commit(&r->sched, &r->step);
     r->now.n_steps++;
+    size_t row = 0;
     for (size_t i = 0; i < r->step.n_shares; i++) {
         const struct sched_share *s = &r->step.shares[i];
         size_t n_rows = s->n_rows; // the share's sequence may be gone afterwards
-        use_logits(k, s, logits);
-        logits += n_rows * e->model->config.n_vocab;
+        use_logits(k, s, row);
+        row += n_rows;
     }
 }
 

@@ -8,7 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-const float *engine_run(tandem_engine *e, const struct engine_share *shares, size_t n_shares) {
+void engine_queue(tandem_engine *e, const struct engine_share *shares, size_t n_shares) {
     struct step_arrays *a = &e->step;
     struct batch b = {.token = a->token,
                       .position = a->position,
@@ -36,7 +36,12 @@ const float *engine_run(tandem_engine *e, const struct engine_share *shares, siz
     }
     a->seq_start[n_shares] = (int32_t)b.n_tokens;
     a->page_start[n_shares] = (int32_t)n_pages;
-    return model_forward(e->model, e->run, &e->kv, &b);
+    model_queue(e->model, e->run, &e->kv, &b);
+}
+
+const float *engine_run(tandem_engine *e, const struct engine_share *shares, size_t n_shares) {
+    engine_queue(e, shares, n_shares);
+    return run_logits(e->run);
 }
 
 bool engine_check_logits(tandem_engine *e, const float *logits, const int32_t *ids, const struct kv_seq *kv, size_t n,

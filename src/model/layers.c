@@ -12,6 +12,8 @@
 struct run {
     struct op_ctx ctx;
     size_t max_tokens, max_logit_rows;
+    size_t n_rows, n_vocab;               // of the last step's logits
+    bool is_fetched; // they are on the host, in `fetched`
     struct device_weights host;           // the model's own tables
     const struct device_weights *weights; // what the ops read: `host`, or a device's copies
     struct device *device;                // whose memory `memory` is; NULL: the host's
@@ -32,7 +34,8 @@ struct run {
     int32_t *arrays;  // [n_arrays] a step's batch
     int32_t *staging; // [n_arrays] the same on the host
     size_t n_arrays;
-    float *fetched; // [max_logit_rows, n_vocab] the logits on the host
+    struct greedy_choice *choices; // [max_logit_rows] on the host, where the device writes too
+    float *fetched;                // [max_logit_rows, n_vocab] the logits on the host
 };
 
 // 32-bit numbers that the arrays of a step's batch take at most; each array begins at a multiple of 4.
@@ -121,7 +124,8 @@ static bool create_device_parts(struct run *run, const struct model *m, const st
     run->n_arrays = batch_arrays(o);
     run->staging = d->alloc_host(d, run->n_arrays * sizeof *run->staging);
     run->fetched = d->alloc_host(d, o->max_logit_rows * m->config.n_vocab * sizeof *run->fetched);
-    if (!run->staging || !run->fetched)
+    run->choices = d->alloc_host(d, o->max_logit_rows * sizeof *run->choices);
+    if (!run->staging || !run->fetched || !run->choices)
         return error_set(err, "out of host memory for the logits of %zu rows", o->max_logit_rows);
     size_t row = m->config.head_dim, n_rows = o->max_positions;
     float *table = size_alloc(n_rows, row * sizeof *table);
@@ -159,7 +163,9 @@ struct run *run_create(const struct model *model, const struct run_options *o, s
         .embed = model->embed, .head = model->head, .final_norm = model->final_norm, .layers = model->layers};
     run->weights = d ? o->weights : &run->host;
     lay_out(&model->config, o, run);
-    if (d && !create_device_parts(run, model, o, err)) {
+    if (!d) run->choices = size_alloc(o->max_logit_rows, sizeof *run->choices);
+    if (!d && !run->choices) error_set(err, "out of memory for the activations of %zu tokens", o->max_tokens);
+    if (d ? !create_device_parts(run, model, o, err) : !run->choices) {
         run_free(run);
         return NULL;
     }
@@ -173,8 +179,10 @@ void run_free(struct run *run) {
         d->free(d, run->memory);
         d->free_host(d, run->staging);
         d->free_host(d, run->fetched);
+        d->free_host(d, run->choices);
     } else {
         free(run->memory);
+        free(run->choices);
     }
     free(run);
 }
@@ -285,6 +293,7 @@ static void run_layers(const struct model *m, struct run *r, struct kv_store *kv
                                                     .normed = r->rows,
                                                     .logits = r->logits});
     ops_tap(&r->ctx, "logits", r->logits, b->n_logit_rows, m->config.n_vocab);
+    if (r->ctx.ops->choose) r->ctx.ops->choose(&r->ctx, r->choices, r->logits, b->n_logit_rows, m->config.n_vocab);
 }
 
 // Copies a batch's arrays to the device; *placed has the same shape and points to them. The places depend on the shape
@@ -292,6 +301,7 @@ static void run_layers(const struct model *m, struct run *r, struct kv_store *kv
 static void place_batch(struct run *r, const struct batch *b, struct batch *placed) {
     *placed = *b;
     placed->host = b;
+    r->device->sync(r->device, NULL); // the last step may not have read `staging` yet
     size_t at = 0;
     const struct {
         const int32_t *from, **to;
@@ -357,16 +367,52 @@ static void forward_on_device(const struct model *m, struct run *r, struct kv_st
     if (key) d->end(d);
 }
 
-const float *model_forward(const struct model *m, struct run *r, struct kv_store *kv, const struct batch *b) {
-    if (!r->device) {
-        run_layers(m, r, kv, b);
-        return r->logits;
-    }
-    forward_on_device(m, r, kv, b);
-    r->device->get(r->device, r->fetched, r->logits, b->n_logit_rows * m->config.n_vocab * sizeof *r->fetched);
-    if (!r->device->sync(r->device, NULL))
-        for (size_t i = 0; i < b->n_logit_rows * m->config.n_vocab; i++) r->fetched[i] = NAN;
+void model_queue(const struct model *m, struct run *r, struct kv_store *kv, const struct batch *b) {
+    r->is_fetched = false;
+    r->n_rows = b->n_logit_rows;
+    r->n_vocab = m->config.n_vocab;
+    if (r->device) forward_on_device(m, r, kv, b);
+    else run_layers(m, r, kv, b);
+}
+
+const float *run_logits(struct run *r) {
+    struct device *d = r->device;
+    if (!d) return r->logits;
+    if (r->is_fetched) return r->fetched;
+    r->is_fetched = true;
+    d->get(d, r->fetched, r->logits, r->n_rows * r->n_vocab * sizeof *r->fetched);
+    if (!d->sync(d, NULL))
+        for (size_t i = 0; i < r->n_rows * r->n_vocab; i++) r->fetched[i] = NAN;
     return r->fetched;
+}
+
+// On the host: the logarithm of the sum is f64.
+static struct greedy_choice choose(const float *logits, size_t n) {
+    struct greedy_choice c = {.ok = 1};
+    double sum = 0;
+    for (size_t i = 0; i < n; i++) {
+        if (!isfinite(logits[i])) c.ok = 0;
+        if (logits[i] > logits[c.id]) c.id = (int32_t)i;
+    }
+    if (!c.ok) return c;
+    for (size_t i = 0; i < n; i++) sum += exp((double)logits[i] - (double)logits[c.id]);
+    c.logprob = (float)-log(sum);
+    return c;
+}
+
+const struct greedy_choice *run_choices(struct run *r) {
+    struct device *d = r->device;
+    if (!d) {
+        for (size_t i = 0; i < r->n_rows; i++) r->choices[i] = choose(r->logits + i * r->n_vocab, r->n_vocab);
+    } else if (!d->sync(d, NULL)) {
+        for (size_t i = 0; i < r->n_rows; i++) r->choices[i].ok = 0;
+    }
+    return r->choices;
+}
+
+const float *model_forward(const struct model *m, struct run *r, struct kv_store *kv, const struct batch *b) {
+    model_queue(m, r, kv, b);
+    return run_logits(r);
 }
 
 // ---- KV

@@ -116,6 +116,11 @@ void kv_store_copy_page(struct kv_store *kv, size_t from, size_t to); // every l
 // [n_logit_rows, n_vocab], on the host, valid until the next step. Token ids, positions and pages are in range: the
 // engine checked. When the device failed they are NaN, and run_error says how.
 const float *model_forward(const struct model *model, struct run *run, struct kv_store *kv, const struct batch *batch);
+// The same in two halves: queue starts the step (on a device it returns before the step has ended), and the other two
+// wait for it: for its logits, or for the most probable token of each of its rows alone, which is much less to fetch.
+void model_queue(const struct model *model, struct run *run, struct kv_store *kv, const struct batch *batch);
+const float *run_logits(struct run *run);
+const struct greedy_choice *run_choices(struct run *run); // [n_logit_rows] valid until the next step
 // Puts K and V [batch->n_tokens, n_kv_heads * head_dim], host memory, into one layer's pages, as a step would.
 void run_store_kv(struct run *run, struct kv_layer *layer, const struct batch *batch, const float *k, const float *v);
 bool run_error(struct run *run, struct error *err); // false, and why, when the run's device has failed

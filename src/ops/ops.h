@@ -82,6 +82,13 @@ struct kv_layer {
 struct ops;
 struct ops_limits;
 
+// The most probable token of a row of logits.
+struct greedy_choice {
+    int32_t id;    // the smallest, of several
+    float logprob; // natural log of its softmax probability
+    int32_t ok;    // 0: NaN or Inf in the row, and the rest means nothing
+};
+
 // Observes intermediate results; `name` as in `tandem trace` without "layers.N." (CLI.md). layer is -1 outside the
 // layers.
 typedef void tap_fn(void *user, const char *name, int layer, const float *data, size_t n_rows, size_t n_columns);
@@ -195,8 +202,8 @@ struct norm_head_args {
 // One backend's ops. Filled portable-first, then overridden; chosen once at start.
 struct ops {
     const struct cpu_kernels *kernels; // the CPU's own: the dot products of one tile
-    const char *name;      // "cpu/avx2", "cuda:0"
-    struct device *device; // whose memory every pointer of an op's arguments is; NULL: the host's
+    const char *name;                  // "cpu/avx2", "cuda:0"
+    struct device *device;             // whose memory every pointer of an op's arguments is; NULL: the host's
 
     // Floats of scratch beyond ops_scratch_floats' own count; NULL: none.
     bool (*scratch_floats)(const struct ops *ops, const struct ops_limits *limits, size_t *out);
@@ -229,6 +236,8 @@ struct ops {
     void (*silu_mul)(const struct op_ctx *ctx, float *act, const float *gate, const float *up, size_t n);
     // y[r] = x[rows[r]]
     void (*gather)(const struct op_ctx *ctx, float *y, const float *x, const int32_t *rows, size_t n_rows, size_t n);
+    // out[r] of logits[r]: [n_rows, n]. `out` is memory that the host can read too. NULL: the backend has none.
+    void (*choose)(const struct op_ctx *ctx, struct greedy_choice *out, const float *logits, size_t n_rows, size_t n);
     // Attention's four parts, for one token and one head; n_kv = position + 1, `pages` is the sequence's page list.
     void (*attn_scores)(const struct op_ctx *ctx, float *s, const float *q, const struct kv_layer *kv, size_t kv_head,
                         const int32_t *pages, size_t n_kv,

@@ -251,6 +251,7 @@ static bool start(struct cuda_state *s, struct error *err) {
     if (e == cudaSuccess) e = cudaStreamCreateWithFlags(&s->stream, cudaStreamNonBlocking);
     if (e == cudaSuccess) e = cudaMalloc((void **)&s->arrivals, SPLIT_ROWS * sizeof *s->arrivals);
     if (e == cudaSuccess) e = cudaMemset(s->arrivals, 0, SPLIT_ROWS * sizeof *s->arrivals);
+    if (e == cudaSuccess) e = cudaMalloc(&s->parts, cuda_choose_bytes());
     if (e == cudaSuccess) {
         cuda_products_setup(s);
         cuda_attention_setup(s);
@@ -292,6 +293,7 @@ const struct ops *ops_cuda_open(int index, struct error *err) {
     cuda_fill_pointwise(&s->ops);
     cuda_fill_products(&s->ops);
     cuda_fill_attention(&s->ops);
+    cuda_fill_choose(&s->ops);
     if (start(s, err)) return &s->ops;
     ops_cuda_close(&s->ops);
     return NULL;
@@ -302,6 +304,7 @@ void ops_cuda_close(const struct ops *ops) {
     struct cuda_state *s = (struct cuda_state *)(uintptr_t)ops;
     forget_recordings(s);
     if (s->arrivals) cudaFree(s->arrivals);
+    if (s->parts) cudaFree(s->parts);
     free_host(&s->device, s->shown);
     if (s->stream) cudaStreamDestroy(s->stream);
     free(s->recordings);

@@ -26,6 +26,7 @@ struct cuda_state {
     cudaError_t failed;    // the first error; nothing is done after it
     const char *failed_at; // what was being done
     unsigned *arrivals;    // [SPLIT_ROWS] zero between launches
+    void *parts;           // for choose
     void *shown;           // for device.show
     size_t shown_bytes;
     struct recording *recordings;
@@ -43,6 +44,8 @@ void cuda_check(struct cuda_state *s, cudaError_t e, const char *what);
 void cuda_fill_pointwise(struct ops *ops);
 void cuda_fill_products(struct ops *ops);
 void cuda_fill_attention(struct ops *ops);
+void cuda_fill_choose(struct ops *ops);
+size_t cuda_choose_bytes(void);
 bool cuda_products_setup(struct cuda_state *s);
 bool cuda_attention_setup(struct cuda_state *s);
 // Rows [row, row + n_rows) of a matrix, as stored, to their places in the device's order.
