@@ -1,10 +1,10 @@
 // attention.cu: paged attention, as primitives and fused.
 //
 // A tile is up to 16 rows: consecutive tokens of a sequence times the query heads of one KV head. q is rounded to two
-// bf16s (high and low part), so that scores keep f32's precision; p is rounded to bf16. Blocks of 32 positions (a page)
-// are independent: own maximum, p, sum and values. The blocks of a chunk of 256 positions are combined over the chunk's
-// maximum, in ascending order; chunks are combined in ascending order as ops.h combines blocks. Nothing depends on how
-// rows, pages or chunks are spread over warps, blocks and launches. Scores are in units of log 2.
+// bf16s (high and low part), so that scores keep nearly f32's precision; p is rounded to bf16. Blocks of 32 positions
+// (a page) are independent: own maximum, p, sum and values. The blocks of a chunk of 256 positions are combined over
+// the chunk's maximum, in ascending order; chunks are combined in ascending order as ops.h combines blocks. Nothing
+// depends on how rows, pages or chunks are spread over warps, blocks and launches. Scores are in units of log 2.
 #include "ops/cuda/common.cuh"
 #include "ops/cuda/kv.cuh"
 #include "ops/cuda/matrix.cuh"
@@ -28,10 +28,12 @@ template <int HD> static __device__ __forceinline__ void put_q(q_rows<HD> *q, in
     q->low[row][c] = __float2bfloat16_rn(v - __bfloat162float(high));
 }
 
-// Scores of rows g, g + 8 at positions 8 j + 2t, 8 j + 2t + 1. `page` [4][HD / 32][32 lanes].
-template <int HD>
-static __device__ __forceinline__ void scores(float (&s)[4][4], const q_rows<HD> *q, const uint4 *page, bool tall,
-                                              float scale, int lane) {
+// Scores of rows g, g + 8 at positions 8 j + 2t, 8 j + 2t + 1: the high parts' chain plus the low parts'. Where rows
+// 8 to 15 are not used (not TALL), the low parts stand there, and one chain does for both. `page` [4][HD / 32][32
+// lanes].
+template <int HD, bool TALL>
+static __device__ __forceinline__ void scores(float (&s)[4][4], const q_rows<HD> *q, const uint4 *page, float scale,
+                                              int lane) {
     int g = lane / 4, t = lane % 4;
     float low[4][4] = {};
 #pragma unroll
@@ -43,28 +45,29 @@ static __device__ __forceinline__ void scores(float (&s)[4][4], const q_rows<HD>
         uint32_t h[8], l[8];
 #pragma unroll
         for (int e = 0; e < 8; e++) {
-            int row = g + e % 2 * 8, c = i * 32 + e / 2 * 8 + 2 * t;
-            bool real = e % 2 == 0 || tall;
-            h[e] = real ? *reinterpret_cast<const uint32_t *>(&q->high[row][c]) : 0;
-            l[e] = real ? *reinterpret_cast<const uint32_t *>(&q->low[row][c]) : 0;
+            int row = TALL ? g + e % 2 * 8 : g, c = i * 32 + e / 2 * 8 + 2 * t;
+            bool is_low = !TALL && e % 2;
+            h[e] = *reinterpret_cast<const uint32_t *>(is_low ? &q->low[row][c] : &q->high[row][c]);
+            if (TALL) l[e] = *reinterpret_cast<const uint32_t *>(&q->low[row][c]);
         }
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             uint4 k = page[(j * (HD / 32) + i) * CHUNK_LANES + lane];
             mma(s[j], h[0], h[1], h[2], h[3], k.x, k.y);
-            mma(low[j], l[0], l[1], l[2], l[3], k.x, k.y);
             mma(s[j], h[4], h[5], h[6], h[7], k.z, k.w);
+            if (!TALL) continue;
+            mma(low[j], l[0], l[1], l[2], l[3], k.x, k.y);
             mma(low[j], l[4], l[5], l[6], l[7], k.z, k.w);
         }
     }
 #pragma unroll
     for (int j = 0; j < 4; j++)
 #pragma unroll
-        for (int e = 0; e < 4; e++) s[j][e] = (s[j][e] + low[j][e]) * scale;
+        for (int e = 0; e < (TALL ? 4 : 2); e++) s[j][e] = (s[j][e] + (TALL ? low[j][e] : s[j][2 + e])) * scale;
 }
 
-// The softmax of one row (half 0: g, 1: g + 8) up to position n - 1 of the block: scores become rounded p in pairs; m
-// and l are the row's maximum (-inf: no position) and sum.
+// The softmax of one row (half 0: g, 1: g + 8) up to position n - 1 of the block: scores become rounded p in pairs, 0
+// beyond; m and l are the row's maximum (-inf: no position) and sum.
 static __device__ __forceinline__ void softmax_row(uint32_t (&p)[4], float &m, float &l, const float (&s)[4][4],
                                                    int half, int n, int t) {
     m = MINUS_INFINITY;
@@ -94,17 +97,22 @@ static __device__ __forceinline__ uint32_t real_slots(uint32_t pair, int slot, i
     return slot + 1 < n ? pair : slot < n ? pair & 0xFFFFu : 0u;
 }
 
-// Values of channels 8 i + 2t, + 1 of rows g, g + 8 from the first n slots. `page` [HD / 8][32 lanes].
-static __device__ __forceinline__ void values(float (&o)[4], const uint32_t (&p)[4], const uint32_t (&p8)[4],
-                                              const uint4 *page, int i, int n, int lane) {
-    uint4 v = page[i * CHUNK_LANES + lane];
+// Clears the slots of a V page in shared memory from n on.
+template <int HD> static __device__ __forceinline__ void clear_slots(uint4 *page, int n, int lane) {
     int t = lane % 4;
-    if (n < ATTN_BLOCK) {
+#pragma unroll 1
+    for (int i = lane; i < HD / 8 * CHUNK_LANES; i += 32) {
+        uint4 v = page[i];
         v.x = real_slots(v.x, 2 * t, n);
         v.y = real_slots(v.y, 8 + 2 * t, n);
         v.z = real_slots(v.z, 16 + 2 * t, n);
         v.w = real_slots(v.w, 24 + 2 * t, n);
+        page[i] = v;
     }
+}
+
+// Values of channels 8 i + 2t, + 1 of rows g, g + 8. `v`: the lane's share of the page, [HD / 8][32 lanes].
+static __device__ __forceinline__ void values(float (&o)[4], const uint32_t (&p)[4], const uint32_t (&p8)[4], uint4 v) {
     o[0] = o[1] = o[2] = o[3] = 0;
     mma(o, p[0], p8[0], p[1], p8[1], v.x, v.y);
     mma(o, p[2], p8[2], p[3], p8[3], v.z, v.w);
@@ -155,8 +163,8 @@ static __global__ void k_scores(float *s, const float *q, kv_view kv, int kv_hea
     }
     __syncwarp();
     float out[4][4];
-    scores<HD>(out, &rows, reinterpret_cast<const uint4 *>(kv.k + head_page(kv, pages[block], kv_head)), false, scale,
-               lane);
+    scores<HD, false>(out, &rows, reinterpret_cast<const uint4 *>(kv.k + head_page(kv, pages[block], kv_head)), scale,
+                      lane);
     for (int j = 0; lane < 4 && j < 4; j++)
         for (int e = 0; e < 2; e++) {
             int position = block * ATTN_BLOCK + 8 * j + 2 * lane + e;
@@ -197,7 +205,12 @@ static __global__ void k_values(float *o, const float *p, kv_view kv, int kv_hea
     const uint4 *page = reinterpret_cast<const uint4 *>(kv.v + head_page(kv, pages[blockIdx.x], kv_head));
     for (int i = 0; i < kv.head_dim / 8; i++) {
         float out[4];
-        values(out, pairs, none, page, i, n, lane);
+        uint4 x = page[i * CHUNK_LANES + lane];
+        x.x = real_slots(x.x, 2 * t, n);
+        x.y = real_slots(x.y, 8 + 2 * t, n);
+        x.z = real_slots(x.z, 16 + 2 * t, n);
+        x.w = real_slots(x.w, 24 + 2 * t, n);
+        values(out, pairs, none, x);
         for (int e = 0; g == 0 && e < 2; e++) o[(size_t)blockIdx.x * kv.head_dim + i * 8 + 2 * t + e] = out[e];
     }
 }
@@ -240,9 +253,10 @@ struct attention_params {
     float *out;                     // the same
     float scale;                    // 1 / sqrt(head_dim), times log2 e
     int n_heads, tile_tokens, rows; // rows: tile_tokens * heads of a KV head
-    // Chunks spread over blocks (blockIdx.z), or all in one.
+    // Chunks spread over blocks (block z takes z, z + gridDim.z, ...), or all in one.
     bool split;
-    float *partial; // [tile, kv_head][chunk][rows][head_dim + 2]
+    int max_chunks;
+    float *partial; // [tile, kv_head][max_chunks][rows][head_dim + 2]
     unsigned *arrivals;
     // With the norms, the rotation and the store of one token a sequence.
     const float *k, *v, *q_norm, *k_norm, *cos_sin;
@@ -255,8 +269,8 @@ template <int HD> struct attention_shared {
     uint64_t k_arrived[ATTN_WARPS], v_arrived[ATTN_WARPS];
     float max[CHUNK_PAGES][ROWS], sum[CHUNK_PAGES][ROWS], weight[CHUNK_PAGES][ROWS];
     float chunk_max[ROWS], chunk_sum[ROWS];
-    int position[ROWS]; // of each row's token; -1: no such row
-    float fresh[2][HD]; // this step's k and v
+    int position[ROWS];         // of each row's token; -1: no such row
+    __nv_bfloat16 fresh[2][HD]; // this step's k and v
     bool last;
     alignas(16) float o[4]; // [CHUNK_PAGES][rows][HD]
 };
@@ -273,55 +287,52 @@ static __device__ __forceinline__ void ask_for(attention_shared<HD> *sh, const a
 
 // q's rows (normed and rotated where FUSED) into shared memory, a warp a row; and where FUSED this token's k and v,
 // into their page and beside.
-template <int HD, bool FUSED>
+template <int HD, bool FUSED, int RT>
 static __device__ __forceinline__ void prepare_rows(attention_shared<HD> *sh, const attention_params &p, int token,
                                                     int kv_head, bool owns_position, int warp, int lane) {
     int group = p.n_heads / p.kv.n_kv_heads;
-    for (int row = warp; row < (p.rows > 8 ? 16 : 8); row += ATTN_WARPS) {
-        bool real = sh->position[row] >= 0;
-        const float *q = p.q + ((size_t)(token + row / group) * p.n_heads + (size_t)kv_head * group + row % group) * HD;
-        float *x = sh->o + (size_t)row * HD; // a place to work in
-        for (int c = lane; c < HD / 2; c += 32) {
-            x[c] = real ? q[c] : 0.0f;
-            x[c + HD / 2] = real ? q[c + HD / 2] : 0.0f;
-        }
-        if (FUSED && real) {
-            if (p.q_norm) head_norm(x, p.q_norm, p.eps, HD, lane);
-            head_rope(x, p.cos_sin + (size_t)token * HD, HD, lane);
-        }
-        for (int c = lane; c < HD / 2; c += 32) {
-            put_q(&sh->q, row, c, x[c]);
-            put_q(&sh->q, row, c + HD / 2, x[c + HD / 2]);
+    constexpr int PAIRS = head_registers<HD>::PAIRS, HALF = HD / 2;
+    const float *cos_sin = FUSED ? p.cos_sin + (size_t)token * HD : NULL;
+#pragma unroll 1
+    for (int row = warp; row < (RT > 8 ? 16 : 8); row += ATTN_WARPS) {
+        head_registers<HD> x = {};
+        if (sh->position[row] >= 0)
+            x = load_head<HD>(
+                p.q + ((size_t)(token + row / group) * p.n_heads + (size_t)kv_head * group + row % group) * HD,
+                FUSED ? p.q_norm : NULL, cos_sin, p.eps, lane);
+#pragma unroll
+        for (int i = 0; i < PAIRS; i++) {
+            if (lane + 32 * i >= HALF) continue;
+            put_q(&sh->q, row, lane + 32 * i, x.lo[i]);
+            put_q(&sh->q, row, lane + 32 * i + HALF, x.hi[i]);
         }
     }
     if (!FUSED || !owns_position || warp < ATTN_WARPS - 2) return;
     bool of_v = warp == ATTN_WARPS - 1;
-    float *x = sh->fresh[of_v];
-    const float *from = (of_v ? p.v : p.k) + ((size_t)token * p.kv.n_kv_heads + kv_head) * HD;
-    for (int c = lane; c < HD / 2; c += 32) {
-        x[c] = from[c];
-        x[c + HD / 2] = from[c + HD / 2];
-    }
-    if (!of_v && p.k_norm) head_norm(x, p.k_norm, p.eps, HD, lane);
-    if (!of_v) head_rope(x, p.cos_sin + (size_t)token * HD, HD, lane);
+    head_registers<HD> x = load_head<HD>((of_v ? p.v : p.k) + ((size_t)token * p.kv.n_kv_heads + kv_head) * HD,
+                                         of_v ? NULL : p.k_norm, of_v ? NULL : cos_sin, p.eps, lane);
     int position = sh->position[0], slot = position % KV_PAGE_TOKENS;
     int page = p.b.pages[p.b.page_start[p.b.seq[token]] + position / KV_PAGE_TOKENS];
-    for (int i = lane; i < HD / 2; i += 32)
-        for (int c = i; c < HD; c += HD / 2) {
-            if (of_v) p.kv.v[v_index(p.kv, page, kv_head, slot, c)] = __float2bfloat16_rn(x[c]);
-            else p.kv.k[k_index(p.kv, page, kv_head, slot, c)] = __float2bfloat16_rn(x[c]);
-        }
+#pragma unroll
+    for (int i = 0; i < 2 * PAIRS; i++) {
+        int c = lane + 32 * (i / 2) + i % 2 * HALF;
+        if (lane + 32 * (i / 2) >= HALF) continue;
+        __nv_bfloat16 rounded = __float2bfloat16_rn(i % 2 ? x.hi[i / 2] : x.lo[i / 2]);
+        sh->fresh[of_v][c] = rounded;
+        if (of_v) p.kv.v[v_index(p.kv, page, kv_head, slot, c)] = rounded;
+        else p.kv.k[k_index(p.kv, page, kv_head, slot, c)] = rounded;
+    }
 }
 
 // A warp's page of a chunk: scores, softmax, values; the next chunk's page is asked for as soon as this one is read.
-template <int HD, bool FUSED>
+template <int HD, bool FUSED, int RT>
 static __device__ __forceinline__ void one_page(attention_shared<HD> *sh, const attention_params &p, int kv_head,
                                                 const int32_t *pages, int index, int last_page, int limit, int next,
                                                 uint32_t parity, int warp, int lane) {
     int g = lane / 4, t = lane % 4, first = index * ATTN_BLOCK, n = limit - first;
-    bool tall = p.rows > 8;
+    constexpr bool tall = RT > 8;
     float s[4][4], m[2], l[2];
-    uint32_t pairs[2][4];
+    uint32_t pairs[2][4] = {};
 #if HOPPER
     barrier_wait(&sh->k_arrived[warp], parity);
 #else
@@ -337,17 +348,17 @@ static __device__ __forceinline__ void one_page(attention_shared<HD> *sh, const 
     int slot = (limit - 1) % KV_PAGE_TOKENS;
     if (patch) {
         __nv_bfloat16 *k = reinterpret_cast<__nv_bfloat16 *>(sh->k[warp]);
-        for (int c = lane; c < HD; c += 32)
-            k[unit_index((size_t)slot, (size_t)c, HD)] = __float2bfloat16_rn(sh->fresh[0][c]);
+        for (int c = lane; c < HD; c += 32) k[unit_index((size_t)slot, (size_t)c, HD)] = sh->fresh[0][c];
         __syncwarp();
     }
-    scores<HD>(s, &sh->q, sh->k[warp], tall, p.scale, lane);
+    scores<HD, tall>(s, &sh->q, sh->k[warp], p.scale, lane);
     __syncwarp();
     if (HOPPER && next <= last_page && lane == 0) ask_for<HD>(sh, p, false, kv_head, pages, next, warp);
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         int row = g + half * 8;
-        softmax_row(pairs[half], m[half], l[half], s, half, half == 0 || tall ? sh->position[row] + 1 - first : 0, t);
+        if (half == 1 && !tall) break;
+        softmax_row(pairs[half], m[half], l[half], s, half, sh->position[row] + 1 - first, t);
         if (t == 0 && row < p.rows) {
             sh->max[index % CHUNK_PAGES][row] = m[half];
             sh->sum[index % CHUNK_PAGES][row] = l[half];
@@ -358,17 +369,21 @@ static __device__ __forceinline__ void one_page(attention_shared<HD> *sh, const 
 #endif
     if (patch) {
         __nv_bfloat16 *v = reinterpret_cast<__nv_bfloat16 *>(sh->v[warp]);
-        for (int c = lane; c < HD; c += 32)
-            v[unit_index((size_t)c, (size_t)slot, KV_PAGE_TOKENS)] = __float2bfloat16_rn(sh->fresh[1][c]);
+        for (int c = lane; c < HD; c += 32) v[unit_index((size_t)c, (size_t)slot, KV_PAGE_TOKENS)] = sh->fresh[1][c];
+        __syncwarp();
+    }
+    if (n < ATTN_BLOCK) {
+        clear_slots<HD>(sh->v[warp], n, lane);
         __syncwarp();
     }
     float *o = sh->o + (size_t)warp * p.rows * HD;
 #pragma unroll 4
     for (int i = 0; i < HD / 8; i++) {
         float d[4];
-        values(d, pairs[0], pairs[1], sh->v[warp], i, n, lane);
+        values(d, pairs[0], pairs[1], sh->v[warp][i * CHUNK_LANES + lane]);
         if (g < p.rows) *reinterpret_cast<float2 *>(o + g * HD + i * 8 + 2 * t) = make_float2(d[0], d[1]);
-        if (g + 8 < p.rows) *reinterpret_cast<float2 *>(o + (g + 8) * HD + i * 8 + 2 * t) = make_float2(d[2], d[3]);
+        if (tall && g + 8 < p.rows)
+            *reinterpret_cast<float2 *>(o + (g + 8) * HD + i * 8 + 2 * t) = make_float2(d[2], d[3]);
     }
     __syncwarp();
     if (HOPPER && next <= last_page && lane == 0) ask_for<HD>(sh, p, true, kv_head, pages, next, warp);
@@ -380,11 +395,12 @@ static __device__ __forceinline__ int row_blocks(int position, int chunk) {
     return position < 0 || n < 0 ? 0 : min(n, (int)CHUNK_PAGES);
 }
 
-template <int HD, bool FUSED>
+// RT: at least p.rows.
+template <int HD, bool FUSED, int RT>
 static __global__ void __launch_bounds__(ATTN_THREADS, 1) k_attention(attention_params p) {
     extern __shared__ __align__(128) unsigned char raw[];
     attention_shared<HD> *sh = reinterpret_cast<attention_shared<HD> *>(raw);
-    constexpr int OWN = ROWS * HD / ATTN_THREADS;
+    constexpr int OWN = (RT * HD + ATTN_THREADS - 1) / ATTN_THREADS;
     int thread = (int)threadIdx.x, warp = thread / 32, lane = thread % 32;
     int token = (int)blockIdx.x, kv_head = (int)blockIdx.y, group = p.n_heads / p.kv.n_kv_heads;
     dependents_may_start();
@@ -393,7 +409,8 @@ static __global__ void __launch_bounds__(ATTN_THREADS, 1) k_attention(attention_
     int end = min(token + p.tile_tokens, __ldcg(p.b.seq_start + seq + 1));
     int limit = __ldcg(p.b.position + end - 1) + 1, last_page = (limit - 1) / ATTN_BLOCK;
     int n_chunks = last_page / CHUNK_PAGES + 1, chunk = p.split ? (int)blockIdx.z : 0;
-    int end_chunk = p.split ? chunk + 1 : n_chunks;
+    int stride = p.split ? (int)gridDim.z : 1;
+    bool apart = p.split && n_chunks > 1; // this block's chunks are combined with others' at the end
     if ((token - seq_start) % p.tile_tokens != 0 || chunk >= n_chunks) {
         if (FUSED) dependency_wait();
         return;
@@ -413,17 +430,16 @@ static __global__ void __launch_bounds__(ATTN_THREADS, 1) k_attention(attention_
             thread < p.rows && token + thread / group < end ? __ldcg(p.b.position + token + thread / group) : -1;
     __syncthreads();
     if (FUSED) dependency_wait();
-    prepare_rows<HD, FUSED>(sh, p, token, kv_head, end_chunk == n_chunks, warp, lane);
+    prepare_rows<HD, FUSED, RT>(sh, p, token, kv_head, chunk == (n_chunks - 1) % stride, warp, lane);
     __syncthreads();
 
     chain state[OWN];
     float sum[OWN];
-    int first_chunk = chunk;
-    for (uint32_t parity = 0; chunk < end_chunk; chunk++, parity ^= 1) {
-        int index = chunk * CHUNK_PAGES + warp;
-        int next = chunk + 1 < end_chunk ? index + CHUNK_PAGES : last_page + 1;
+    size_t tile = (size_t)token * p.kv.n_kv_heads + kv_head, size = (size_t)p.rows * (HD + 2);
+    for (uint32_t parity = 0; chunk < n_chunks; chunk += stride, parity ^= 1) {
+        int index = chunk * CHUNK_PAGES + warp, next = index + stride * CHUNK_PAGES;
         if (index <= last_page)
-            one_page<HD, FUSED>(sh, p, kv_head, pages, index, last_page, limit, next, parity, warp, lane);
+            one_page<HD, FUSED, RT>(sh, p, kv_head, pages, index, last_page, limit, next, parity, warp, lane);
         __syncthreads();
         if (thread < p.rows) {
             int n = row_blocks(sh->position[thread], chunk);
@@ -440,7 +456,14 @@ static __global__ void __launch_bounds__(ATTN_THREADS, 1) k_attention(attention_
             if (n == 0) continue;
             float of = sh->o[at] * sh->weight[0][row];
             for (int k = 1; k < n; k++) of = fmaf(sh->o[(size_t)k * p.rows * HD + at], sh->weight[k][row], of);
-            if (chunk == first_chunk) {
+            if (apart) {
+                float *mine = p.partial + (tile * p.max_chunks + chunk) * size;
+                mine[at] = of;
+                if (at % HD == 0) {
+                    mine[p.rows * HD + row] = sh->chunk_max[row];
+                    mine[p.rows * (HD + 1) + row] = sh->chunk_sum[row];
+                }
+            } else if (chunk == 0) {
                 state[i] = {sh->chunk_max[row], sh->chunk_sum[row]};
                 sum[i] = of;
             } else {
@@ -452,27 +475,15 @@ static __global__ void __launch_bounds__(ATTN_THREADS, 1) k_attention(attention_
         __syncthreads();
     }
 
-    if (p.split && n_chunks > 1) {
-        size_t tile = (size_t)token * p.kv.n_kv_heads + kv_head, size = (size_t)p.rows * (HD + 2);
-        float *mine = p.partial + (tile * gridDim.z + first_chunk) * size;
-#pragma unroll
-        for (int i = 0; i < OWN; i++) {
-            int at = i * ATTN_THREADS + thread, row = at / HD;
-            if (row >= p.rows) continue;
-            mine[at] = sum[i];
-            if (at % HD == 0) {
-                mine[p.rows * HD + row] = state[i].m;
-                mine[p.rows * (HD + 1) + row] = state[i].l;
-            }
-        }
+    if (apart) {
         __threadfence();
         __syncthreads();
-        if (thread == 0) sh->last = atomicAdd(p.arrivals + tile, 1u) == (unsigned)n_chunks - 1;
+        if (thread == 0) sh->last = atomicAdd(p.arrivals + tile, 1u) == (unsigned)min(n_chunks, stride) - 1;
         __syncthreads();
         if (!sh->last) return;
         __threadfence();
         if (thread == 0) p.arrivals[tile] = 0;
-        const float *all = p.partial + tile * gridDim.z * size;
+        const float *all = p.partial + tile * p.max_chunks * size;
 #pragma unroll
         for (int i = 0; i < OWN; i++) {
             int at = i * ATTN_THREADS + thread, row = at / HD;
@@ -565,22 +576,25 @@ static attention_params params_for(const struct op_ctx *ctx, const struct attent
     p.rows = p.tile_tokens * group;
     p.partial = ctx->scratch;
     p.arrivals = s->arrivals;
+    p.max_chunks = (int)most_chunks(a->batch);
     p.split = one_each && a->batch->n_tokens * a->n_heads <= SPLIT_ROWS && most_chunks(a->batch) > 1 &&
               a->batch->n_tokens * a->n_kv_heads < 3 * (size_t)s->n_sms;
     return p;
 }
 
 template <int HD> static size_t attention_bytes(int rows) {
-    size_t o = CHUNK_PAGES * (size_t)rows * HD, work = (rows > 8 ? 16 : 8) * (size_t)HD;
-    return sizeof(attention_shared<HD>) + (o > work ? o : work) * sizeof(float);
+    return sizeof(attention_shared<HD>) + CHUNK_PAGES * (size_t)rows * HD * sizeof(float);
 }
 
 template <int HD, bool FUSED>
 static void launch_attention(struct cuda_state *s, const attention_params &p, size_t n_tokens, size_t chunks) {
-    launch_kernel(
-        s, "attention", k_attention<HD, FUSED>,
-        {grid_for(n_tokens, (size_t)p.kv.n_kv_heads, p.split ? chunks : 1), ATTN_THREADS, attention_bytes<HD>(p.rows)},
-        p);
+    // As many blocks as the SMs hold at once: each loads its next chunk while it works on one.
+    size_t tiles = n_tokens * (size_t)p.kv.n_kv_heads, fit = (size_t)s->n_sms / tiles, blocks = 1;
+    if (p.split) blocks = fit == 0 ? 1 : chunks < fit ? chunks : fit;
+    struct launch l = {grid_for(n_tokens, (size_t)p.kv.n_kv_heads, blocks), ATTN_THREADS, attention_bytes<HD>(p.rows)};
+    if (p.rows <= 2) launch_kernel(s, "attention", k_attention<HD, FUSED, 2>, l, p);
+    else if (p.rows <= 8) launch_kernel(s, "attention", k_attention<HD, FUSED, 8>, l, p);
+    else launch_kernel(s, "attention", k_attention<HD, FUSED, 16>, l, p);
 }
 
 static void attention(const struct op_ctx *ctx, const struct attention_args *a) {
@@ -617,12 +631,20 @@ size_t cuda_split_floats(const struct ops *ops, const struct ops_limits *l) {
     return rows * chunks * (l->head_dim + 2);
 }
 
+template <int HD, bool FUSED, int RT> static void allow(struct cuda_state *s) {
+    cuda_check(s,
+               cudaFuncSetAttribute(k_attention<HD, FUSED, RT>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    (int)attention_bytes<HD>(RT)),
+               "preparing attention");
+}
+
 template <int HD> static void allow_shared(struct cuda_state *s) {
-    int bytes = (int)attention_bytes<HD>(ROWS);
-    cuda_check(s, cudaFuncSetAttribute(k_attention<HD, false>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
-               "preparing attention");
-    cuda_check(s, cudaFuncSetAttribute(k_attention<HD, true>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
-               "preparing attention");
+    allow<HD, false, 2>(s);
+    allow<HD, false, 8>(s);
+    allow<HD, false, 16>(s);
+    allow<HD, true, 2>(s);
+    allow<HD, true, 8>(s);
+    allow<HD, true, 16>(s);
 }
 
 extern "C" bool cuda_attention_setup(struct cuda_state *s) {

@@ -68,4 +68,53 @@ static __device__ __forceinline__ void head_rope(float *x, const float *cos_sin,
     }
 }
 
+// The same with a head's channels in registers: pair i is (lane + 32 i, lane + 32 i + DIM / 2). All that is read is
+// asked for at once. `w` NULL: no norm; `cos_sin` NULL: no rotation.
+template <int DIM> struct head_registers {
+    static constexpr int PAIRS = (DIM / 2 + 31) / 32;
+    float lo[PAIRS], hi[PAIRS];
+};
+
+template <int DIM>
+static __device__ __forceinline__ head_registers<DIM> load_head(const float *x, const float *w, const float *cos_sin,
+                                                                float eps, int lane) {
+    constexpr int PAIRS = head_registers<DIM>::PAIRS, HALF = DIM / 2;
+    head_registers<DIM> h;
+    float wl[PAIRS], wh[PAIRS], cosine[PAIRS], sine[PAIRS];
+#pragma unroll
+    for (int i = 0; i < PAIRS; i++) {
+        int c = lane + 32 * i;
+        bool real = c < HALF;
+        h.lo[i] = real ? x[c] : 0.0f;
+        h.hi[i] = real ? x[c + HALF] : 0.0f;
+        wl[i] = real && w ? w[c] : 0.0f;
+        wh[i] = real && w ? w[c + HALF] : 0.0f;
+        cosine[i] = real && cos_sin ? cos_sin[c] : 0.0f;
+        sine[i] = real && cos_sin ? cos_sin[c + HALF] : 0.0f;
+    }
+    if (w) {
+        float s = 0;
+#pragma unroll
+        for (int i = 0; i < PAIRS; i++) {
+            s = fmaf(h.lo[i], h.lo[i], s);
+            s = fmaf(h.hi[i], h.hi[i], s);
+        }
+        float r = 1.0f / sqrtf(warp_sum(s) / (float)DIM + eps);
+#pragma unroll
+        for (int i = 0; i < PAIRS; i++) {
+            h.lo[i] = h.lo[i] * r * wl[i];
+            h.hi[i] = h.hi[i] * r * wh[i];
+        }
+    }
+    if (cos_sin) {
+#pragma unroll
+        for (int i = 0; i < PAIRS; i++) {
+            float lo = h.lo[i], hi = h.hi[i];
+            h.lo[i] = fmaf(lo, cosine[i], -(hi * sine[i]));
+            h.hi[i] = fmaf(hi, cosine[i], lo * sine[i]);
+        }
+    }
+    return h;
+}
+
 #endif

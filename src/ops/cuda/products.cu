@@ -56,134 +56,187 @@ static __global__ void __launch_bounds__(PRODUCT_THREADS)
 // ---- A few tokens: weights through shared memory, asked for before the kernel before has ended
 // ------------------------
 
-// Where a block's units stand and what its rows are. A pair of units gives 16 rows of one matrix, or (GATE_UP) 8 rows
-// of gate and the same 8 of up; a residual's block has one unit.
+// The unit that stands at place `odd` of a pair: a pair is two units of one matrix, or (GATE_UP) a unit of gate and the
+// same one of up.
 template <enum product_mode MODE>
-static __device__ __forceinline__ void find_units(const product_args &p, int block, const uint4 *&a, const uint4 *&b,
-                                                  int &segment, int &row) {
+static __device__ __forceinline__ const uint4 *pair_unit(const product_args &p, int pair, int odd) {
     size_t unit = (size_t)p.columns / 32 * CHUNK_LANES;
-    segment = 0;
-    if (MODE == PRODUCT_RESIDUAL) {
-        row = block * 8;
-        a = b = p.w[0] + (size_t)block * unit;
-    } else if (MODE == PRODUCT_GATE_UP) {
-        row = block * 8;
-        a = p.w[0] + (size_t)block * unit;
-        b = p.w[1] + (size_t)block * unit;
-    } else {
-        if (MODE == PRODUCT_QKV)
-            while (segment < 2 && block >= p.n_pairs[segment]) block -= p.n_pairs[segment++];
-        row = block * 16;
-        a = p.w[segment] + (size_t)block * 2 * unit;
-        b = a + unit;
+    if (MODE == PRODUCT_GATE_UP) return p.w[odd] + (size_t)min(pair, (p.n_out[0] + 7) / 8 - 1) * unit;
+    int segment = 0;
+    while (segment < (MODE == PRODUCT_QKV ? 2 : 0) && pair >= p.n_pairs[segment]) pair -= p.n_pairs[segment++];
+    return p.w[segment] + (size_t)(min(pair, p.n_pairs[segment] - 1) * 2 + odd) * unit;
+}
+
+// Where the shares of columns k .. k + 3 of a token stand in shared memory, and their rounding: 32 columns of a token
+// are 64 bytes, in the order of matrix.cuh.
+static __device__ __forceinline__ void put_inputs(unsigned char *acts, int k, int slots, int token, float4 v) {
+    unsigned char *at = acts + (k / 32 * slots + token) * 64 + k % 8 / 2 * 16 + k % 32 / 8 * 4;
+    *reinterpret_cast<uint32_t *>(at) = pack_bf16(v.x, v.y);
+    *reinterpret_cast<uint32_t *>(at + 16) = pack_bf16(v.z, v.w);
+}
+
+static __device__ __forceinline__ float4 load4(const float *x, int k, int n) {
+    return k < n ? *reinterpret_cast<const float4 *>(x + k) : make_float4(0, 0, 0, 0);
+}
+
+static __device__ __forceinline__ float4 scale4(float4 v, float r, float4 n) {
+    return make_float4(v.x * r * n.x, v.y * r * n.y, v.z * r * n.z, v.w * r * n.w);
+}
+
+enum { HELD = 4, HELD_COLUMNS = HELD * 4 * PRODUCT_THREADS }; // of a single token's inputs, in registers
+
+// One token's inputs of at most HELD_COLUMNS columns: read once. The norm's weights are asked for before the kernel
+// before has ended.
+template <bool NORM>
+static __device__ __forceinline__ void stage_one(const product_args &p, unsigned char *acts, float *sums) {
+    int thread = (int)threadIdx.x;
+    float4 w[HELD], v[HELD];
+#pragma unroll
+    for (int i = 0; NORM && i < HELD; i++) w[i] = load4(p.norm, 4 * thread + i * 4 * PRODUCT_THREADS, p.n_in);
+    dependency_wait();
+    const float *x = input_row(p, 0);
+#pragma unroll
+    for (int i = 0; i < HELD; i++) v[i] = load4(x, 4 * thread + i * 4 * PRODUCT_THREADS, p.n_in);
+    float r = 1.0f;
+    if (NORM) {
+        float s = 0; // as norm_partial
+#pragma unroll
+        for (int i = 0; i < HELD; i++) {
+            if (4 * thread + i * 4 * PRODUCT_THREADS >= p.n_in) break;
+            s = fmaf(v[i].x, v[i].x, s);
+            s = fmaf(v[i].y, v[i].y, s);
+            s = fmaf(v[i].z, v[i].z, s);
+            s = fmaf(v[i].w, v[i].w, s);
+        }
+        s = warp_sum(s);
+        if (thread % 32 == 0) sums[thread / 32] = s;
+        __syncthreads();
+        r = norm_rate(sums, p.n_in, p.eps);
+    }
+#pragma unroll
+    for (int i = 0; i < HELD; i++) {
+        int k = 4 * thread + i * 4 * PRODUCT_THREADS;
+        if (k < p.columns) put_inputs(acts, k, 1, 0, NORM ? scale4(v[i], r, w[i]) : v[i]);
     }
 }
 
-// What happens to a finished sum of one row and token (GATE_UP: both sums).
-template <enum product_mode MODE>
-static __device__ __forceinline__ void finish(const product_args &p, int segment, int row, int token, float sum,
-                                              float up) {
-    if (row >= p.n_out[segment]) return;
-    float *at = p.y[segment] + (size_t)token * p.n_out[segment] + row;
-    if (MODE == PRODUCT_RESIDUAL) *at += sum;
-    else if (MODE == PRODUCT_GATE_UP) *at = silu_mul(sum, up);
-    else *at = p.b[segment] ? sum + p.b[segment][row] : sum;
-}
-
-// The inputs of up to 8 tokens, normed (or as they are) and rounded, into shared memory: 32 columns of a token are 64
-// bytes, in the order of matrix.cuh.
-template <bool NORM>
-static __device__ __forceinline__ void stage_inputs(const product_args &p, unsigned char *acts, float *sums,
-                                                    int slots) {
+// Several tokens' inputs, or long ones.
+template <bool NORM, int SLOTS>
+static __device__ __forceinline__ void stage_some(const product_args &p, unsigned char *acts, float *sums) {
     int thread = (int)threadIdx.x;
+    dependency_wait();
     if (NORM) {
-        for (int i = 0; i < p.n_tokens; i++) {
-            float s = norm_partial(input_row(p, i), p.n_in, thread);
+#pragma unroll
+        for (int i = 0; i < SLOTS; i++) {
+            float s = i < p.n_tokens ? norm_partial(input_row(p, i), p.n_in, thread) : 0.0f;
             if (thread % 32 == 0) sums[i * NORM_WARPS + thread / 32] = s;
         }
         __syncthreads();
     }
-    for (int i = 0; i < p.n_tokens; i++) {
-        const float *x = input_row(p, i);
-        float r = NORM ? norm_rate(sums + i * NORM_WARPS, p.n_in, p.eps) : 1.0f;
-        for (int k = 4 * thread; k < p.columns; k += 4 * PRODUCT_THREADS) {
-            float4 v = make_float4(0, 0, 0, 0);
-            if (k < p.n_in) v = *reinterpret_cast<const float4 *>(x + k);
-            if (NORM && k < p.n_in) {
-                float4 n = *reinterpret_cast<const float4 *>(p.norm + k);
-                v = make_float4(v.x * r * n.x, v.y * r * n.y, v.z * r * n.z, v.w * r * n.w);
-            }
-            unsigned char *at = acts + ((size_t)(k / 32) * slots + i) * 64 + k % 8 / 2 * 16 + k % 32 / 8 * 4;
-            *reinterpret_cast<uint32_t *>(at) = pack_bf16(v.x, v.y);
-            *reinterpret_cast<uint32_t *>(at + 16) = pack_bf16(v.z, v.w);
+    for (int k = 4 * thread; k < p.columns; k += 4 * PRODUCT_THREADS) {
+        float4 n = NORM ? load4(p.norm, k, p.n_in) : make_float4(0, 0, 0, 0), v[SLOTS];
+#pragma unroll
+        for (int i = 0; i < SLOTS; i++)
+            v[i] = i < p.n_tokens ? load4(input_row(p, i), k, p.n_in) : make_float4(0, 0, 0, 0);
+#pragma unroll
+        for (int i = 0; i < SLOTS; i++) {
+            if (NORM) v[i] = scale4(v[i], norm_rate(sums + i * NORM_WARPS, p.n_in, p.eps), n);
+            put_inputs(acts, k, SLOTS, i, v[i]);
         }
     }
 }
 
-template <enum product_mode MODE, bool NORM>
-static __global__ void __launch_bounds__(PRODUCT_THREADS) k_small(product_args p, int slots) {
+// A block computes PAIRS pairs of units (RESIDUAL: one unit); its warps take slices in turn.
+template <enum product_mode MODE, bool NORM, int SLOTS, int PAIRS>
+static __global__ void __launch_bounds__(PRODUCT_THREADS) k_small(product_args p) {
     extern __shared__ __align__(128) unsigned char shared[];
     __shared__ __align__(8) uint64_t arrived;
-    __shared__ float sums[SMALL_TOKENS * NORM_WARPS];
-    constexpr int UNITS = MODE == PRODUCT_RESIDUAL ? 1 : 2, ROWS = UNITS * 8;
+    __shared__ float sums[SLOTS * NORM_WARPS];
+    constexpr int UNITS = MODE == PRODUCT_RESIDUAL ? 1 : 2 * PAIRS, ROWS = UNITS * 8;
+    constexpr int FINISHED = MODE == PRODUCT_GATE_UP ? ROWS / 2 : ROWS; // rows of results
     int thread = (int)threadIdx.x, lane = thread % 32, warp = thread / 32, g = lane / 4, t = lane % 4;
-    int n_slices = p.columns / SLICE, unit_bytes = p.columns * 16;
-    const uint4 *a, *b;
-    int segment, row;
-    find_units<MODE>(p, (int)blockIdx.x, a, b, segment, row);
+    int n_slices = p.columns / SLICE, unit_bytes = p.columns * 16, unit = unit_bytes / 16;
     uint4 *weights = reinterpret_cast<uint4 *>(shared);
-    unsigned char *acts = shared + (size_t)UNITS * unit_bytes;
-    float *part = reinterpret_cast<float *>(acts + (size_t)p.columns * 2 * slots);
+    unsigned char *acts = shared + UNITS * unit_bytes;
+    float *part = reinterpret_cast<float *>(acts + p.columns * 2 * SLOTS);
+    auto source = [&](int i) {
+        return MODE == PRODUCT_RESIDUAL ? p.w[0] + (size_t)blockIdx.x * unit
+                                        : pair_unit<MODE>(p, (int)blockIdx.x * PAIRS + i / 2, i % 2);
+    };
 #if HOPPER
     if (thread == 0) {
         barrier_init(&arrived);
         barrier_fence();
         barrier_expect(&arrived, (uint32_t)(UNITS * unit_bytes));
-        bulk_copy(weights, a, (uint32_t)unit_bytes, &arrived);
-        if (UNITS == 2) bulk_copy(weights + unit_bytes / 16, b, (uint32_t)unit_bytes, &arrived);
+#pragma unroll 1
+        for (int i = 0; i < UNITS; i++) bulk_copy(weights + i * unit, source(i), (uint32_t)unit_bytes, &arrived);
     }
 #else
-    for (int i = thread; i < unit_bytes / 16; i += PRODUCT_THREADS) {
-        weights[i] = a[i];
-        if (UNITS == 2) weights[unit_bytes / 16 + i] = b[i];
-    }
+    for (int i = 0; i < UNITS; i++)
+        for (int k = thread; k < unit; k += PRODUCT_THREADS) weights[i * unit + k] = source(i)[k];
 #endif
     dependents_may_start();
-    dependency_wait();
-    stage_inputs<NORM>(p, acts, sums, slots);
+    if (SLOTS == 1) stage_one<NORM>(p, acts, sums);
+    else stage_some<NORM, SLOTS>(p, acts, sums);
+    // Where this thread's result goes, and what it is added to: asked for early.
+    int token = thread % SLOTS, row = thread / SLOTS, segment = 0;
+    float before = 0;
+    if (MODE == PRODUCT_RESIDUAL || MODE == PRODUCT_GATE_UP) {
+        row += (int)blockIdx.x * FINISHED;
+    } else {
+        int pair = (int)blockIdx.x * PAIRS + row / 16;
+        if (MODE == PRODUCT_QKV)
+            while (segment < 2 && pair >= p.n_pairs[segment]) pair -= p.n_pairs[segment++];
+        row = pair * 16 + row % 16;
+    }
+    bool finishes = thread < FINISHED * SLOTS && token < p.n_tokens && row < p.n_out[segment];
+    float *to = p.y[segment] + (size_t)token * p.n_out[segment] + row;
+    if (MODE == PRODUCT_RESIDUAL && finishes) before = *to;
+    if (MODE == PRODUCT_QKV && finishes && p.b[segment]) before = p.b[segment][row];
     __syncthreads();
     barrier_wait(&arrived, 0);
-    const uint4 *wa = weights + lane, *wb = UNITS == 2 ? wa + unit_bytes / 16 : wa;
     for (int s = warp; s < n_slices; s += WARPS) {
-        float d[4] = {0, 0, 0, 0};
+        float d[PAIRS][4] = {};
 #pragma unroll
-        for (int c = s * 4; c < s * 4 + 4; c++) {
-            uint4 u = wa[c * CHUNK_LANES], v = make_uint4(0, 0, 0, 0), x = make_uint4(0, 0, 0, 0);
-            if (UNITS == 2) v = wb[c * CHUNK_LANES];
-            if (g < slots) x = *reinterpret_cast<const uint4 *>(acts + ((size_t)c * slots + g) * 64 + t * 16);
-            mma(d, u.x, v.x, u.y, v.y, x.x, x.y);
-            mma(d, u.z, v.z, u.w, v.w, x.z, x.w);
-        }
-        float *to = part + (size_t)s * ROWS * slots;
+        for (int c = 0; c < 4; c++) {
+            int at = (s * 4 + c) * CHUNK_LANES + lane;
+            uint4 x = make_uint4(0, 0, 0, 0);
+            if (g < SLOTS) x = *reinterpret_cast<const uint4 *>(acts + ((s * 4 + c) * SLOTS + g) * 64 + t * 16);
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            if (2 * t + i >= slots) continue;
-            to[g * slots + 2 * t + i] = d[i];
-            if (UNITS == 2) to[(g + 8) * slots + 2 * t + i] = d[2 + i];
+            for (int i = 0; i < PAIRS; i++) {
+                uint4 u = weights[i * 2 * unit + at], v = make_uint4(0, 0, 0, 0);
+                if (UNITS > 1) v = weights[(i * 2 + 1) * unit + at];
+                mma(d[i], u.x, v.x, u.y, v.y, x.x, x.y);
+                mma(d[i], u.z, v.z, u.w, v.w, x.z, x.w);
+            }
         }
+        // Results' rows of a block: pair by pair; GATE_UP's gate rows before all up rows.
+        float *sum = part + s * ROWS * SLOTS;
+#pragma unroll
+        for (int i = 0; i < PAIRS; i++)
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                int first = MODE == PRODUCT_GATE_UP ? i * 8 + g : i * 16 + g;
+                int second = MODE == PRODUCT_GATE_UP ? FINISHED + i * 8 + g : i * 16 + 8 + g;
+                if (2 * t + e >= SLOTS) continue;
+                sum[first * SLOTS + 2 * t + e] = d[i][e];
+                if (UNITS > 1) sum[second * SLOTS + 2 * t + e] = d[i][2 + e];
+            }
     }
     __syncthreads();
-    constexpr int FINISHED = MODE == PRODUCT_GATE_UP ? 8 : ROWS; // rows of results
-    if (thread >= FINISHED * slots || thread % slots >= p.n_tokens) return;
-    float sum = part[thread], up = MODE == PRODUCT_GATE_UP ? part[thread + 8 * slots] : 0.0f;
+    if (!finishes) return;
+    float sum = part[thread], up = MODE == PRODUCT_GATE_UP ? part[thread + FINISHED * SLOTS] : 0.0f;
+#pragma unroll 8
     for (int s = 1; s < n_slices; s++) {
-        sum += part[(size_t)s * ROWS * slots + thread];
-        if (MODE == PRODUCT_GATE_UP) up += part[(size_t)s * ROWS * slots + thread + 8 * slots];
+        sum += part[s * ROWS * SLOTS + thread];
+        if (MODE == PRODUCT_GATE_UP) up += part[s * ROWS * SLOTS + thread + FINISHED * SLOTS];
     }
-    finish<MODE>(p, segment, row + thread / slots, thread % slots, sum, up);
+    if (MODE == PRODUCT_RESIDUAL) *to = before + sum;
+    else if (MODE == PRODUCT_GATE_UP) *to = silu_mul(sum, up);
+    else *to = MODE == PRODUCT_QKV && p.b[segment] ? sum + before : sum;
 }
 
-// ---- More tokens: inputs packed first, then products from registers
+// ---- More tokens: inputs packed first, then tiles of rows by tokens
 // --------------------------------------------------
 
 // Tokens' inputs, normed (or as they are) and rounded, in units; tokens up to a whole tile and columns up to a whole
@@ -215,67 +268,124 @@ template <bool NORM> static __global__ void k_pack_inputs(product_args p, __nv_b
     }
 }
 
-// A block computes a pair of units for NT units of tokens.
-template <enum product_mode MODE, int NT>
-static __global__ void __launch_bounds__(PRODUCT_THREADS) k_packed(product_args p, const uint4 *packed) {
+// What happens to a finished sum of one row and token.
+template <enum product_mode MODE>
+static __device__ __forceinline__ void finish(const product_args &p, int segment, int row, int token, float sum) {
+    if (row >= p.n_out[segment] || token >= p.n_tokens) return;
+    float *at = p.y[segment] + (size_t)token * p.n_out[segment] + row;
+    if (MODE == PRODUCT_RESIDUAL) *at += sum;
+    else *at = p.b[segment] ? sum + p.b[segment][row] : sum;
+}
+
+// Two by four warps, each MT pairs of units by NT units of tokens: 32 MT rows by 32 NT tokens. A stage is a slice.
+template <int MT, int NT> struct tile_shape {
+    static constexpr int UNITS = 4 * MT, TOKENS = 4 * NT, STAGE = (UNITS + TOKENS) * SLICE * 16;
+    static constexpr int STAGES = STAGE > 48 * 1024 ? 3 : STAGE > 24 * 1024 ? 4 : 6;
+};
+
+template <enum product_mode MODE, int MT, int NT>
+static __device__ __forceinline__ void load_stage(const product_args &p, const uint4 *packed, unsigned char *stage,
+                                                  uint64_t *bar, int slice, int lane, bool of_weights) {
+    using S = tile_shape<MT, NT>;
+    constexpr int BYTES = SLICE * 16;
+    size_t at = (size_t)slice * 4 * CHUNK_LANES, unit = (size_t)p.columns / 32 * CHUNK_LANES;
+    for (int i = lane; of_weights && i < S::UNITS; i += 32)
+        bulk_copy(stage + i * BYTES, pair_unit<MODE>(p, (int)blockIdx.x * 2 * MT + i / 2, i % 2) + at, BYTES, bar);
+    for (int i = lane; !of_weights && i < S::TOKENS; i += 32)
+        bulk_copy(stage + (S::UNITS + i) * BYTES, packed + ((size_t)blockIdx.y * S::TOKENS + i) * unit + at, BYTES,
+                  bar);
+}
+
+template <enum product_mode MODE, int MT, int NT>
+static __global__ void __launch_bounds__(PRODUCT_THREADS, 1) k_tile(product_args p, const uint4 *packed) {
+    using S = tile_shape<MT, NT>;
     extern __shared__ __align__(128) unsigned char shared[];
-    float *part = reinterpret_cast<float *>(shared); // [WARPS][16][NT * 8]
-    constexpr int TOKENS = NT * 8, OUTPUTS = 16 * TOKENS, OWN = (OUTPUTS + PRODUCT_THREADS - 1) / PRODUCT_THREADS;
+    __shared__ __align__(8) uint64_t arrived[S::STAGES];
     int thread = (int)threadIdx.x, lane = thread % 32, warp = thread / 32, g = lane / 4, t = lane % 4;
-    int n_slices = p.columns / SLICE;
-    size_t unit = (size_t)p.columns / 32 * CHUNK_LANES;
-    const uint4 *a, *b;
-    int segment, row;
-    find_units<MODE == PRODUCT_RESIDUAL ? PRODUCT_PLAIN : MODE>(p, (int)blockIdx.x, a, b, segment, row);
-    const uint4 *x = packed + (size_t)blockIdx.y * NT * unit + lane;
-    a += lane;
-    b += lane;
-    float total[OWN];
+    int n_slices = p.columns / SLICE, wm = warp / 4, wn = warp % 4;
+#if HOPPER
+    if (thread == 0) {
+        for (int i = 0; i < S::STAGES; i++) barrier_init(&arrived[i]);
+        barrier_fence();
+        for (int i = 0; i < S::STAGES && i < n_slices; i++) barrier_expect(&arrived[i], S::STAGE);
+    }
+    __syncthreads();
+    for (int i = 0; warp == 0 && i < S::STAGES && i < n_slices; i++)
+        load_stage<MODE, MT, NT>(p, packed, shared + i * S::STAGE, &arrived[i], i, lane, true);
+#endif
     dependents_may_start();
     dependency_wait();
-    for (int base = 0; base < n_slices; base += WARPS) {
-        int s = base + warp;
-        if (s < n_slices) {
-            float d[NT][4] = {};
+#if HOPPER
+    for (int i = 0; warp == 0 && i < S::STAGES && i < n_slices; i++)
+        load_stage<MODE, MT, NT>(p, packed, shared + i * S::STAGE, &arrived[i], i, lane, false);
+#endif
+    float total[MT][NT][4];
+    for (int s = 0; s < n_slices; s++) {
+        int at = s % S::STAGES;
+        uint4 *stage = reinterpret_cast<uint4 *>(shared + at * S::STAGE);
+#if HOPPER
+        barrier_wait(&arrived[at], (uint32_t)(s / S::STAGES & 1));
+#else
+        size_t unit = (size_t)p.columns / 32 * CHUNK_LANES;
+        for (int i = thread; i < (S::UNITS + S::TOKENS) * SLICE; i += PRODUCT_THREADS) {
+            int u = i / SLICE;
+            const uint4 *from = u < S::UNITS ? pair_unit<MODE>(p, (int)blockIdx.x * 2 * MT + u / 2, u % 2)
+                                             : packed + ((size_t)blockIdx.y * S::TOKENS + u - S::UNITS) * unit;
+            stage[i] = from[s * 4 * CHUNK_LANES + i % SLICE];
+        }
+        __syncthreads();
+#endif
+        const uint4 *a = stage + wm * MT * 2 * SLICE + lane, *b = stage + (S::UNITS + wn * NT) * SLICE + lane;
+        float d[MT][NT][4] = {};
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                int c = (s * 4 + i) * CHUNK_LANES;
-                uint4 u = a[c], v = b[c];
+        for (int c = 0; c < SLICE / 32; c++) {
+            uint4 x[NT];
 #pragma unroll
-                for (int n = 0; n < NT; n++) {
-                    uint4 in = x[(size_t)n * unit + c];
-                    mma(d[n], u.x, v.x, u.y, v.y, in.x, in.y);
-                    mma(d[n], u.z, v.z, u.w, v.w, in.z, in.w);
+            for (int j = 0; j < NT; j++) x[j] = b[j * SLICE + c * CHUNK_LANES];
+#pragma unroll
+            for (int i = 0; i < MT; i++) {
+                uint4 u = a[2 * i * SLICE + c * CHUNK_LANES], v = a[(2 * i + 1) * SLICE + c * CHUNK_LANES];
+#pragma unroll
+                for (int j = 0; j < NT; j++) mma(d[i][j], u.x, v.x, u.y, v.y, x[j].x, x[j].y);
+#pragma unroll
+                for (int j = 0; j < NT; j++) mma(d[i][j], u.z, v.z, u.w, v.w, x[j].z, x[j].w);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < MT; i++)
+#pragma unroll
+            for (int j = 0; j < NT; j++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) total[i][j][e] = s == 0 ? d[i][j][e] : total[i][j][e] + d[i][j][e];
+        __syncthreads(); // the stage has been read
+#if HOPPER
+        if (warp == 0 && s + S::STAGES < n_slices) {
+            if (lane == 0) barrier_expect(&arrived[at], S::STAGE);
+            __syncwarp();
+            load_stage<MODE, MT, NT>(p, packed, shared + at * S::STAGE, &arrived[at], s + S::STAGES, lane, true);
+            load_stage<MODE, MT, NT>(p, packed, shared + at * S::STAGE, &arrived[at], s + S::STAGES, lane, false);
+        }
+#endif
+    }
+#pragma unroll
+    for (int i = 0; i < MT; i++) {
+        int pair = (int)blockIdx.x * 2 * MT + wm * MT + i, segment = 0;
+        if (MODE == PRODUCT_QKV)
+            while (segment < 2 && pair >= p.n_pairs[segment]) pair -= p.n_pairs[segment++];
+#pragma unroll
+        for (int j = 0; j < NT; j++)
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                int token = ((int)blockIdx.y * S::TOKENS + wn * NT + j) * 8 + 2 * t + e;
+                if (MODE == PRODUCT_GATE_UP) {
+                    if (pair * 8 + g < p.n_out[0] && token < p.n_tokens)
+                        p.y[0][(size_t)token * p.n_out[0] + pair * 8 + g] =
+                            silu_mul(total[i][j][e], total[i][j][2 + e]);
+                } else {
+                    finish<MODE>(p, segment, pair * 16 + g, token, total[i][j][e]);
+                    finish<MODE>(p, segment, pair * 16 + 8 + g, token, total[i][j][2 + e]);
                 }
             }
-#pragma unroll
-            for (int n = 0; n < NT; n++)
-#pragma unroll
-                for (int i = 0; i < 4; i++)
-                    part[(size_t)warp * OUTPUTS + (g + i / 2 * 8) * TOKENS + n * 8 + 2 * t + i % 2] = d[n][i];
-        }
-        __syncthreads();
-#pragma unroll
-        for (int o = 0; o < OWN; o++) {
-            int at = o * PRODUCT_THREADS + thread;
-            for (int i = 0; at < OUTPUTS && i < WARPS && base + i < n_slices; i++)
-                total[o] = base + i == 0 ? part[at] : total[o] + part[(size_t)i * OUTPUTS + at];
-        }
-        __syncthreads();
-    }
-    if (MODE == PRODUCT_GATE_UP) { // the other half's sums, through shared memory
-#pragma unroll
-        for (int o = 0; o < OWN; o++)
-            if (o * PRODUCT_THREADS + thread < OUTPUTS) part[o * PRODUCT_THREADS + thread] = total[o];
-        __syncthreads();
-    }
-    constexpr int FINISHED = MODE == PRODUCT_GATE_UP ? OUTPUTS / 2 : OUTPUTS;
-#pragma unroll
-    for (int o = 0; o < OWN; o++) {
-        int at = o * PRODUCT_THREADS + thread, token = (int)blockIdx.y * TOKENS + at % TOKENS;
-        if (at >= FINISHED || token >= p.n_tokens) continue;
-        finish<MODE>(p, segment, row + at / TOKENS, token, total[o],
-                     MODE == PRODUCT_GATE_UP ? part[at + OUTPUTS / 2] : 0.0f);
     }
 }
 
@@ -297,32 +407,55 @@ static size_t small_shared(const product_args &p, int units, int slots) {
     return columns * 16 * units + columns * 2 * slots + columns / SLICE * 8 * units * slots * sizeof(float);
 }
 
-template <enum product_mode MODE, bool NORM, int NT>
-static void launch_packed(const struct op_ctx *ctx, const char *what, const product_args &p, size_t blocks) {
-    size_t tokens = round_up((size_t)p.n_tokens, NT * 8);
+template <enum product_mode MODE, bool NORM, int MT, int NT>
+static void launch_tiles(const struct op_ctx *ctx, const char *what, const product_args &p, size_t pairs) {
+    using S = tile_shape<MT, NT>;
+    size_t tokens = round_up((size_t)p.n_tokens, S::TOKENS * 8);
     __nv_bfloat16 *packed = (__nv_bfloat16 *)ctx->scratch;
     launch_kernel(cuda_of(ctx), what, k_pack_inputs<NORM>, {grid_for(tokens), PRODUCT_THREADS, 0}, p, packed);
-    launch_kernel(cuda_of(ctx), what, k_packed<MODE, NT>,
-                  {grid_for(blocks, tokens / (NT * 8)), PRODUCT_THREADS, WARPS * 16 * NT * 8 * sizeof(float)}, p,
-                  (const uint4 *)packed);
+    launch_kernel(cuda_of(ctx), what, k_tile<MODE, MT, NT>,
+                  {grid_for(round_up(pairs, 2 * MT) / (2 * MT), tokens / (S::TOKENS * 8)), PRODUCT_THREADS,
+                   (size_t)S::STAGE * S::STAGES},
+                  p, (const uint4 *)packed);
+}
+
+// False when the weights do not fit into shared memory.
+template <enum product_mode MODE, bool NORM, int PAIRS>
+static bool launch_small(const struct op_ctx *ctx, const char *what, const product_args &p, size_t pairs) {
+    int slots = p.n_tokens <= 1 && p.columns <= HELD_COLUMNS ? 1 : p.n_tokens <= 2 ? 2 : p.n_tokens <= 4 ? 4 : 8;
+    int units = MODE == PRODUCT_RESIDUAL ? 1 : 2 * PAIRS;
+    size_t blocks = MODE == PRODUCT_RESIDUAL ? ((size_t)p.n_out[0] + 7) / 8 : round_up(pairs, PAIRS) / PAIRS;
+    struct launch l = {grid_for(blocks), PRODUCT_THREADS, small_shared(p, units, slots)};
+    struct cuda_state *s = cuda_of(ctx);
+    if (l.shared > MAX_SHARED) return false;
+    if (slots == 1) launch_kernel(s, what, k_small<MODE, NORM, 1, PAIRS>, l, p);
+    else if (slots == 2) launch_kernel(s, what, k_small<MODE, NORM, 2, PAIRS>, l, p);
+    else if (slots == 4) launch_kernel(s, what, k_small<MODE, NORM, 4, PAIRS>, l, p);
+    else launch_kernel(s, what, k_small<MODE, NORM, 8, PAIRS>, l, p);
+    return true;
+}
+
+// As many pairs a block as give each SM about one block.
+template <enum product_mode MODE> static constexpr int most_pairs() {
+    return MODE == PRODUCT_RESIDUAL ? 1 : MODE == PRODUCT_QKV ? 2 : 3;
 }
 
 // `rows`: of all results (GATE_UP: of one of the two).
 template <enum product_mode MODE, bool NORM>
 static void product(const struct op_ctx *ctx, const char *what, const product_args &p, size_t rows) {
-    constexpr int UNITS = MODE == PRODUCT_RESIDUAL ? 1 : 2,
-                  PER_BLOCK = MODE == PRODUCT_QKV || MODE == PRODUCT_PLAIN ? 16 : 8;
-    int slots = p.n_tokens <= 1 ? 1 : p.n_tokens <= 2 ? 2 : p.n_tokens <= 4 ? 4 : 8;
-    size_t shared = small_shared(p, UNITS, slots);
-    if (p.n_tokens <= SMALL_TOKENS && shared <= MAX_SHARED) {
-        launch_kernel(cuda_of(ctx), what, k_small<MODE, NORM>,
-                      {grid_for(round_up(rows, PER_BLOCK) / PER_BLOCK), PRODUCT_THREADS, shared}, p, slots);
-        return;
-    }
-    size_t blocks = MODE == PRODUCT_GATE_UP ? round_up(rows, 8) / 8 : round_up(rows, 16) / 16;
-    if (p.n_tokens <= 16) launch_packed<MODE, NORM, 2>(ctx, what, p, blocks);
-    else if (p.n_tokens <= 32) launch_packed<MODE, NORM, 4>(ctx, what, p, blocks);
-    else launch_packed<MODE, NORM, 8>(ctx, what, p, blocks);
+    size_t pairs = MODE == PRODUCT_GATE_UP ? round_up(rows, 8) / 8 : round_up(rows, 16) / 16;
+    size_t n_sms = (size_t)cuda_of(ctx)->n_sms;
+    constexpr int MOST = most_pairs<MODE>();
+    // The next products' weights shall fit beside.
+    bool many = pairs > n_sms && p.n_tokens <= 4 && (size_t)p.columns * 32 * MOST <= MAX_SHARED / 2;
+    if (p.n_tokens <= SMALL_TOKENS && many && launch_small<MODE, NORM, MOST>(ctx, what, p, pairs)) return;
+    if (p.n_tokens <= SMALL_TOKENS && launch_small<MODE, NORM, 1>(ctx, what, p, pairs)) return;
+    size_t large = round_up(pairs, 8) / 8 * (round_up((size_t)p.n_tokens, 128) / 128);
+    size_t medium = round_up(pairs, 4) / 4 * (round_up((size_t)p.n_tokens, 64) / 64);
+    if (p.n_tokens <= 32) launch_tiles<MODE, NORM, 1, 1>(ctx, what, p, pairs);
+    else if (p.n_tokens > 64 && large * 4 >= n_sms * 3) launch_tiles<MODE, NORM, 4, 4>(ctx, what, p, pairs);
+    else if (medium * 2 >= n_sms) launch_tiles<MODE, NORM, 2, 2>(ctx, what, p, pairs);
+    else launch_tiles<MODE, NORM, 1, 2>(ctx, what, p, pairs);
 }
 
 static product_args args_for(const struct matrix *w, size_t n_tokens, const float *x) {
@@ -387,16 +520,32 @@ static bool scratch_floats(const struct ops *ops, const struct ops_limits *l, si
     return true;
 }
 
-template <enum product_mode MODE, bool NORM> static void allow_shared(struct cuda_state *s) {
-    cuda_check(s, cudaFuncSetAttribute(k_small<MODE, NORM>, cudaFuncAttributeMaxDynamicSharedMemorySize, MAX_SHARED),
+static void allow_shared(struct cuda_state *s, const void *kernel) {
+    cuda_check(s, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, MAX_SHARED),
                "preparing products");
 }
 
+template <enum product_mode MODE, bool NORM, int PAIRS> static void allow_small(struct cuda_state *s) {
+    allow_shared(s, (const void *)k_small<MODE, NORM, 1, PAIRS>);
+    allow_shared(s, (const void *)k_small<MODE, NORM, 2, PAIRS>);
+    allow_shared(s, (const void *)k_small<MODE, NORM, 4, PAIRS>);
+    allow_shared(s, (const void *)k_small<MODE, NORM, 8, PAIRS>);
+}
+
+template <enum product_mode MODE, bool NORM> static void allow_all(struct cuda_state *s) {
+    allow_small<MODE, NORM, 1>(s);
+    allow_small<MODE, NORM, most_pairs<MODE>()>(s);
+    allow_shared(s, (const void *)k_tile<MODE, 1, 1>);
+    allow_shared(s, (const void *)k_tile<MODE, 1, 2>);
+    allow_shared(s, (const void *)k_tile<MODE, 2, 2>);
+    allow_shared(s, (const void *)k_tile<MODE, 4, 4>);
+}
+
 extern "C" bool cuda_products_setup(struct cuda_state *s) {
-    allow_shared<PRODUCT_QKV, true>(s);
-    allow_shared<PRODUCT_RESIDUAL, false>(s);
-    allow_shared<PRODUCT_GATE_UP, true>(s);
-    allow_shared<PRODUCT_PLAIN, true>(s);
+    allow_all<PRODUCT_QKV, true>(s);
+    allow_all<PRODUCT_RESIDUAL, false>(s);
+    allow_all<PRODUCT_GATE_UP, true>(s);
+    allow_all<PRODUCT_PLAIN, true>(s);
     return s->failed == cudaSuccess;
 }
 
