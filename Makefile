@@ -43,8 +43,8 @@ NVCC ?= $(or $(shell command -v nvcc 2>/dev/null),$(wildcard /usr/local/cuda/bin
 CUDA ?= $(if $(NVCC),1,0)
 ifeq ($(CUDA),1)
 CUDA_HOME ?= $(patsubst %/bin/nvcc,%,$(realpath $(NVCC)))
-# Hopper's own code, and code that every chip from compute capability 8.0 on can run or compile at start.
-CUDA_ARCH ?= -gencode arch=compute_90a,code=sm_90a -gencode arch=compute_80,code=[sm_80,compute_80]
+# Hopper's own code: the kernels use its copies into shared memory and its launches before the end of the one before.
+CUDA_ARCH ?= -gencode arch=compute_90a,code=sm_90a
 # No contraction, as on the CPU: a sum is the same in every kernel.
 NVCCFLAGS = -O3 -std=c++17 -fmad=false -lineinfo -Xcompiler -fPIC,-fvisibility=hidden,-fno-exceptions,-fno-rtti,-fno-threadsafe-statics
 CPPFLAGS += -DTANDEM_CUDA -isystem $(CUDA_HOME)/include

@@ -9,7 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { MAX_RECORDINGS = 512, OLDEST_CHIP = 80, STAGING = 64 << 20 };
+enum { MAX_RECORDINGS = 512, CHIP = 90, STAGING = 64 << 20 };
 
 struct recording {
     uint64_t key;
@@ -243,9 +243,10 @@ static bool start(struct cuda_state *s, struct error *err) {
         snprintf(s->device.name, sizeof s->device.name, "%s (%.120s)", s->short_name, p.name);
         s->device.memory = p.totalGlobalMem;
         s->n_sms = p.multiProcessorCount;
-        if (p.major * 10 + p.minor < OLDEST_CHIP)
-            return error_set(err, "device %s: compute capability %d.%d is too old, 8.0 is needed", s->device.name,
-                             p.major, p.minor);
+        if (p.major * 10 + p.minor != CHIP)
+            return error_set(err,
+                             "device %s: its compute capability is %d.%d; this build has kernels for 9.0 (H100, H200)",
+                             s->device.name, p.major, p.minor);
         e = cudaSetDevice(s->index);
     }
     if (e == cudaSuccess) e = cudaStreamCreateWithFlags(&s->stream, cudaStreamNonBlocking);
