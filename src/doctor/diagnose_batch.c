@@ -212,7 +212,14 @@ static bool misplaced(const struct batch_view *v, const struct batch *b, size_t 
             return false;
         }
     }
-    return wrong(out, v->layer, "token", position, -1, b->token[first], "no sequence holds these tokens");
+    wrong(out, v->layer, "token", position, -1, b->token[first], "no sequence holds these tokens");
+    for (size_t i = 0; i < v->n_sequences; i++) {
+        if (v->sequences[i].n != (size_t)position) continue;
+        finding_name(out, 0.7, "stale KV kept",
+                     "position %d lies behind the end of a sequence: too much counts as computed", position);
+        break;
+    }
+    return false;
 }
 
 static bool check_sequence(const struct batch_view *v, const struct batch *b, size_t s, const struct walk_sequence **of,

@@ -283,7 +283,7 @@ static void name_content(const struct slot_fault *f, struct finding *out) {
         if (!p->stored[f->layer]) continue;
         if (memcmp(shadow_row(f->s, p, f->layer, other) + f->head * bytes, f->at, bytes) != 0) continue;
         if (other != f->is_v) finding_name(out, 0.9, "K and V swapped", "the slot holds the other of the two");
-        else if (!f->want && p->position == f->position && p->parent == f->parent)
+        else if (!f->want && f->position > 0 && p->position == f->position && p->parent == f->parent)
             finding_name(out, 0.9, "stale KV kept", "position %d still holds the token that stood there before",
                          f->position);
         else if (!f->want && p->position == f->position)

@@ -247,6 +247,35 @@ static bool set_ids(struct stage *s, tandem_session *t, const int32_t *ids, size
     return error_set(s->err, "%s", why);
 }
 
+// A fork that goes another way, in turns with its origin: two that write to one page would undo each other's work.
+static bool check_parting(struct stage *s) {
+    char why[256];
+    struct outcome whole = s->plain, ignored = {0}, parted = {0};
+    tandem_session *t = new_session(s, s->engine, s->prompt, s->n), *fork = NULL, *cold = NULL;
+    if (!t) return false;
+    continue_alone(t, 1, &ignored);
+    fork = tandem_session_fork(t, why, sizeof why);
+    bool ok = fork && tandem_session_append(fork, s->other, 1, why, sizeof why) == TANDEM_OK;
+    if (!ok) error_set(s->err, "%s", why);
+    ignored = (struct outcome){0};
+    if (ok) continue_alone(fork, 1, &ignored);
+    ignored = (struct outcome){0};
+    if (ok) continue_alone(t, 2, &ignored);
+    ok = ok && (cold = new_session(s, s->engine, fork->ids, fork->n_ids)) != NULL;
+    if (ok) {
+        fork->hash = 0;
+        continue_alone(fork, 2, &parted);
+        s->plain = (struct outcome){0};
+        continue_alone(cold, 2, &s->plain);
+        expect_same(s, "forks do not disturb each other", "a fork with another continuation", &parted, 0, 2);
+    }
+    s->plain = whole;
+    tandem_session_free(t);
+    tandem_session_free(fork);
+    tandem_session_free(cold);
+    return ok;
+}
+
 static bool check_reuse(struct stage *s) {
     int32_t ids[MAX_PROMPT];
     char why[256];
@@ -287,7 +316,7 @@ static bool check_reuse(struct stage *s) {
     expect_same(s, "forks do not disturb each other", "the fork", &g, 0, REPLY);
     tandem_session_free(t);
     tandem_session_free(fork);
-    return true;
+    return check_parting(s);
 }
 
 // ---- Batches -------------------------------------------------------------------------------------------------------
@@ -363,6 +392,49 @@ static bool check_poisoned_neighbour(struct stage *s) {
     return ok;
 }
 
+// ---- Sampling ------------------------------------------------------------------------------------------------------
+
+// Noise belongs to a token, not to its place in the order: a token that was not chosen may be forbidden, and the choice
+// stays.
+static bool check_sampling(struct stage *s) {
+    char why[256];
+    tandem_session *t = new_session(s, s->engine, s->prompt, s->n);
+    if (!t) return false;
+    bool ok = true;
+    for (uint64_t seed = 1; ok && seed <= 8; seed++) {
+        const float never = -1000;
+        int32_t likeliest = s->plain.id[0];
+        tandem_sampling sampling = {
+            .temperature = 1.5, .top_p = 1, .repeat_penalty = 1, .ignore_end = true, .seed = seed};
+        int32_t chosen[2] = {-1, -1};
+        for (int i = 0; ok && i < 2; i++) {
+            struct outcome o = {0};
+            if (i == 1) sampling.bias_ids = &likeliest, sampling.bias = &never, sampling.n_bias = 1;
+            ok = tandem_session_set_sampling(t, &sampling, why, sizeof why) == TANDEM_OK &&
+                 tandem_session_truncate(t, s->n, why, sizeof why) == TANDEM_OK;
+            if (!ok) break;
+            continue_alone(t, 1, &o);
+            if (o.n) chosen[i] = o.id[0];
+        }
+        s->r->n_checks++;
+        if (!ok || chosen[0] == chosen[1] || chosen[0] == likeliest) continue;
+        struct fault *f = stage_fault(s->r, FAULT_SERVING, "noise belongs to the token");
+        snprintf(f->op, sizeof f->op, "sampler_choose");
+        f->prompt = 0;
+        f->position = (int)s->n;
+        f->expected = chosen[0];
+        f->found = chosen[1];
+        fault_say(
+            f,
+            "noise belongs to the token: seed %d chooses %d, and %d when token %d, which was not chosen, is forbidden",
+            (int)seed, chosen[0], chosen[1], likeliest);
+        break;
+    }
+    s->n_ways++;
+    tandem_session_free(t);
+    return ok || error_set(s->err, "%s", why);
+}
+
 // ---- The scheduler -------------------------------------------------------------------------------------------------
 
 struct answers {
@@ -423,9 +495,30 @@ static bool submit_all(struct stage *s, tandem_engine *e, struct answers *a, siz
     return true;
 }
 
+// A prompt that comes when others' pages are cached and none of its own.
+static bool check_stranger(struct stage *s) {
+    struct answers a;
+    struct outcome whole = s->plain;
+    for (size_t i = 0; i < s->n; i++) s->other[i] = (int32_t)(((size_t)s->other[i] + 3) % s->d->model->config.n_vocab);
+    tandem_session *t = new_session(s, s->engine, s->other, s->n);
+    if (!t) return false;
+    s->plain = (struct outcome){0};
+    continue_alone(t, REPLY, &s->plain);
+    tandem_session_free(t);
+    bool ok = submit_all(s, s->engine, &a, 2, REPLY, false);
+    if (ok) expect_answer(s, "another prompt's cache does not matter", "the first of its kind", &a.out[1]);
+    s->plain = whole;
+    return ok;
+}
+
 static bool check_requests(struct stage *s) {
     struct answers a;
     char variant[64];
+    struct outcome whole = s->plain, other = {0};
+    tandem_session *t = new_session(s, s->engine, s->other, s->n);
+    if (!t) return false;
+    continue_alone(t, REPLY, &other);
+    tandem_session_free(t);
     poison_free_pages(s->engine);
     for (int round = 0; round < 2; round++) {
         if (!submit_all(s, s->engine, &a, 4, REPLY, false)) return false;
@@ -434,8 +527,12 @@ static bool check_requests(struct stage *s) {
             expect_answer(s, round ? "prefix cache = cold" : "requests = a session alone", variant, &a.out[i]);
             s->n_cached += a.cached[i];
         }
+        s->plain = other; // the neighbours, too: what is cached for the prompt is nothing to them
+        for (size_t i = 1; i < 4; i += 2)
+            expect_answer(s, "another prompt's cache does not matter", "4 requests at once", &a.out[i]);
+        s->plain = whole;
     }
-    return true;
+    return check_stranger(s);
 }
 
 // So little KV that not all can run to their end: some are put back and computed again.
@@ -530,6 +627,7 @@ static const struct {
               {"appends", check_pieces},
               {"pages", check_pages},
               {"reuse and forks", check_reuse},
+              {"sampling", check_sampling},
               {"batches to 64", check_batches},
               {"NaN beside it", check_poisoned_neighbour},
               {"NaN in unused memory", check_poison},
@@ -544,7 +642,7 @@ static bool run_checks(struct stage *s) {
     if (s->plain.n < REPLY) return true; // the engine itself fails: nothing can be compared
     struct buffer names = {0};
     for (size_t i = 0; i < N; i++) {
-        if (i > 4 && !doctor_model_is_small(s->d) && clock_seconds() > s->d->deadline + 0.2 * s->d->options.budget) {
+        if (i > 5 && !doctor_model_is_small(s->d) && clock_seconds() > s->d->deadline + 0.2 * s->d->options.budget) {
             stage_note(s->r, "not checked for lack of time: %s", checks[i].name);
             continue;
         }
