@@ -61,6 +61,9 @@ INLINE void dots(enum dtype type, float *acc, const uint8_t *w, size_t row_bytes
     size_t k = 0;
     for (; k + 32 <= n; k += 32) {
         const uint8_t *second = w + (k + 16) * size;
+        // One token: memory is the limit. The next rows stand behind these; as much of them is fetched as is used here.
+        for (size_t i = 0; N == 1 && R == 4 && i < 32 * size * R; i += 64)
+            _mm_prefetch((const char *)w + R * row_bytes + k * size * R + i, _MM_HINT_T0);
         add_16(type, w + k * size, row_bytes, x + k, stride, low, high, R, N);
         if (type == DTYPE_BF16) add_16(type, second, row_bytes, x + k + 16, stride, high, low, R, N);
         else add_16(type, second, row_bytes, x + k + 16, stride, low, high, R, N);
