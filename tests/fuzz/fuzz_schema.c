@@ -12,15 +12,11 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
 // Half of the input is the schema, up to a NUL; the rest is the text.
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
-    static struct vocabulary *vocabulary; // of no tokens: only bytes are tried
-    static struct tokenizer *tokenizer;
+    static const char json[] = "{\"model\": {\"type\": \"BPE\", \"vocab\": {\"a\": 0}, \"merges\": []}}";
     struct error err;
-    if (!tokenizer) {
-        static const char json[] = "{\"model\": {\"type\": \"BPE\", \"vocab\": {\"a\": 0}, \"merges\": []}}";
-        tokenizer = tokenizer_open_bytes(json, sizeof json - 1, NULL, 0, &err);
-        vocabulary = vocabulary_create(tokenizer, 0, NULL, 0, &err);
-        if (!vocabulary) abort();
-    }
+    struct tokenizer *tokenizer = tokenizer_open_bytes(json, sizeof json - 1, NULL, 0, &err);
+    struct vocabulary *vocabulary = vocabulary_create(tokenizer, 0, NULL, 0, &err); // no tokens: only bytes are tried
+    if (!vocabulary) abort();
     const uint8_t *end = memchr(data, 0, size);
     size_t n = end ? (size_t)(end - data) : size;
     struct arena arena = {0};
@@ -45,5 +41,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     }
     grammar_free(&g);
     arena_free(&arena);
+    vocabulary_free(vocabulary);
+    tokenizer_free(tokenizer);
     return 0;
 }
