@@ -235,10 +235,9 @@ static enum MHD_Result on_request(void *user, struct MHD_Connection *c, const ch
         x->route->handle(x);
     }
     pthread_mutex_lock(&x->lock);
-    enum MHD_Result result = MHD_NO; // broken, or the server stops
-    if (x->ready && !x->broken) result = send_answer(x);
+    bool send = x->ready && !x->broken; // else the server stops, or gave this client up
     pthread_mutex_unlock(&x->lock);
-    return result;
+    return send ? send_answer(x) : MHD_NO; // what is ready does not change any more
 }
 
 static void log_exchange(struct server *s, const struct exchange *x, bool whole) {
