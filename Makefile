@@ -92,14 +92,14 @@ $(BUILD)/tests/%: $(BUILD)/tests/%.o $(BUILD)/libtandem_all.a
 
 # This one makes the library's allocations fail.
 # And an engine's functions, to see what the doctor says.
-SERVING_WRAPPED = kv_store_copy_page kv_trim kv_match model_forward
+SERVING_WRAPPED = kv_store_copy_page kv_trim kv_match model_queue
 WRAPPED = malloc calloc realloc aligned_alloc strdup strndup free
 $(BUILD)/tests/engine/test_out_of_memory: LDFLAGS += $(WRAPPED:%=-Wl,--wrap=%)
 $(BUILD)/tests/doctor/test_check_serving: LDFLAGS += $(SERVING_WRAPPED:%=-Wl,--wrap=%)
 
 # The doctor's seeded mistakes: broken functions in the place of the product's, in these two programs alone.
 SEEDED_OBJ = $(patsubst %.c,$(BUILD)/%.o,$(filter-out %/choose.c,$(sort $(wildcard tests/doctor/seeded/*.c))))
-SEEDED_WRAP = ops_cpu ops_norm_qkv ops_rope_attention ops_out_residual model_forward model_load rope_rates \
+SEEDED_WRAP = ops_cpu ops_norm_qkv ops_rope_attention ops_out_residual model_forward model_queue model_load rope_rates \
     kv_store_copy_page kv_reserve kv_match kv_trim engine_run sampler_choose
 SEEDED_FLAGS = $(SEEDED_WRAP:%=-Wl,--wrap=%)
 $(BUILD)/tests/doctor/test_seeded: $(BUILD)/tests/doctor/test_seeded.o $(SEEDED_OBJ) $(BUILD)/libtandem_all.a

@@ -13,7 +13,7 @@ struct run {
     struct op_ctx ctx;
     size_t max_tokens, max_logit_rows;
     size_t n_rows, n_vocab;               // of the last step's logits
-    bool is_fetched; // they are on the host, in `fetched`
+    bool is_fetched;                      // they are on the host, in `fetched`
     struct device_weights host;           // the model's own tables
     const struct device_weights *weights; // what the ops read: `host`, or a device's copies
     struct device *device;                // whose memory `memory` is; NULL: the host's

@@ -153,17 +153,31 @@ static void break_batch(struct batch *b, int32_t *numbers, struct stale *old) {
     }
 }
 
+// Every step's batch: the engine's steps go through model_queue, the doctor's own through model_forward.
+static void break_step(const struct model *m, struct batch *changed) {
+    static struct stale old;
+    static int32_t numbers[1 << 16];
+    model = m;
+    if (!sown) old.n_tokens = 0;
+    if (changed->n_tokens < 1 << 16) break_batch(changed, numbers, &old);
+}
+
+void __real_model_queue(const struct model *m, struct run *run, struct kv_store *kv, const struct batch *b);
+void __wrap_model_queue(const struct model *m, struct run *run, struct kv_store *kv, const struct batch *b);
+void __wrap_model_queue(const struct model *m, struct run *run, struct kv_store *kv, const struct batch *b) {
+    struct batch changed = *b;
+    break_step(m, &changed);
+    __real_model_queue(m, run, kv, &changed);
+}
+
 const float *__real_model_forward(const struct model *m, struct run *run, struct kv_store *kv, const struct batch *b);
 const float *__wrap_model_forward(const struct model *m, struct run *run, struct kv_store *kv, const struct batch *b);
 const float *__wrap_model_forward(const struct model *m, struct run *run, struct kv_store *kv, const struct batch *b) {
-    static struct stale old;
     static float *last;
     static size_t n_last;
-    static int32_t numbers[1 << 16];
     struct batch changed = *b;
-    model = m;
-    if (!sown) old.n_tokens = 0, n_last = 0;
-    if (b->n_tokens < 1 << 16) break_batch(&changed, numbers, &old);
+    if (!sown) n_last = 0;
+    break_step(m, &changed);
     const float *logits = __real_model_forward(m, run, kv, &changed);
     if (!is(STEP_LOGITS_STALE) || b->n_logit_rows == 0) return logits;
     size_t n = b->n_logit_rows * m->config.n_vocab;
