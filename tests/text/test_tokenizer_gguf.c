@@ -136,6 +136,7 @@ static void test_good(void **state) {
     assert_non_null(strstr(err.text, "6"));
     assert_false(tokenizer_encode(tok, "a<s>", 4, false, &ids, &err)); // no token for '<' as plain text
     assert_int_equal(ids.n, 0);
+    token_ids_free(&ids);
     buffer_free(&out);
     tokenizer_free(tok);
 }
