@@ -12,9 +12,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
 // Half of the input is the schema, up to a NUL; the rest is the text.
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
-    static const char json[] = "{\"model\": {\"type\": \"BPE\", \"vocab\": {\"a\": 0}, \"merges\": []}}";
+    static const char no_tokens[] = "{\"model\": {\"type\": \"BPE\", \"vocab\": {\"a\": 0}, \"merges\": []}}";
     struct error err;
-    struct tokenizer *tokenizer = tokenizer_open_bytes(json, sizeof json - 1, NULL, 0, &err);
+    struct tokenizer *tokenizer = tokenizer_open_bytes(no_tokens, sizeof no_tokens - 1, NULL, 0, &err);
     struct vocabulary *vocabulary = vocabulary_create(tokenizer, 0, NULL, 0, &err); // no tokens: only bytes are tried
     if (!vocabulary) abort();
     const uint8_t *end = memchr(data, 0, size);
