@@ -224,8 +224,9 @@ format:
 style:
 	@tools/check-style
 lint: style
-	@tools/deps lint </dev/null
+	@tools/deps lint fuzz </dev/null
 	@clang-format --dry-run -Werror $(C_FILES)
+	@clang-14 -fsyntax-only $(CSTD) $(WARN) -D_GNU_SOURCE -Iinclude -Isrc $(wildcard tests/fuzz/*.c)
 
 # ---- Installing ---------------------------------------------------------------------------------------------------
 
