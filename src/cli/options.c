@@ -89,6 +89,8 @@ static const struct {
     [OPT_KV_TOKENS] = {"kv-tokens", 0, "N", "tokens that the KV of all sequences holds (default: 4 contexts)"},
     [OPT_MODEL_NAME] = {"model-name", 0, "NAME", "the model's name for clients (default: from MODEL)"},
     [OPT_GRACE] = {"grace", 0, "S", "seconds that requests get to end after SIGTERM (default 30)"},
+    [OPT_SANDBOX] = {"sandbox", 0, "on|off",
+                     "refuse to start without the sandbox, or serve without (default: where it can be had)"},
     [OPT_LOG_REQUESTS] = {"log-requests", 0, NULL, "one JSON line on stderr for each request, without prompts"},
     [OPT_LOG_PROMPTS] = {"log-prompts", 0, NULL, "with --log-requests: their bodies too"},
     [OPT_REPORT] = {"report", 0, "FILE", "write a report for people, one HTML page"},

@@ -62,7 +62,7 @@ static bool read_options(const struct cli_options *o, const tandem_engine *engin
     size_t port = DEFAULT_PORT;
     struct cli_sampling sampling;
     if (!cli_size(o, OPT_PORT, 0, 65535, &port) || !cli_size(o, OPT_GRACE, 0, 86400, grace) ||
-        !cli_on_off(o, OPT_THINK, &s->think))
+        !cli_on_off(o, OPT_THINK, &s->think) || !cli_on_off(o, OPT_SANDBOX, &s->sandbox))
         return false;
     for (int thinking = 0; thinking < 2; thinking++) {
         if (!cli_sampling(o, engine, thinking, &sampling)) return false;
@@ -130,6 +130,8 @@ static int serve_run(const struct cli_options *o) {
     } else if (catch_signals()) {
         struct server *server = server_start(engine, &options, &err);
         if (server) {
+            const char *why, *sandbox = server_sandbox(server, &why);
+            fprintf(stderr, "tandem: serve: sandbox: %s%s%s\n", sandbox, *why ? ": " : "", why);
             fprintf(stderr, "listening on %s\n", server_url(server));
             serve(server, (double)grace);
             server_stop(server);
@@ -154,6 +156,7 @@ static const enum option_id options[] = {OPT_HELP,
                                          OPT_KV_TOKENS,
                                          OPT_CHUNK,
                                          OPT_GRACE,
+                                         OPT_SANDBOX,
                                          OPT_LOG_REQUESTS,
                                          OPT_LOG_PROMPTS,
                                          OPT_THREADS,

@@ -7,6 +7,7 @@
 #include "base/file.h"
 #include "base/size.h"
 #include "server/replies.h"
+#include "server/sandbox.h"
 
 #include <arpa/inet.h>
 #include <errno.h>
@@ -429,6 +430,15 @@ static bool start_threads(struct server *s, struct error *err) {
     return s->n_threads == 2 + N_WORKERS || error_set(err, "cannot start the server's threads: %s", strerror(errno));
 }
 
+// The last step: every thread is there, and every file but the keys was read.
+static bool enter_sandbox(struct server *s, struct error *err) {
+    if (s->options.sandbox == 0) return error_set(&s->no_sandbox, "it was turned off"), true;
+    tzset(); // reads a file the first time
+    if (s->engine->ops->device) error_set(&s->no_sandbox, "the GPU's driver needs what it forbids");
+    else s->sandboxed = sandbox_enter(s->keys != NULL, &s->no_sandbox);
+    return s->sandboxed || s->options.sandbox < 0 || error_set(err, "no sandbox: %s", s->no_sandbox.text);
+}
+
 struct server *server_start(tandem_engine *engine, const struct server_options *options, struct error *err) {
     struct server *s = size_alloc_zero(1, sizeof *s);
     if (!s) {
@@ -451,13 +461,18 @@ struct server *server_start(tandem_engine *engine, const struct server_options *
                                           engine->n_end_ids, err);
     ok = ok && s->vocabulary && (page_policy(&s->page_policy) || error_set(err, "cannot read the web page"));
     if (ok && options->api_key_file) ok = (s->keys = keys_load(options->api_key_file, err)) != NULL;
-    if (ok && load_tls(s, err) && start_threads(s, err) && listen_on(s, err)) return s;
+    if (ok && load_tls(s, err) && start_threads(s, err) && listen_on(s, err) && enter_sandbox(s, err)) return s;
     server_stop(s);
     return NULL;
 }
 
 const char *server_url(const struct server *s) {
     return s->url;
+}
+
+const char *server_sandbox(const struct server *s, const char **why_not) {
+    if (why_not) *why_not = s->no_sandbox.text;
+    return s->sandboxed ? "seccomp" : "off";
 }
 
 bool server_reload_keys(struct server *s, struct error *err) {

@@ -91,7 +91,8 @@ struct server {
     struct buffer page_policy;
     char *tls_cert, *tls_key;
     struct MHD_Daemon *daemon;
-    bool loopback;
+    bool loopback, sandboxed;
+    struct error no_sandbox; // why not
     double started;
     long created; // wall clock, for "created" of the model
     atomic_bool draining, stopping;

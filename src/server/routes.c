@@ -59,7 +59,8 @@ static void handle_model(struct exchange *x) {
 
 static void handle_version(struct exchange *x) {
     struct buffer body = {0};
-    buffer_printf(&body, "{\"version\": \"%s\", \"device\": \"%s\"}", tandem_version(), x->server->engine->ops->name);
+    buffer_printf(&body, "{\"version\": \"%s\", \"device\": \"%s\", \"sandbox\": \"%s\"}", tandem_version(),
+                  x->server->engine->ops->name, server_sandbox(x->server, NULL));
     exchange_reply(x, 200, &body);
 }
 

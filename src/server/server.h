@@ -24,6 +24,7 @@ struct server_options {
     double queue_s, total_s;     // until the first step, and until the end; 0: 600 and 3,600
     double ping_s;               // silence after which a stream gets a comment; 0: 5
     double stall_s;              // a reader that takes nothing for so long is dropped; 0: 60
+    int sandbox;                 // 0: off, 1: required, -1: where it can be had (not with a GPU)
     bool log_prompts;            // prompts and replies go to the log too
     void (*log)(void *user, const char *line); // a JSON object a line, for each request; any thread. NULL: none
     void *user;
@@ -33,7 +34,8 @@ struct server;
 
 // Listens and serves. The options' texts must live as long as the server.
 struct server *server_start(tandem_engine *engine, const struct server_options *options, struct error *err);
-const char *server_url(const struct server *server); // http://HOST:PORT
+const char *server_url(const struct server *server);                           // http://HOST:PORT
+const char *server_sandbox(const struct server *server, const char **why_not); // "seccomp" or "off"
 bool server_reload_keys(struct server *server, struct error *err);
 void server_drain(struct server *server);      // refuses new work from now on, with 503
 size_t server_n_active(struct server *server); // generations in progress

@@ -3,6 +3,7 @@ import base64
 import concurrent.futures
 import hashlib
 import json
+import os
 import re
 import signal
 import socket
@@ -427,18 +428,89 @@ def test_other_machines_need_a_key():
     assert done.returncode == 1 and "--api-key-file" in done.stderr
 
 
+def certificate(folder):
+    made = subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost",
+                           "-addext", "subjectAltName=DNS:localhost", "-keyout", folder / "key", "-out", folder / "cert"],
+                          capture_output=True)
+    assert made.returncode == 0, made.stderr
+
+
 def test_tls(tmp_path):
     import ssl
     import urllib.request
-    made = subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost",
-                           "-addext", "subjectAltName=DNS:localhost", "-keyout", tmp_path / "key", "-out", tmp_path / "cert"],
-                          capture_output=True)
-    assert made.returncode == 0, made.stderr
+    certificate(tmp_path)
     s = Server("--tls-cert", str(tmp_path / "cert"), "--tls-key", str(tmp_path / "key"))
     try:
         assert s.url.startswith("https://")
         context = ssl.create_default_context(cafile=str(tmp_path / "cert"))
         assert json.load(urllib.request.urlopen(f"https://localhost:{s.port}/live", context=context)) == {"status": "live"}
+    finally:
+        assert s.stop() == 0
+
+
+# ---- The sandbox
+
+def seccomp_of(server):
+    """The modes of all threads: 2 is a filter."""
+    modes = set()
+    for thread in os.listdir(f"/proc/{server.process.pid}/task"):
+        with open(f"/proc/{server.process.pid}/task/{thread}/status") as status:
+            modes.add(re.search(r"^Seccomp:\s+(\d)", status.read(), re.M).group(1))
+    return modes
+
+
+def test_everything_works_in_the_sandbox(tmp_path):
+    import ssl
+    import urllib.request
+    certificate(tmp_path)
+    (tmp_path / "keys").write_text("secret-key-of-team-a\n")
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen([TANDEM, "serve", "--port", "0", "--sandbox", "on", "--device", "cpu", "--api-key-file", str(tmp_path / "keys"),
+                                    "--tls-cert", str(tmp_path / "cert"), "--tls-key", str(tmp_path / "key"), "--log-requests"],
+                                   stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log)
+    try:
+        def wait_for(text):
+            end = time.time() + 60
+            while text not in (tmp_path / "log").read_text() and process.poll() is None and time.time() < end:
+                time.sleep(0.02)
+            return (tmp_path / "log").read_text()
+        text = wait_for("listening on https://")
+        if "a sanitizer needs" in text:
+            pytest.skip("a sanitizer's build has no sandbox")
+        assert "sandbox: seccomp" in text
+        url = re.search(r"listening on (\S+)", text).group(1).replace("127.0.0.1", "localhost")
+        context = ssl.create_default_context(cafile=str(tmp_path / "cert"))
+
+        def fetch(path, body=None, key="secret-key-of-team-a"):
+            request = urllib.request.Request(url + path, body and json.dumps(body).encode(), {"Authorization": f"Bearer {key}"})
+            with urllib.request.urlopen(request, context=context, timeout=60) as answer:
+                return answer.read()
+        assert json.loads(fetch("/version"))["sandbox"] == "seccomp"
+        assert b"<!doctype html>" in fetch("/") and b"tandem_kv_pages" in fetch("/metrics")
+        assert json.loads(fetch("/v1/chat/completions", chat(QUESTION)))["choices"][0]["message"]["content"] == PARIS
+        assert fetch("/v1/chat/completions", chat(QUESTION, stream=True, response_format={"type": "json_object"})).endswith(b"data: [DONE]\n\n")
+        (tmp_path / "keys.new").write_text("a-new-secret-key\n")
+        (tmp_path / "keys.new").rename(tmp_path / "keys")  # another file, as editors and secret stores make it
+        process.send_signal(signal.SIGHUP)
+        assert "keys were read again" in wait_for("keys were read again")
+        assert fetch("/v1/models", key="a-new-secret-key")
+        with pytest.raises(urllib.error.HTTPError):
+            fetch("/v1/models")
+        assert '"route": "/v1/chat/completions", "status": 200' in wait_for('"route": "/v1/models"')
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+
+
+def test_sandbox_covers_every_thread_or_is_off(server):
+    mode = server.get("/version")["sandbox"]
+    assert f"tandem: serve: sandbox: {mode}" in "\n".join(server.log)
+    assert seccomp_of(server) == {"2" if mode == "seccomp" else "0"} and len(os.listdir(f"/proc/{server.process.pid}/task")) > 4
+    s = Server("--sandbox", "off")
+    try:
+        assert s.get("/version")["sandbox"] == "off" and seccomp_of(s) == {"0"}
+        assert any("sandbox: off: it was turned off" in line for line in s.log)
     finally:
         assert s.stop() == 0
 
