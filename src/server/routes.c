@@ -71,7 +71,7 @@ static void handle_metrics(struct exchange *x) {
 }
 
 static const struct route routes[] = {
-    {"/", "GET", OPENAI, false, false, handle_page},
+    {"/", "GET", OPENAI, true, false, handle_page},
     {"/live", "GET", OPENAI, true, false, handle_live},
     {"/ready", "GET", OPENAI, false, false, handle_ready},
     {"/health", "GET", OPENAI, false, false, handle_ready},

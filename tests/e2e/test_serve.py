@@ -396,7 +396,7 @@ def test_keys(tmp_path):
     s = Server("--host", "0.0.0.0", "--api-key-file", str(keys))
     s.host = "127.0.0.1"
     try:
-        assert s.get("/live")
+        assert s.get("/live") and s.request("GET", "/")[0] == 200
         for path in ("/ready", "/metrics", "/v1/models", "/version", "/nothing"):
             assert s.request("GET", path)[0] == 401
         assert s.request("POST", "/v1/chat/completions", chat("x"))[0] == 401
