@@ -9,7 +9,7 @@ BUILD ?= build
 CC ?= gcc
 PREFIX ?= /usr/local
 FUZZ_SECONDS ?= 20
-PKGS = jansson libpcre2-8 libutf8proc libmicrohttpd libcrypto
+PKGS = jansson libpcre2-8 libutf8proc libmicrohttpd libcrypto libcurl
 PKG_CFLAGS := $(shell pkg-config --cflags $(PKGS) 2>/dev/null)
 PKG_LIBS := $(shell pkg-config --libs $(PKGS) 2>/dev/null)
 

@@ -65,3 +65,46 @@ bool digest_file(const char *path, bool tree, struct pool *pool, struct digest *
     file_map_close(&map);
     return ok;
 }
+
+// ---- In pieces ----------------------------------------------------------------------------------------------------
+
+static bool no_stream(struct error *err) {
+    return error_set(err, "libcrypto cannot compute a digest");
+}
+
+static struct digest_stream *stream_create(const EVP_MD *kind, struct error *err) {
+    EVP_MD_CTX *context = EVP_MD_CTX_new();
+    if (context && EVP_DigestInit_ex(context, kind, NULL) == 1) return (struct digest_stream *)context;
+    EVP_MD_CTX_free(context);
+    no_stream(err);
+    return NULL;
+}
+
+struct digest_stream *digest_stream_sha256(struct error *err) {
+    return stream_create(EVP_sha256(), err);
+}
+
+struct digest_stream *digest_stream_git(uint64_t size, struct error *err) {
+    char header[32];
+    int n = snprintf(header, sizeof header, "blob %llu", (unsigned long long)size);
+    struct digest_stream *s = stream_create(EVP_sha1(), err);
+    if (s && digest_stream_add(s, header, (size_t)n + 1, err)) return s; // its NUL, too
+    digest_stream_free(s);
+    return NULL;
+}
+
+bool digest_stream_add(struct digest_stream *s, const void *data, size_t n, struct error *err) {
+    return EVP_DigestUpdate((EVP_MD_CTX *)s, data, n) == 1 || no_stream(err);
+}
+
+bool digest_stream_end(struct digest_stream *s, struct digest *out, struct error *err) {
+    unsigned char raw[EVP_MAX_MD_SIZE];
+    unsigned n = 0;
+    if (EVP_DigestFinal_ex((EVP_MD_CTX *)s, raw, &n) != 1 || n > BYTES) return no_stream(err);
+    for (unsigned i = 0; i < n; i++) snprintf(out->hex + (ptrdiff_t)2 * i, 3, "%02x", raw[i]);
+    return true;
+}
+
+void digest_stream_free(struct digest_stream *s) {
+    EVP_MD_CTX_free((EVP_MD_CTX *)s);
+}

@@ -9,7 +9,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum { EXIT_GOOD = 0, EXIT_FAULT = 1, EXIT_USAGE = 2 };
+enum { EXIT_GOOD = 0, EXIT_FAULT = 1, EXIT_USAGE = 2, EXIT_INTERRUPTED = 130 }; // 130: as a shell reports SIGINT
 
 // Every option of every subcommand; options.c holds their spelling and help.
 enum option_id {
@@ -91,10 +91,12 @@ enum option_id {
     OPT_SANDBOX,
     OPT_LOG_REQUESTS,
     OPT_LOG_PROMPTS,
+    OPT_REVISION,
+    OPT_INCLUDE,
     OPT_COUNT
 };
 
-enum { MAX_STOPS = 64, MAX_BIASES = 1024 };
+enum { MAX_STOPS = 64, MAX_BIASES = 1024, MAX_INCLUDES = 64 };
 
 // What was given on the command line. NULL, -1 or false: not given.
 struct cli_options {
@@ -105,6 +107,8 @@ struct cli_options {
     int32_t bias_ids[MAX_BIASES];
     float bias[MAX_BIASES];
     size_t n_biases;
+    const char *includes[MAX_INCLUDES];
+    size_t n_includes;
     const char *model;     // the first positional argument
     const char *operand_2; // the second, of a command with two
 };
@@ -122,11 +126,13 @@ struct command {
 
 extern const struct command command_chat, command_run, command_tokenize, command_template, command_inspect,
     command_trace, command_diff, command_check, command_bench, command_replay, command_quantize, command_perplexity,
-    command_serve;
+    command_serve, command_pull;
 
 // Says `tandem: SUBCOMMAND: ...` on stderr and returns EXIT_FAULT (cli_usage: EXIT_USAGE).
 int cli_fail(const char *format, ...) __attribute__((format(printf, 1, 2)));
 int cli_usage(const char *format, ...) __attribute__((format(printf, 1, 2)));
+// Says `tandem: SUBCOMMAND: interrupted: ...` and returns EXIT_INTERRUPTED.
+int cli_interrupted(const char *what_became);
 // Has cli_usage been called? What a number in an option does not allow shows only when it is read.
 bool cli_usage_was_wrong(void);
 void cli_set_command(const char *name); // for those messages; called once by main
@@ -146,6 +152,7 @@ bool cli_on_off(const struct cli_options *o, enum option_id id, int *out); // -1
 const char *cli_model(const struct cli_options *o);
 const char *cli_default_model(void); // main.c: NULL when not found
 const char *cli_history_path(void);  // main.c: NULL when there is no home folder
+bool cli_can_redraw(void);           // main.c: is stderr a terminal on which a line can be drawn again?
 
 // Messages and a progress bar on stderr, for what takes a struct log. All zero is a bar that was never shown.
 struct cli_bar {

@@ -33,6 +33,11 @@ int cli_fail(const char *format, ...) {
     return EXIT_FAULT;
 }
 
+int cli_interrupted(const char *what_became) {
+    cli_fail("interrupted: %s", what_became);
+    return EXIT_INTERRUPTED;
+}
+
 static bool usage_was_wrong;
 
 int cli_usage(const char *format, ...) {
@@ -56,7 +61,7 @@ bool cli_usage_was_wrong(void) {
 static void show_progress(void *user, const char *what, double fraction) {
     struct cli_bar *bar = user;
     enum { WIDTH = 30 };
-    if (!isatty(STDERR_FILENO)) return;
+    if (!cli_can_redraw()) return;
     double now = clock_seconds();
     if (bar->started == 0) bar->started = now;
     if (now - bar->started < 1 && !bar->shown) return;

@@ -17,16 +17,16 @@
 #endif
 
 static const struct command *const commands[] = {
-    &command_chat,    &command_serve,    &command_run,       &command_tokenize, &command_template,
-    &command_inspect, &command_trace,    &command_diff,      &command_check,    &command_bench,
-    &command_replay,  &command_quantize, &command_perplexity};
+    &command_chat,    &command_serve,    &command_run,        &command_tokenize, &command_template,
+    &command_inspect, &command_trace,    &command_diff,       &command_check,    &command_bench,
+    &command_replay,  &command_quantize, &command_perplexity, &command_pull};
 enum { N_COMMANDS = sizeof commands / sizeof commands[0] };
 
 static void print_usage(FILE *to) {
     fprintf(to,
             "tandem %s: runs Qwen3 models, and proves its numbers\n\nusage: tandem SUBCOMMAND [MODEL] [options]\n\n",
             tandem_version());
-    for (int i = 0; i < N_COMMANDS; i++) fprintf(to, "  %-10s %s\n", commands[i]->name, commands[i]->summary);
+    for (int i = 0; i < N_COMMANDS; i++) fprintf(to, "  %-11s %s\n", commands[i]->name, commands[i]->summary);
     fprintf(
         to,
         "\nMODEL is a folder in Hugging Face's layout, a .gguf file, or OWNER/NAME in the Hugging Face cache; without\n"
@@ -69,9 +69,15 @@ const char *cli_history_path(void) {
     return path;
 }
 
+bool cli_can_redraw(void) {
+    const char *terminal = getenv("TERM");
+    return isatty(STDERR_FILENO) && terminal && strcmp(terminal, "dumb") != 0;
+}
+
 int main(int argc, char **argv) {
     setlocale(LC_CTYPE, "");
-    signal(SIGPIPE, SIG_IGN);
+    signal(SIGPIPE, SIG_IGN); // writing says so, and what was begun is put in order
+    signal(SIGXFSZ, SIG_IGN);
     file_guard_install();
     if (argc < 2) {
         print_usage(stderr);

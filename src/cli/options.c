@@ -94,6 +94,8 @@ static const struct {
     [OPT_LOG_REQUESTS] = {"log-requests", 0, NULL, "one JSON line on stderr for each request, without prompts"},
     [OPT_LOG_PROMPTS] = {"log-prompts", 0, NULL, "with --log-requests: their bodies too"},
     [OPT_REPORT] = {"report", 0, "FILE", "write a report for people, one HTML page"},
+    [OPT_REVISION] = {"revision", 0, "R", "branch, tag or commit (default main)"},
+    [OPT_INCLUDE] = {"include", 0, "GLOB", "download the files of these names instead; may be repeated"},
     [OPT_OUTPUT] = {"output", 'o', "FILE", "where to write"},
 };
 
@@ -138,6 +140,13 @@ static bool take(struct cli_options *o, enum option_id id, const char *argument,
     if (id == OPT_LOGIT_BIAS && !parse_bias(argument, o)) {
         *status = cli_usage("--logit-bias: expected ID:NUMBER (at most %d times), found \"%s\"", MAX_BIASES, argument);
         return false;
+    }
+    if (id == OPT_INCLUDE) {
+        if (!*argument || o->n_includes == MAX_INCLUDES) {
+            *status = cli_usage("--include: expected at most %d names, none empty", MAX_INCLUDES);
+            return false;
+        }
+        o->includes[o->n_includes++] = argument;
     }
     enum template_kind kind;
     if (id == OPT_TEMPLATE && !template_from_name(argument, &kind)) {

@@ -70,6 +70,7 @@ static int tear_down(void **state) {
 static void set_environment(const char *hub_cache, const char *hf_home, const char *home) {
     assert_int_equal(hub_cache ? setenv("HF_HUB_CACHE", hub_cache, 1) : unsetenv("HF_HUB_CACHE"), 0);
     assert_int_equal(hf_home ? setenv("HF_HOME", hf_home, 1) : unsetenv("HF_HOME"), 0);
+    assert_int_equal(unsetenv("XDG_CACHE_HOME") | unsetenv("HUGGINGFACE_HUB_CACHE"), 0);
     assert_int_equal(home ? setenv("HOME", home, 1) : unsetenv("HOME"), 0);
 }
 
@@ -125,6 +126,10 @@ static void test_cache(void **state) {
     not_found("Own/Na.me_1", "home/hub/models--Own--Na.me_1");
     set_environment(NULL, NULL, "me");
     not_found("Own/Na.me_1", "me/.cache/huggingface/hub/models--Own--Na.me_1");
+    assert_int_equal(setenv("XDG_CACHE_HOME", "xdg", 1), 0);
+    not_found("Own/Na.me_1", "xdg/huggingface/hub/models--Own--Na.me_1");
+    set_environment(NULL, "~/there", "me");
+    not_found("Own/Na.me_1", "me/there/hub/models--Own--Na.me_1");
     set_environment(NULL, NULL, NULL);
     not_found("Own/Na.me_1", "none of HF_HUB_CACHE, HF_HOME and HOME is set");
 }
