@@ -22,6 +22,7 @@ _tandem() {
         mapfile -t COMPREPLY < <(compgen -W "bf16 f16 f32 q8_0 q4_0 q4_1 q5_0 q5_1 q2_k q3_k_s q3_k_m q3_k_l q4_k_s q4_k_m q5_k_s q5_k_m q6_k" -- "$cur")
         return
         ;;
+    --stage) mapfile -t COMPREPLY < <(compgen -W "weights ops model serving" -- "$cur") && return ;;
     --workload) mapfile -t COMPREPLY < <(compgen -W "offline-256" -- "$cur") && return ;;
     esac
     if [[ $cur == -* ]]; then

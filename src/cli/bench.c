@@ -404,8 +404,8 @@ static const enum option_id options[] = {OPT_SYNTHETIC, OPT_TYPE,    OPT_PREFILL
 const struct command command_bench = {
     .name = "bench",
     .summary = "speed: prefill and decode, beside the machine's read bandwidth",
-    .usage =
-        "[MODEL | --synthetic SHAPE [--type TYPE,...]] [--prefill N,...] [--decode] [--depth N,...] [--batch N,...]",
+    .usage = "[MODEL | --synthetic SHAPE [--type TYPE,...]] [--prefill N,...] [--decode] [--depth N,...]\n"
+             "       [--batch N,...] [--workload NAME] [--repeat N] [--json | --csv]",
     .details =
         "Without options: prompts of 64, 512 and 2048 tokens; decoding at depths 0, 1024, 4096 and 16384; batches of "
         "8\n"

@@ -1,0 +1,68 @@
+"""Help, man page, completion and README name the same subcommands and options."""
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+
+import pytest
+
+TANDEM = os.environ.get("TANDEM", "build/tandem")
+
+
+def output(*args):
+    return subprocess.run([TANDEM, *args], check=True, capture_output=True, text=True).stdout
+
+
+COMMANDS = re.findall(r"^  ([a-z]+) +\S", output("help"), re.M)
+
+
+def options(command):
+    return re.findall(r"^  (?:-., |    )(--[a-z-]+)", output(command, "--help"), re.M)
+
+
+def man_page():
+    return pathlib.Path("packaging/tandem.1").read_text(encoding="utf-8").replace("\\-", "-")
+
+
+def complete(*words):
+    """What bash offers for the last word."""
+    script = ('PATH=$1:$PATH; source packaging/tandem.bash; shift; COMP_WORDS=(tandem "$@"); COMP_CWORD=$#; _tandem; '
+              'printf "%s\\n" "${COMPREPLY[@]}"')
+    done = subprocess.run(["bash", "-c", script, "bash", pathlib.Path(TANDEM).resolve().parent, *words], check=True,
+                          capture_output=True, text=True)
+    assert done.stderr == ""
+    return done.stdout.split()
+
+
+def test_the_table_is_whole():
+    assert set(COMMANDS) == {"chat", "run", "serve", "tokenize", "template", "inspect", "check", "trace", "diff", "bench",
+                             "replay", "perplexity", "quantize", "pull"}
+    assert output("--help") == output("help") == output("-h")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_subcommand(command):
+    text = output(command, "--help")
+    assert text.startswith(f"usage: tandem {command} ") and "--help" in options(command)
+    assert output(command, "-h") == text
+    assert all(len(line) <= 125 for line in text.splitlines()), [line for line in text.splitlines() if len(line) > 125]
+    assert re.search(rf"^\.B {command}$", man_page(), re.M), "not in the man page"
+    missing = [o for o in options(command) if not re.search(rf"{o}(?![a-z-])", man_page()) and o != "--help"]
+    assert not missing, f"not in the man page: {missing}"
+    assert f"`tandem {command}" in pathlib.Path("README.md").read_text(encoding="utf-8")
+    assert set(options(command)) <= set(complete(command, "--"))
+
+
+def test_completion():
+    assert set(COMMANDS) <= set(complete(""))
+    assert complete("perp") == ["perplexity"]
+    assert complete("run", "--think", "") == ["on", "off"]
+    assert complete("run", "models/tandem-ti") == ["models/tandem-tiny"]
+    assert "--include" in complete("pull", "--i") and "--include" not in complete("run", "--i")
+
+
+@pytest.mark.skipif(not shutil.which("groff"), reason="groff is not installed")
+def test_man_page_has_no_warnings():
+    done = subprocess.run(["groff", "-man", "-ww", "-Tutf8", "packaging/tandem.1"], check=True, capture_output=True, text=True)
+    assert done.stderr == "" and "--device" in re.sub("\x1b\\[[0-9;]*m|.\b", "", done.stdout)
