@@ -88,6 +88,7 @@ enum option_id {
     OPT_KV_TOKENS,
     OPT_MODEL_NAME,
     OPT_GRACE,
+    OPT_TIMEOUTS,
     OPT_SANDBOX,
     OPT_LOG_REQUESTS,
     OPT_LOG_PROMPTS,

@@ -89,6 +89,9 @@ static const struct {
     [OPT_KV_TOKENS] = {"kv-tokens", 0, "N", "tokens that the KV of all sequences holds (default: 4 contexts)"},
     [OPT_MODEL_NAME] = {"model-name", 0, "NAME", "the model's name for clients (default: from MODEL)"},
     [OPT_GRACE] = {"grace", 0, "S", "seconds that requests get to end after SIGTERM (default 30)"},
+    [OPT_TIMEOUTS] =
+        {"timeouts", 0, "NAME=S,...",
+         "seconds: head=10,body=60,idle=60,queue=600,first-token=1800,total=3600,read=60 are the defaults"},
     [OPT_SANDBOX] = {"sandbox", 0, "on|off",
                      "refuse to start without the sandbox, or serve without (default: where it can be had)"},
     [OPT_LOG_REQUESTS] = {"log-requests", 0, NULL, "one JSON line on stderr for each request, without prompts"},

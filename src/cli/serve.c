@@ -57,12 +57,41 @@ static const char *name_of(const char *model, char *text, size_t size) {
     return slash + 1;
 }
 
+// NAME=SECONDS, separated by commas.
+static bool read_timeouts(const char *list, struct server_options *s) {
+    const struct {
+        const char *name;
+        double *seconds;
+    } known[] = {{"head", &s->head_s},   {"body", &s->body_s}, {"idle", &s->idle_s},
+                 {"queue", &s->queue_s}, {"read", &s->read_s}, {"first-token", &s->first_token_s},
+                 {"total", &s->total_s}};
+    for (const char *at = list;; at++) {
+        size_t n = strcspn(at, "="), i = 0;
+        while (i < sizeof known / sizeof known[0] && (strlen(known[i].name) != n || strncmp(known[i].name, at, n) != 0))
+            i++;
+        char *end = NULL;
+        double x = at[n] == '=' ? strtod(at + n + 1, &end) : 0;
+        if (i == sizeof known / sizeof known[0] || end == at + n + 1 || !(x >= 0.1 && x <= 1e6) ||
+            (*end && *end != ',')) {
+            cli_usage(
+                "--timeouts: expected NAME=SECONDS,... with head, body, idle, queue, first-token, total or read and "
+                "0.1 to 1000000 seconds, found \"%s\"",
+                at);
+            return false;
+        }
+        *known[i].seconds = x;
+        if (!*end) return true;
+        at = end;
+    }
+}
+
 static bool read_options(const struct cli_options *o, const tandem_engine *engine, struct server_options *s,
                          size_t *grace) {
     size_t port = DEFAULT_PORT;
     struct cli_sampling sampling;
     if (!cli_size(o, OPT_PORT, 0, 65535, &port) || !cli_size(o, OPT_GRACE, 0, 86400, grace) ||
-        !cli_on_off(o, OPT_THINK, &s->think) || !cli_on_off(o, OPT_SANDBOX, &s->sandbox))
+        !cli_on_off(o, OPT_THINK, &s->think) || !cli_on_off(o, OPT_SANDBOX, &s->sandbox) ||
+        (o->given[OPT_TIMEOUTS] && !read_timeouts(o->text[OPT_TIMEOUTS], s)))
         return false;
     for (int thinking = 0; thinking < 2; thinking++) {
         if (!cli_sampling(o, engine, thinking, &sampling)) return false;
@@ -156,6 +185,7 @@ static const enum option_id options[] = {OPT_HELP,
                                          OPT_KV_TOKENS,
                                          OPT_CHUNK,
                                          OPT_GRACE,
+                                         OPT_TIMEOUTS,
                                          OPT_SANDBOX,
                                          OPT_LOG_REQUESTS,
                                          OPT_LOG_PROMPTS,

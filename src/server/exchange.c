@@ -56,6 +56,13 @@ static void wake(struct exchange *x) {
     MHD_resume_connection(x->connection);
 }
 
+// The answer is complete: what is left of it is to be read at 1 KiB/s or faster, so that nobody can hold it for ever.
+// The lock is held.
+static void complete(struct exchange *x) {
+    x->done = true;
+    x->read_until = clock_seconds() + x->server->options.read_s + (double)(x->out.len - x->sent) / 1024;
+}
+
 void exchange_reply_type(struct exchange *x, int status, struct buffer *body, const char *content_type) {
     pthread_mutex_lock(&x->lock);
     if (!x->ready) {
@@ -64,7 +71,8 @@ void exchange_reply_type(struct exchange *x, int status, struct buffer *body, co
         *body = (struct buffer){0};
         x->status = status;
         x->content_type = content_type;
-        x->ready = x->done = true;
+        x->ready = true;
+        complete(x);
         wake(x);
     }
     pthread_mutex_unlock(&x->lock);
@@ -105,7 +113,7 @@ void exchange_write(struct exchange *x, const struct buffer *bytes) {
 
 void exchange_end(struct exchange *x) {
     pthread_mutex_lock(&x->lock);
-    x->done = true;
+    complete(x);
     wake(x);
     pthread_mutex_unlock(&x->lock);
 }

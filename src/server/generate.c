@@ -204,16 +204,25 @@ void generation_cancel(struct generation *g) {
     }
 }
 
-void generation_check_deadline(struct generation *g, double now) {
+bool generation_check_deadline(struct generation *g, double now, enum timeout *what) {
     const struct server_options *o = &g->s->options;
     char text[100] = "";
     double waited = now - g->x->received;
-    if (g->first_step == 0 && waited > o->queue_s)
-        snprintf(text, sizeof text, "waited %.0f s in the queue (limit)", o->queue_s);
-    else if (waited > o->total_s) snprintf(text, sizeof text, "the request took %.0f s (limit)", o->total_s);
-    if (!text[0]) return;
+    if (atomic_load(&g->fail_status)) return false;
+    if (g->first_step == 0 && waited > o->queue_s) {
+        *what = TIMEOUT_QUEUE;
+        snprintf(text, sizeof text, "timed out: not begun after %g s in the queue (limit: queue)", o->queue_s);
+    } else if (g->first_token == 0 && waited > o->first_token_s) {
+        *what = TIMEOUT_FIRST_TOKEN;
+        snprintf(text, sizeof text, "timed out: no token after %g s (limit: first-token)", o->first_token_s);
+    } else if (waited > o->total_s) {
+        *what = TIMEOUT_TOTAL;
+        snprintf(text, sizeof text, "timed out: not complete after %g s (limit: total)", o->total_s);
+    }
+    if (!text[0]) return false;
     fail(g, 503, text);
     generation_cancel(g);
+    return true;
 }
 
 void generations_cancel_all(struct server *s) {

@@ -91,8 +91,8 @@ struct generation {
     const struct pyjson *tools; // as the request gave them, in OpenAI's form; NULL: none
     char id[48];
     long created;
-    double submitted, first_token, last_token;
-    _Atomic double first_step;
+    double submitted, last_token;
+    _Atomic double first_step, first_token;
     struct buffer scratch;  // an event in the making
     atomic_size_t n_open;   // choices in progress, and one for the submitting worker
     atomic_int fail_status; // 0: it did not fail
@@ -114,7 +114,8 @@ void generation_submit(struct generation *g);
 
 bool generation_event(void *server, const tandem_event *event); // a tandem_event_callback
 void generation_cancel(struct generation *g);
-void generation_check_deadline(struct generation *g, double now);
+// Cancels it if it is too late; true: it was, by `what`. It was not before.
+bool generation_check_deadline(struct generation *g, double now, enum timeout *what);
 void generations_cancel_all(struct server *s);
 
 // For writers.

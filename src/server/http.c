@@ -12,6 +12,7 @@
 #include <arpa/inet.h>
 #include <errno.h>
 #include <inttypes.h>
+#include <math.h>
 #include <netdb.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -24,7 +25,13 @@
 #include <unistd.h>
 
 // A body that is too large is read and thrown away up to DISCARD bytes, so that the client gets to read why.
-enum { DISCARD = 64 << 20, DEFAULT_BODY = 8 << 20, DEFAULT_CONNECTIONS = 16384, HEAD_BYTES = 32 << 10 };
+enum {
+    DISCARD = 64 << 20,
+    DEFAULT_BODY = 8 << 20,
+    DEFAULT_CONNECTIONS = 16384,
+    HEAD_BYTES = 32 << 10,
+    SEND_BUFFER = 128 << 10
+};
 
 // ---- Heads
 
@@ -142,12 +149,14 @@ static enum MHD_Result refuse(struct exchange *x, int status, const char *why) {
 
 // ---- Receiving
 
-static void set_deadline(struct server *s, struct MHD_Connection *c, double seconds) {
+static void set_deadline(struct server *s, struct MHD_Connection *c, double seconds, bool in_body) {
     const union MHD_ConnectionInfo *info = MHD_get_connection_info(c, MHD_CONNECTION_INFO_SOCKET_CONTEXT);
     struct connection *n = info ? info->socket_context : NULL;
     if (!n) return;
     pthread_mutex_lock(&s->lock);
     n->deadline = seconds > 0 ? clock_seconds() + seconds : 0;
+    n->in_body = in_body;
+    n->fresh = false;
     pthread_mutex_unlock(&s->lock);
 }
 
@@ -187,13 +196,13 @@ static enum MHD_Result begin(struct server *s, struct MHD_Connection *c, const c
             return refuse(x, 429, "the queue is full: try again later");
         }
     }
-    set_deadline(s, c, s->options.body_s);
+    set_deadline(s, c, s->options.body_s, true);
     return MHD_YES;
 }
 
 // The body is there: a worker takes over.
 static enum MHD_Result hand_over(struct server *s, struct exchange *x) {
-    set_deadline(s, x->connection, 0);
+    set_deadline(s, x->connection, 0, false);
     x->received = clock_seconds();
     pthread_mutex_lock(&s->job_lock);
     bool room = s->n_jobs < MAX_JOBS;
@@ -232,7 +241,7 @@ static enum MHD_Result on_request(void *user, struct MHD_Connection *c, const ch
     if (x->received_bytes > s->options.max_body) return too_large(x);
     if (!x->handed_over) {
         if (strcmp(x->route->method, "POST") == 0) return hand_over(s, x);
-        set_deadline(s, c, 0);
+        set_deadline(s, c, 0, false);
         x->route->handle(x);
     }
     pthread_mutex_lock(&x->lock);
@@ -252,7 +261,9 @@ static void log_exchange(struct server *s, const struct exchange *x, bool whole)
                   "{\"time\": \"%s\", \"request\": \"req_%016" PRIx64 "\", \"route\": \"%s\", \"status\": %d, "
                   "\"seconds\": %.4f, \"bytes_in\": %zu, \"bytes_out\": %zu, \"end\": \"%s\"",
                   when, x->number, x->route->path, x->status, clock_seconds() - x->received, x->body.len, x->total,
-                  whole ? "sent" : "lost");
+                  whole     ? "sent"
+                  : x->lost ? x->lost
+                            : "lost");
     if (s->options.log_prompts && x->body.len) {
         buffer_append_text(&line, ", \"body\": ");
         struct arena arena = {0};
@@ -281,7 +292,7 @@ static void on_completed(void *user, struct MHD_Connection *c, void **slot, enum
     s->metrics.requests[x->status / 100 < 6 ? x->status / 100 : 0]++;
     if (!whole) s->metrics.disconnects++;
     pthread_mutex_unlock(&s->lock);
-    if (whole) set_deadline(s, c, 60); // the next request on this connection
+    if (whole) set_deadline(s, c, s->options.idle_s, false); // the next request on this connection
     if (s->options.log) log_exchange(s, x, whole);
     exchange_unref(x);
 }
@@ -293,7 +304,11 @@ static void on_connection(void *user, struct MHD_Connection *c, void **slot, enu
         const union MHD_ConnectionInfo *info = MHD_get_connection_info(c, MHD_CONNECTION_INFO_CONNECTION_FD);
         if (!n) return;
         n->fd = info ? info->connect_fd : -1;
-        n->deadline = clock_seconds() + s->options.header_s;
+        // A reader that does not read: what it leaves unread waits in our buffer, which is bounded, not in the
+        // kernel's.
+        setsockopt(n->fd, SOL_SOCKET, SO_SNDBUF, &(int){SEND_BUFFER}, sizeof(int));
+        n->deadline = clock_seconds() + s->options.head_s;
+        n->fresh = true;
         pthread_mutex_lock(&s->lock);
         n->next = s->connections;
         if (n->next) n->next->prev = n;
@@ -371,6 +386,13 @@ static bool load_tls(struct server *s, struct error *err) {
     return s->tls_cert && s->tls_key ? true : ok ? error_set(err, "out of memory") : false;
 }
 
+// Seconds after which libmicrohttpd itself closes a connection on which nothing moves: an answer of one piece that is
+// not read. The other limits come first.
+static unsigned inactivity(const struct server_options *o) {
+    double longest = fmax(fmax(o->head_s, o->body_s), fmax(o->idle_s, o->read_s));
+    return (unsigned)fmin(longest + 2, 1e6);
+}
+
 static bool listen_on(struct server *s, struct error *err) {
     struct server_options *o = &s->options;
     struct sockaddr_storage address;
@@ -397,10 +419,10 @@ static bool listen_on(struct server *s, struct error *err) {
     s->daemon =
         MHD_start_daemon(flags, (uint16_t)o->port, NULL, NULL, on_request, s, MHD_OPTION_SOCK_ADDR, &address,
                          MHD_OPTION_NOTIFY_COMPLETED, on_completed, s, MHD_OPTION_NOTIFY_CONNECTION, on_connection, s,
-                         MHD_OPTION_CONNECTION_LIMIT, (unsigned)o->max_connections, MHD_OPTION_CONNECTION_TIMEOUT, 120u,
-                         MHD_OPTION_CONNECTION_MEMORY_LIMIT, (size_t)HEAD_BYTES, MHD_OPTION_STRICT_FOR_CLIENT, 1,
-                         MHD_OPTION_LISTENING_ADDRESS_REUSE, 1u, MHD_OPTION_LISTEN_BACKLOG_SIZE, 1024u,
-                         MHD_OPTION_ARRAY, tls, MHD_OPTION_END);
+                         MHD_OPTION_CONNECTION_LIMIT, (unsigned)o->max_connections, MHD_OPTION_CONNECTION_TIMEOUT,
+                         inactivity(o), MHD_OPTION_CONNECTION_MEMORY_LIMIT, (size_t)HEAD_BYTES,
+                         MHD_OPTION_STRICT_FOR_CLIENT, 1, MHD_OPTION_LISTENING_ADDRESS_REUSE, 1u,
+                         MHD_OPTION_LISTEN_BACKLOG_SIZE, 1024u, MHD_OPTION_ARRAY, tls, MHD_OPTION_END);
     if (!s->daemon)
         return error_set(err, "cannot listen on %s port %d: %s", o->host, o->port,
                          errno ? strerror(errno) : "is the TLS certificate valid?");
@@ -414,12 +436,14 @@ static void set_defaults(struct server_options *o) {
     if (!o->host) o->host = "127.0.0.1";
     if (!o->max_body) o->max_body = DEFAULT_BODY;
     if (!o->max_connections) o->max_connections = DEFAULT_CONNECTIONS;
-    if (o->header_s <= 0) o->header_s = 10;
+    if (o->head_s <= 0) o->head_s = 10;
     if (o->body_s <= 0) o->body_s = 60;
+    if (o->idle_s <= 0) o->idle_s = 60;
     if (o->queue_s <= 0) o->queue_s = 600;
+    if (o->first_token_s <= 0) o->first_token_s = 1800;
     if (o->total_s <= 0) o->total_s = 3600;
     if (o->ping_s <= 0) o->ping_s = 5;
-    if (o->stall_s <= 0) o->stall_s = 60;
+    if (o->read_s <= 0) o->read_s = 60;
 }
 
 static bool start_threads(struct server *s, struct error *err) {

@@ -59,6 +59,8 @@ struct exchange {
     struct buffer out; // from `sent` on: not yet taken by the connection
     size_t sent, total;
     double last_write, last_read;
+    double read_until;             // when the rest of a complete answer is to be read
+    const char *lost;              // why the answer was given up; NULL
     struct generation *generation; // in progress; NULL
 };
 
@@ -66,6 +68,20 @@ struct connection { // one TCP connection
     struct connection *prev, *next;
     int fd;
     double deadline; // for the next request's head or body; 0: none
+    bool in_body;    // it is the body's
+    bool fresh;      // no request has come yet
+};
+
+// What a request, a client or the model was too slow for; `--timeouts` and the metrics name them so.
+enum timeout {
+    TIMEOUT_HEAD,
+    TIMEOUT_BODY,
+    TIMEOUT_IDLE,
+    TIMEOUT_QUEUE,
+    TIMEOUT_FIRST_TOKEN,
+    TIMEOUT_TOTAL,
+    TIMEOUT_READ,
+    N_TIMEOUTS
 };
 
 struct histogram {
@@ -76,7 +92,7 @@ struct histogram {
 
 struct metrics {          // guarded by the server's lock
     uint64_t requests[6]; // by status / 100
-    uint64_t rejected_queue, rejected_key, disconnects;
+    uint64_t rejected_queue, rejected_key, disconnects, timeouts[N_TIMEOUTS];
     struct histogram first_token, between_tokens, total;
 };
 

@@ -67,6 +67,12 @@ bool metrics_write(struct server *s, struct buffer *out) {
             out, "# HELP tandem_responses_total Answers by class of status.\n# TYPE tandem_responses_total counter\n");
     for (int i = 1; ok && i < 6; i++)
         ok = buffer_printf(out, "tandem_responses_total{status=\"%dxx\"} %" PRIu64 "\n", i, m.requests[i]);
+    static const char *const timeouts[N_TIMEOUTS] = {"head", "body", "idle", "queue", "first_token", "total", "read"};
+    ok = ok &&
+         buffer_append_text(out, "# HELP tandem_timeouts_total What was given up because a limit of time had passed.\n"
+                                 "# TYPE tandem_timeouts_total counter\n");
+    for (int i = 0; ok && i < N_TIMEOUTS; i++)
+        ok = buffer_printf(out, "tandem_timeouts_total{limit=\"%s\"} %" PRIu64 "\n", timeouts[i], m.timeouts[i]);
     return ok && put_histogram(out, "first_token_seconds", "From the request to its first token.", &m.first_token) &&
            put_histogram(out, "between_tokens_seconds", "From one token of an answer to the next.",
                          &m.between_tokens) &&

@@ -20,10 +20,13 @@ struct server_options {
     int think;                   // where a request does not say: -1 as the template has it, 0, 1
     size_t max_body;             // bytes; 0: 8 MiB
     size_t max_connections;      // 0: 16,384, at most what the process may open
-    double header_s, body_s;     // to receive a request's head, and its body; 0: 10 and 60
-    double queue_s, total_s;     // until the first step, and until the end; 0: 600 and 3,600
+    double head_s, body_s;       // to receive a request's head, and its body; 0: 10 and 60
+    double idle_s;               // until a connection's next request; 0: 60
+    double queue_s;              // from a request until its first step; 0: 600
+    double first_token_s;        // ... until its first token; 0: 1,800
+    double total_s;              // ... until its end; 0: 3,600
     double ping_s;               // silence after which a stream gets a comment; 0: 5
-    double stall_s;              // a reader that takes nothing for so long is dropped; 0: 60
+    double read_s;               // a reader that takes nothing for so long is dropped; 0: 60
     int sandbox;                 // 0: off, 1: required, -1: where it can be had (not with a GPU)
     bool log_prompts;            // prompts and replies go to the log too
     void (*log)(void *user, const char *line); // a JSON object a line, for each request; any thread. NULL: none

@@ -6,6 +6,9 @@
 #include "base/clock.h"
 
 #include <errno.h>
+#include <linux/tcp.h>
+#include <netinet/in.h>
+#include <stdio.h>
 #include <sys/epoll.h>
 #include <sys/socket.h>
 
@@ -33,13 +36,20 @@ static void give_up(struct exchange *x) {
 static void look_at_exchange(struct server *s, struct exchange *x, double now) {
     static const struct buffer ping = {.data = (char *)(uintptr_t) ": ping\n\n", .len = 8, .cap = 9};
     bool silent = false;
+    enum timeout what;
     pthread_mutex_lock(&x->lock);
-    if (x->connection && x->handed_over) {
-        bool unread = x->stream && x->out.len > x->sent;
-        if (x->generation) generation_check_deadline(x->generation, now);
-        if (x->broken || (unread && now - x->last_read > s->options.stall_s)) {
+    if (x->generation && generation_check_deadline(x->generation, now, &what)) s->metrics.timeouts[what]++;
+    bool unread = x->stream && x->out.len > x->sent;
+    bool stalls = (unread && now - x->last_read > s->options.read_s) || (x->done && now > x->read_until);
+    if (x->connection && stalls && !x->lost) {
+        s->metrics.timeouts[TIMEOUT_READ]++;
+        x->lost = "timed out: not read (limit: read)";
+        give_up(x);
+        shutdown(x->fd, SHUT_RDWR); // the loop waits for this socket to become writable
+    } else if (x->connection && x->handed_over) {
+        if (x->broken) {
             give_up(x);
-            if (unread) shutdown(x->fd, SHUT_RDWR); // the loop waits for this socket to become writable
+            if (unread) shutdown(x->fd, SHUT_RDWR);
         } else if (x->stream && !x->done && !unread) {
             silent = now - x->last_write >= s->options.ping_s;
             x->last_read = now; // nothing to read is no stall
@@ -49,14 +59,42 @@ static void look_at_exchange(struct server *s, struct exchange *x, double now) {
     if (silent) exchange_write(x, &ping);
 }
 
+// How much a connection has sent since it was made.
+static uint64_t n_received(int fd) {
+    struct tcp_info info = {0};
+    socklen_t size = sizeof info;
+    return getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &size) == 0 ? info.tcpi_bytes_received : 0;
+}
+
+// A request that does not come to its end. libmicrohttpd reads it and writes nothing, so that a last word can be put
+// in; with TLS it would have to be encrypted. A connection that never sent anything, or waits between two requests, is
+// closed in silence, as everybody does it.
+static void drop_late(struct server *s, struct connection *c) {
+    enum timeout what = c->in_body ? TIMEOUT_BODY : c->fresh ? TIMEOUT_HEAD : TIMEOUT_IDLE;
+    double limit = c->in_body ? s->options.body_s : s->options.head_s;
+    char body[200], answer[400];
+    s->metrics.timeouts[what]++;
+    if (!s->tls_cert && what != TIMEOUT_IDLE && n_received(c->fd) > 0) {
+        int n = snprintf(body, sizeof body,
+                         "{\"error\": {\"message\": \"timed out: the request's %s is not complete after %g s (limit: "
+                         "%s)\", \"type\": \"invalid_request_error\", \"param\": null, \"code\": 408}}",
+                         c->in_body ? "body" : "head", limit, c->in_body ? "body" : "head");
+        n = snprintf(answer, sizeof answer,
+                     "HTTP/1.1 408 Request Timeout\r\nContent-Type: application/json\r\nContent-Length: %d\r\n"
+                     "Connection: close\r\n\r\n%s",
+                     n, body);
+        if (send(c->fd, answer, (size_t)n, MSG_DONTWAIT | MSG_NOSIGNAL) < 0) {
+        } // then without
+    }
+    shutdown(c->fd, SHUT_RDWR);
+    c->deadline = 0;
+}
+
 static void look_at_all(struct server *s) {
     double now = clock_seconds();
     pthread_mutex_lock(&s->lock);
     for (struct connection *c = s->connections; c; c = c->next)
-        if (c->deadline > 0 && now > c->deadline) {
-            shutdown(c->fd, SHUT_RDWR);
-            c->deadline = 0;
-        }
+        if (c->deadline > 0 && now > c->deadline) drop_late(s, c);
     for (struct exchange *x = s->exchanges; x; x = x->next) look_at_exchange(s, x, now);
     pthread_mutex_unlock(&s->lock);
 }
