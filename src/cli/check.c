@@ -177,7 +177,8 @@ static int run(const struct cli_options *o) {
         return cli_usage("--stage: %s", err.text);
     if (o->given[OPT_DEVICE] && strncmp(o->text[OPT_DEVICE], "cuda", 4) == 0)
         return cli_fail(
-            "check: the stages run on the CPU so far; `make gpu-check` holds the GPU's ops against the oracle");
+            "device %s: the stages run on the CPU so far; `make gpu-check` holds the GPU's ops against the oracle",
+            o->text[OPT_DEVICE]);
     char synthetic[128];
     const char *model = choose_model(o, synthetic, sizeof synthetic, &status);
     if (!model) return status;

@@ -130,6 +130,15 @@ static bool parse_bias(const char *text, struct cli_options *o) {
     return true;
 }
 
+// auto, cpu, cuda or cuda:N
+static bool is_device(const char *text) {
+    if (strncmp(text, "cuda:", 5) == 0) {
+        size_t n = strspn(text + 5, "0123456789");
+        return n > 0 && n <= 3 && text[5 + n] == '\0';
+    }
+    return strcmp(text, "auto") == 0 || strcmp(text, "cpu") == 0 || strcmp(text, "cuda") == 0;
+}
+
 static bool take(struct cli_options *o, enum option_id id, const char *argument, int *status) {
     o->given[id] = true;
     o->text[id] = argument;
@@ -156,8 +165,7 @@ static bool take(struct cli_options *o, enum option_id id, const char *argument,
         *status = cli_usage("--template: expected one of %s, found \"%s\"", template_names(), argument);
         return false;
     }
-    if (id == OPT_DEVICE && strcmp(argument, "auto") != 0 && strcmp(argument, "cpu") != 0 &&
-        strcmp(argument, "cuda") != 0 && strncmp(argument, "cuda:", 5) != 0) {
+    if (id == OPT_DEVICE && !is_device(argument)) {
         *status = cli_usage("--device: expected auto, cpu, cuda or cuda:N, found \"%s\"", argument);
         return false;
     }
