@@ -1,8 +1,9 @@
 // dense.c: dot products with BF16, F16 and F32 rows as stored, in AVX2.
 //
-// Two rows meet three tokens at a time (one token: four rows), so that the sixteen partial sums of each pair stay in
-// registers: twelve of the sixteen. Weights are converted again for every three tokens, which runs beside the fmas.
-// Long rows go by pieces of K, so that three tokens' inputs stay in L1; the sums wait in memory in between.
+// Two rows meet five tokens at a time. A pair's sixteen partial sums are two registers, the low lanes and the high
+// ones, and each has a walk along the row to itself: ten chains of fmas, which is as many as leave registers for their
+// inputs. Long rows go by pieces of K, so that five tokens' inputs stay in L1; the sums wait in memory in between. One
+// token reads four rows, both halves at once, as they stand in memory.
 //
 // BF16: a 32-bit lane holds a pair, the odd element in its upper half. So lane l of dotpair is lane l here, and the
 // conversion is a mask and a shift. The inputs are dealt out in the same way: of each 16 the 8 odd ones, the 8 even
@@ -16,7 +17,7 @@
 
 enum {
     PIECE = 1024, // elements of K at a time, a multiple of 32
-    MAX_N = 3,    // tokens at a time
+    MAX_N = 5,    // tokens at a time
 };
 
 // Holds a value in a register: gcc would fold the load into every fma that uses it, and loads are the limit then.
@@ -33,50 +34,78 @@ INLINE __m256 half_of_16(enum dtype type, const uint8_t *w, size_t half) {
                                     : _mm256_and_si256(pairs, _mm256_set1_epi32((int)0xFFFF0000u)));
 }
 
-// Adds 16 elements of R rows to the sums of N tokens. For BF16 they all belong to `a`, eight lanes; else the first 8 to
-// `a`, the others to `b`.
-INLINE void add_16(enum dtype type, const uint8_t *w, size_t row_bytes, const float *x, size_t stride,
-                   __m256 (*a)[MAX_N], __m256 (*b)[MAX_N], const size_t R, const size_t N) {
-    for (size_t half = 0; half < 2; half++) {
-        __m256(*sum)[MAX_N] = half && type != DTYPE_BF16 ? b : a, v[4];
-        for (size_t r = 0; r < R; r++) v[r] = half_of_16(type, w + r * row_bytes, half);
-        for (size_t t = 0; t < N; t++) {
-            __m256 in = keep(_mm256_loadu_ps(x + t * stride + 8 * half));
-            for (size_t r = 0; r < R; r++) sum[r][t] = _mm256_fmadd_ps(v[r], in, sum[r][t]);
-        }
+// Adds eight elements of R rows, `in_16` of the 16 at w, to a half of N tokens' sums; x: where these 16 are.
+INLINE void add_8(enum dtype type, const uint8_t *w, size_t row_bytes, const float *x, size_t stride, size_t in_16,
+                  __m256 (*sum)[MAX_N], const size_t R, const size_t N) {
+    __m256 v[4];
+    for (size_t r = 0; r < R; r++) v[r] = half_of_16(type, w + r * row_bytes, in_16);
+    for (size_t t = 0; t < N; t++) {
+        __m256 in = keep(_mm256_loadu_ps(x + t * stride + 8 * in_16));
+        for (size_t r = 0; r < R; r++) sum[r][t] = _mm256_fmadd_ps(v[r], in, sum[r][t]);
     }
 }
 
-// The sums of R rows and N tokens, continued over n elements, n a multiple of 16. acc: [R, MAX_N, 16]
+INLINE void start(__m256 (*sum)[MAX_N], const float *acc, bool first, const size_t R, const size_t N) {
+    for (size_t r = 0; r < R; r++)
+        for (size_t t = 0; t < N; t++)
+            sum[r][t] = first ? _mm256_setzero_ps() : _mm256_load_ps(acc + (r * MAX_N + t) * DOT_LANES);
+}
+
+INLINE void finish(__m256 (*sum)[MAX_N], float *acc, const size_t R, const size_t N) {
+    for (size_t r = 0; r < R; r++)
+        for (size_t t = 0; t < N; t++) _mm256_store_ps(acc + (r * MAX_N + t) * DOT_LANES, sum[r][t]);
+}
+
+// Half the lanes (0: the low ones) of the sums of R rows and N tokens, continued over n elements, n a multiple of 16.
+// acc: [R, MAX_N, 16], from that half on.
+INLINE void half_dots(enum dtype type, float *acc, const uint8_t *w, size_t row_bytes, const float *x, size_t stride,
+                      size_t n, bool first, const size_t half, const size_t R, const size_t N) {
+    const size_t size = type == DTYPE_F32 ? 4 : 2;
+    __m256 sum[4][MAX_N];
+    start(sum, acc, first, R, N);
+    if (type == DTYPE_BF16) { // of each 32 the pairs of the first 16 or of the others
+        for (size_t k = 16 * half; k < n; k += 32) {
+            add_8(type, w + k * size, row_bytes, x + k, stride, 0, sum, R, N);
+            add_8(type, w + k * size, row_bytes, x + k, stride, 1, sum, R, N);
+        }
+    } else {
+        for (size_t k = 0; k < n; k += 16) add_8(type, w + k * size, row_bytes, x + k, stride, half, sum, R, N);
+    }
+    finish(sum, acc, R, N);
+}
+
+// The same of all lanes.
 INLINE void dots(enum dtype type, float *acc, const uint8_t *w, size_t row_bytes, const float *x, size_t stride,
                  size_t n, bool first, const size_t R, const size_t N) {
     const size_t size = type == DTYPE_F32 ? 4 : 2;
-    __m256 low[4][MAX_N], high[4][MAX_N];
-    for (size_t r = 0; r < R; r++) {
-        for (size_t t = 0; t < N; t++) {
-            low[r][t] = first ? _mm256_setzero_ps() : _mm256_load_ps(acc + (r * MAX_N + t) * DOT_LANES);
-            high[r][t] = first ? _mm256_setzero_ps() : _mm256_load_ps(acc + (r * MAX_N + t) * DOT_LANES + 8);
-        }
+    if (N > 1) {
+        half_dots(type, acc, w, row_bytes, x, stride, n, first, 0, R, N);
+        half_dots(type, acc + 8, w, row_bytes, x, stride, n, first, 1, R, N);
+        return;
     }
+    __m256 low[4][MAX_N], high[4][MAX_N];
+    start(low, acc, first, R, N);
+    start(high, acc + 8, first, R, N);
+    __m256(*second)[MAX_N] = type == DTYPE_BF16 ? low : high, (*third)[MAX_N] = type == DTYPE_BF16 ? high : low;
     size_t k = 0;
     for (; k + 32 <= n; k += 32) {
-        const uint8_t *second = w + (k + 16) * size;
-        // One token: memory is the limit. The next rows stand behind these; as much of them is fetched as is used here.
-        for (size_t i = 0; N == 1 && R == 4 && i < 32 * size * R; i += 64)
+        // Memory is the limit. The next rows stand behind these; as much of them is fetched as is used here.
+        for (size_t i = 0; R == 4 && i < 32 * size * R; i += 64)
             _mm_prefetch((const char *)w + R * row_bytes + k * size * R + i, _MM_HINT_T0);
-        add_16(type, w + k * size, row_bytes, x + k, stride, low, high, R, N);
-        if (type == DTYPE_BF16) add_16(type, second, row_bytes, x + k + 16, stride, high, low, R, N);
-        else add_16(type, second, row_bytes, x + k + 16, stride, low, high, R, N);
+        const uint8_t *at = w + k * size;
+        add_8(type, at, row_bytes, x + k, stride, 0, low, R, N);
+        add_8(type, at, row_bytes, x + k, stride, 1, second, R, N);
+        add_8(type, at + 16 * size, row_bytes, x + k + 16, stride, 0, third, R, N);
+        add_8(type, at + 16 * size, row_bytes, x + k + 16, stride, 1, high, R, N);
         // Ties the two halves: gcc would make two loops of this one, each with too few chains to fill the fma units.
         __asm__ volatile("" : "+x"(low[0][0]), "+x"(high[0][0]));
     }
-    if (k < n) add_16(type, w + k * size, row_bytes, x + k, stride, low, high, R, N);
-    for (size_t r = 0; r < R; r++) {
-        for (size_t t = 0; t < N; t++) {
-            _mm256_store_ps(acc + (r * MAX_N + t) * DOT_LANES, low[r][t]);
-            _mm256_store_ps(acc + (r * MAX_N + t) * DOT_LANES + 8, high[r][t]);
-        }
+    if (k < n) {
+        add_8(type, w + k * size, row_bytes, x + k, stride, 0, low, R, N);
+        add_8(type, w + k * size, row_bytes, x + k, stride, 1, second, R, N);
     }
+    finish(low, acc, R, N);
+    finish(high, acc + 8, R, N);
 }
 
 // The last n_in % 16 elements, from k on. Lanes go on where the whole blocks of 32 (pairs) or 16 ended.
@@ -98,7 +127,7 @@ static void add_tail(const struct matrix *w, size_t row, size_t k, float *acc, c
 INLINE void rows(enum dtype type, float *acc, const struct matrix *w, size_t row, size_t n_rows, size_t k,
                  const float *x, size_t n, const size_t N) {
     const uint8_t *at = (const uint8_t *)w->data + row * w->row_bytes + k * (type == DTYPE_F32 ? 4 : 2);
-    const size_t R = N == 1 ? 4 : 2, stride = MAX_N * DOT_LANES;
+    const size_t R = N <= 2 ? 4 : 2, stride = MAX_N * DOT_LANES;
     size_t r = 0;
     for (; r + R <= n_rows; r += R)
         dots(type, acc + r * stride, at + r * w->row_bytes, w->row_bytes, x + k, w->n_in, n, k == 0, R, N);
@@ -126,10 +155,15 @@ INLINE void tokens(enum dtype type, float *out, const struct matrix *w, size_t r
 
 INLINE void dense(enum dtype type, float *out, const struct matrix *w, size_t row, size_t n_rows, const float *x,
                   size_t n_tokens) {
-    size_t t = 0;
-    for (; t + 3 <= n_tokens; t += 3) tokens(type, out + t * TILE_ROWS, w, row, n_rows, x + t * w->n_in, 3);
-    if (n_tokens - t == 2) tokens(type, out + t * TILE_ROWS, w, row, n_rows, x + t * w->n_in, 2);
-    if (n_tokens - t == 1) tokens(type, out + t * TILE_ROWS, w, row, n_rows, x + t * w->n_in, 1);
+    for (size_t t = 0, n; t < n_tokens; t += n, out += n * TILE_ROWS, x += n * w->n_in) {
+        const size_t left = n_tokens - t;
+        n = left >= 9 || left == 5 ? 5 : left == 8 || left == 7 || left == 4 ? 4 : left >= 3 ? 3 : left;
+        if (n == 5) tokens(type, out, w, row, n_rows, x, 5);
+        else if (n == 4) tokens(type, out, w, row, n_rows, x, 4);
+        else if (n == 3) tokens(type, out, w, row, n_rows, x, 3);
+        else if (n == 2) tokens(type, out, w, row, n_rows, x, 2);
+        else tokens(type, out, w, row, n_rows, x, 1);
+    }
 }
 
 void avx2_dense(float *out, const struct matrix *w, size_t row, size_t n_rows, const float *x, size_t n_tokens) {

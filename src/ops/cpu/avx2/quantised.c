@@ -12,13 +12,28 @@
 #include "ops/cpu/avx2/unpack.h"
 #include "ops/cpu/avx2/vec.h"
 
-enum {
-    MAX_N = 4,         // tokens at a time
-    DIRECT_TOKENS = 1, // up to so many tokens, rows are not unpacked into a tile
-};
+enum { MAX_N = 4 }; // tokens at a time
 
 // ---- Activations
 // -----------------------------------------------------------------------------------------------------
+
+// A block's q and all that follows from it alone.
+static void put_bytes(const struct act_row *row, size_t b, __m256i q) {
+    const __m256i swapped =
+        _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15));
+    __m256i dealt = _mm256_shuffle_epi8(q, swapped), *wide = (__m256i *)(void *)(row->wide + b * ACT_BLOCK);
+    _mm256_storeu_si256((__m256i *)(void *)(row->q + b * ACT_BLOCK), q);
+    _mm256_storeu_si256(wide, _mm256_cvtepi8_epi16(_mm256_castsi256_si128(dealt)));
+    _mm256_storeu_si256(wide + 1, _mm256_cvtepi8_epi16(_mm256_extracti128_si256(dealt, 1)));
+    __m256i lanes = _mm256_maddubs_epi16(_mm256_set1_epi8(1), q); // 32-bit lane: i % 4 < 2, and the others
+    lanes = _mm256_add_epi16(lanes, _mm256_shuffle_epi32(lanes, 0x4E));
+    lanes = _mm256_add_epi16(lanes, _mm256_shuffle_epi32(lanes, 0xB1));
+    __m128i first = _mm256_castsi256_si128(lanes), second = _mm256_extracti128_si256(lanes, 1);
+    _mm_storeu_si64(row->lanes16 + 4 * b, _mm_unpacklo_epi32(first, second));
+    _mm_storeu_si32(row->lanes32 + 2 * b, _mm_add_epi16(first, second));
+    __m128i sums = _mm_madd_epi16(_mm_unpacklo_epi32(first, second), _mm_set1_epi16(1));
+    _mm_storeu_si32(row->sum + 2 * b, _mm_packs_epi32(sums, sums));
+}
 
 // act_block and its sums; x [32].
 static void round_block(const struct act_row *row, size_t b, const float *x) {
@@ -32,27 +47,20 @@ static void round_block(const struct act_row *row, size_t b, const float *x) {
     m4 = _mm_max_epu32(m4, _mm_shuffle_epi32(m4, 0xB1));
     float largest = float_from_bits((uint32_t)_mm_cvtsi128_si32(m4));
     if (!(largest >= 0x1p-100f && largest <= FLT_MAX)) {
-        memset(row->q + b * ACT_BLOCK, 0, ACT_BLOCK);
+        put_bytes(row, b, _mm256_setzero_si256());
         row->scale[b] = largest < 0x1p-100f ? 0.0f : NAN;
         row->weighted[b] = row->scale[b] * 0.0f;
-        row->sum[2 * b] = row->sum[2 * b + 1] = 0;
         return;
     }
     __m256 inverse = _mm256_set1_ps(127.0f / largest);
     __m256i q[4];
     for (size_t i = 0; i < 4; i++) q[i] = _mm256_cvtps_epi32(_mm256_mul_ps(v[i], inverse));
-    __m256i s0 = _mm256_add_epi32(q[0], q[1]), s1 = _mm256_add_epi32(q[2], q[3]);
-    __m256i s = _mm256_hadd_epi32(s0, s1); // lanes: two of s0, two of s1, twice
-    __m128i s4 = _mm_add_epi32(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1));
-    s4 = _mm_hadd_epi32(s4, s4);
-    int first = _mm_cvtsi128_si32(s4), second = _mm_extract_epi32(s4, 1);
     __m256i words0 = _mm256_packs_epi32(q[0], q[1]), words1 = _mm256_packs_epi32(q[2], q[3]);
     __m256i bytes =
         _mm256_permutevar8x32_epi32(_mm256_packs_epi16(words0, words1), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-    _mm256_storeu_si256((__m256i *)(void *)(row->q + b * ACT_BLOCK), bytes);
+    put_bytes(row, b, bytes);
     row->scale[b] = largest / 127.0f;
-    row->sum[2 * b] = (int16_t)first;
-    row->sum[2 * b + 1] = (int16_t)second;
+    int first = row->sum[2 * b], second = row->sum[2 * b + 1];
     row->weighted[b] = row->scale[b] * (float)(first + second);
 }
 
@@ -63,182 +71,157 @@ void avx2_round_row(struct act_row *row, const float *x, size_t n) {
 // ---- Products
 // --------------------------------------------------------------------------------------------------------
 
-INLINE __m256i broadcast_4(const int8_t *p) {
+// Some tokens' rows of activations, from column k on. Token t's are t * stride bytes further on.
+struct act_tile {
+    const int8_t *q;
+    const int16_t *wide, *lanes16, *lanes32;
+    const float *scale, *weighted;
+    size_t stride;
+};
+
+// x: act_rows of width n_in
+INLINE struct act_tile act_tile_at(const float *x, size_t n_in, size_t t, size_t k) {
+    struct act_row row = act_row_at((float *)(uintptr_t)x, n_in, t);
+    return (struct act_tile){.q = row.q + k,
+                             .wide = row.wide + k,
+                             .lanes16 = row.lanes16 + k / ACT_GROUP * 2,
+                             .lanes32 = row.lanes32 + k / ACT_BLOCK * 2,
+                             .scale = row.scale + k / ACT_BLOCK,
+                             .weighted = row.weighted + k / ACT_BLOCK,
+                             .stride = act_row_floats(n_in) * sizeof(float)};
+}
+
+INLINE const void *of_token(const void *p, const struct act_tile *x, size_t t) {
+    return (const char *)p + t * x->stride;
+}
+
+INLINE __m256i broadcast_4(const void *p) {
     int v;
     memcpy(&v, p, sizeof v);
     return _mm256_set1_epi32(v);
 }
 
-// Integer sums of `len` columns at `column` of the tile: sum[octet][token].
-INLINE void integer_sums(enum dtype type, const struct weight_tile *tile, size_t column, size_t len,
-                         const int8_t *const *x, __m256i (*sum)[MAX_N], const size_t N) {
-    // The largest pair is 2 * 127 * (largest weight): 15, 31 or 63 leave room for 8, 4 or 2 of them in 16 bits.
-    const size_t steps = type == DTYPE_Q8_0                                               ? 1
-                         : type == DTYPE_Q6_K                                             ? 2
-                         : type == DTYPE_Q5_0 || type == DTYPE_Q5_1 || type == DTYPE_Q5_K ? 4
-                                                                                          : 8;
-    const __m256i ones = _mm256_set1_epi16(1);
-    for (size_t o = 0; o < 2; o++)
-        for (size_t t = 0; t < N; t++) sum[o][t] = _mm256_setzero_si256();
-    for (size_t j = 0; j < len / 4; j += steps) {
-        __m256i pairs[2][MAX_N];
-        for (size_t o = 0; o < 2; o++)
-            for (size_t t = 0; t < N; t++) pairs[o][t] = _mm256_setzero_si256();
-#pragma GCC unroll 8
-        for (size_t i = j; i < (j + steps < len / 4 ? j + steps : len / 4); i++) {
-            const __m256i *at = (const __m256i *)(const void *)tile->q[column / 4 + i];
-            __m256i w[2] = {_mm256_load_si256(at), _mm256_load_si256(at + 1)};
-            for (size_t t = 0; t < N; t++) {
-                __m256i x4 = broadcast_4(x[t] + column + 4 * i);
-                for (size_t o = 0; o < 2; o++) {
-                    __m256i p = type == DTYPE_Q8_0
-                                    ? _mm256_maddubs_epi16(_mm256_abs_epi8(w[o]), _mm256_sign_epi8(x4, w[o]))
-                                    : _mm256_maddubs_epi16(w[o], x4);
-                    pairs[o][t] = _mm256_add_epi16(pairs[o][t], p);
-                }
-            }
+// Adds in the sum's own register. Left to itself, gcc adds in the order of a tree, for which it has too few registers.
+INLINE void add_words(__m256i *sum, __m256i v) {
+    __asm__("vpaddw %1, %0, %0" : "+x"(*sum) : "x"(v));
+}
+
+INLINE void add_dwords(__m256i *sum, __m256i v) {
+    __asm__("vpaddd %1, %0, %0" : "+x"(*sum) : "x"(v));
+}
+
+INLINE __m256i load_8(const void *p) {
+    return _mm256_load_si256((const __m256i *)p);
+}
+
+// Integer sums of 32 columns of Q8_0, group g of the tile: sum[octet][token].
+INLINE void wide_sums(const struct weight_tile *tile, size_t g, const struct act_tile *x, __m256i (*sum)[MAX_N],
+                      const size_t N) {
+    for (size_t t = 0; t < N; t++) sum[0][t] = sum[1][t] = _mm256_setzero_si256();
+#pragma GCC unroll 16
+    for (size_t i = 0; i < 16; i++) {
+        const int16_t(*at)[2] = tile->wide[8 * g + i / 2][i % 2];
+        __m256i w[2] = {load_8(at), load_8(at + OCTET)};
+        for (size_t t = 0; t < N; t++) {
+            __m256i two = broadcast_4(of_token(x->wide + 32 * g + 2 * i, x, t));
+            for (size_t o = 0; o < 2; o++) add_dwords(&sum[o][t], _mm256_madd_epi16(w[o], two));
         }
-        for (size_t o = 0; o < 2; o++)
-            for (size_t t = 0; t < N; t++)
-                sum[o][t] = _mm256_add_epi32(sum[o][t], _mm256_madd_epi16(pairs[o][t], ones));
     }
 }
 
-// Adds n columns, from k on in x, to the chains of N tokens. out: [N, TILE_ROWS]
-INLINE void add_tile(enum dtype type, float *out, const struct weight_tile *tile, const struct act_row *x, size_t k,
-                     size_t n, bool first, const size_t N) {
+// The same of any other type, `len` columns. Its integers are unsigned in the tile. Sums of signed ones (u - offset)
+// fit in a 16-bit lane: they are at most 16 * 127 * 16 (5 bits, 32 columns) or 8 * 127 * 32 (6 bits, 16 columns), and
+// what overflows on the way there comes back. So are those of unsigned 4 bits; of 5 bits, only half a group's.
+INLINE void narrow_sums(enum dtype type, const struct weight_tile *tile, size_t g, size_t len, const struct act_tile *x,
+                        __m256i (*sum)[MAX_N], const size_t N) {
+    const int shift = unpack_offset(type) ? __builtin_ctz((unsigned)unpack_offset(type)) : 0;
+    const size_t steps = type == DTYPE_Q5_1 || type == DTYPE_Q5_K ? 4 : len / 4;
+    const int16_t *lanes = len == 32 ? x->lanes32 + 2 * g : x->lanes16 + 2 * g;
+    for (size_t j = 0; j < len / 4; j += steps) {
+        __m256i pairs[2][MAX_N];
+#pragma GCC unroll 8
+        for (size_t i = 0; i < steps; i++) {
+            const uint8_t(*at)[4] = tile->q[g * len / 4 + j + i];
+            __m256i w[2] = {load_8(at), load_8(at + OCTET)};
+            for (size_t t = 0; t < N; t++) {
+                __m256i four = broadcast_4(of_token(x->q + g * len + 4 * (j + i), x, t));
+                __m256i less = i == 0 && shift ? _mm256_slli_epi16(broadcast_4(of_token(lanes, x, t)), shift) : four;
+                for (size_t o = 0; o < 2; o++) {
+                    __m256i p = _mm256_maddubs_epi16(w[o], four);
+                    if (i == 0) pairs[o][t] = shift ? _mm256_sub_epi16(p, less) : p;
+                    else add_words(&pairs[o][t], p);
+                }
+            }
+        }
+        for (size_t o = 0; o < 2; o++) {
+            for (size_t t = 0; t < N; t++) {
+                __m256i s = _mm256_madd_epi16(pairs[o][t], _mm256_set1_epi16(1));
+                sum[o][t] = j == 0 ? s : _mm256_add_epi32(sum[o][t], s);
+            }
+        }
+    }
+}
+
+// Adds n columns to the chains of N tokens, which stay in memory: the integer sums need the registers. out: [N,
+// TILE_ROWS]
+INLINE void add_tile(enum dtype type, float *out, const struct weight_tile *tile, const struct act_tile *x, size_t n,
+                     const size_t N) {
     const bool has_min =
         type == DTYPE_Q4_1 || type == DTYPE_Q5_1 || type == DTYPE_Q2_K || type == DTYPE_Q4_K || type == DTYPE_Q5_K;
     const size_t len = type == DTYPE_Q2_K || type == DTYPE_Q3_K || type == DTYPE_Q6_K ? 16 : 32;
-    const int offset = unpack_offset(type);
-    __m256 acc[2][MAX_N];
-    const int8_t *q[MAX_N];
-    for (size_t t = 0; t < N; t++) {
-        q[t] = x[t].q + k;
-        for (size_t o = 0; o < 2; o++)
-            acc[o][t] = first ? _mm256_setzero_ps() : _mm256_loadu_ps(out + t * TILE_ROWS + OCTET * o);
-    }
     for (size_t g = 0; g < n / len; g++) {
-        const size_t group = k / len + g, block = (k + g * len) / ACT_BLOCK;
+        const size_t block = g * len / ACT_BLOCK;
         __m256i sum[2][MAX_N];
-        integer_sums(type, tile, g * len, len, q, sum, N);
+        __asm__ volatile("" ::: "memory"); // gcc would keep the chains in registers and put the sums aside
+        if (type == DTYPE_Q8_0) wide_sums(tile, g, x, sum, N);
+        else narrow_sums(type, tile, g, len, x, sum, N);
         for (size_t t = 0; t < N; t++) {
-            int total = len == 32 ? x[t].sum[2 * group] + x[t].sum[2 * group + 1] : x[t].sum[group];
-            __m256 d = _mm256_broadcast_ss(&x[t].scale[block]);
+            __m256 d = _mm256_broadcast_ss(of_token(x->scale + block, x, t)), weighted = d;
+            if (has_min && len == 32) weighted = _mm256_broadcast_ss(of_token(x->weighted + block, x, t));
+            if (has_min && len == 16) {
+                __m256i total = broadcast_4(of_token(x->lanes16 + 2 * g, x, t));
+                total = _mm256_madd_epi16(total, _mm256_set1_epi16(1));
+                weighted = _mm256_mul_ps(d, _mm256_cvtepi32_ps(total));
+            }
             for (size_t o = 0; o < 2; o++) {
-                __m256i s = sum[o][t];
-                if (offset) s = _mm256_sub_epi32(s, _mm256_set1_epi32(offset * total));
+                float *to = out + t * TILE_ROWS + OCTET * o;
                 __m256 scale = _mm256_mul_ps(_mm256_load_ps(&tile->scale[g][OCTET * o]), d);
-                acc[o][t] = _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(s), acc[o][t]);
-                if (!has_min) continue;
-                __m256 weighted = len == 32 ? _mm256_broadcast_ss(&x[t].weighted[block])
-                                            : _mm256_mul_ps(d, _mm256_set1_ps((float)total));
-                acc[o][t] = _mm256_fmadd_ps(_mm256_load_ps(&tile->min[g][OCTET * o]), weighted, acc[o][t]);
+                __m256 acc = _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(sum[o][t]), _mm256_loadu_ps(to));
+                if (has_min) acc = _mm256_fmadd_ps(_mm256_load_ps(&tile->min[g][OCTET * o]), weighted, acc);
+                _mm256_storeu_ps(to, acc);
             }
         }
-    }
-    for (size_t t = 0; t < N; t++)
-        for (size_t o = 0; o < 2; o++) _mm256_storeu_ps(out + t * TILE_ROWS + OCTET * o, acc[o][t]);
-}
-
-// ---- One token: the tile is not worth its making
-// -------------------------------------------------------------------
-
-// Lane r of *low: the sum of v[r]'s eight lanes. With `apart` the sums of its first four, in low, and of its last, in
-// high.
-INLINE void sum_lanes(const __m256i *v, bool apart, __m256i *low, __m256i *high) {
-    __m256i a[4], b[2];
-    for (size_t i = 0; i < 4; i++) {
-        __m256i x = v[2 * i], y = v[2 * i + 1];
-        a[i] = _mm256_add_epi32(_mm256_unpacklo_epi32(x, y), _mm256_unpackhi_epi32(x, y));
-    }
-    for (size_t i = 0; i < 2; i++)
-        b[i] = _mm256_add_epi32(_mm256_unpacklo_epi64(a[2 * i], a[2 * i + 1]),
-                                _mm256_unpackhi_epi64(a[2 * i], a[2 * i + 1]));
-    *low = _mm256_permute2x128_si256(b[0], b[1], 0x20);
-    *high = _mm256_permute2x128_si256(b[0], b[1], 0x31);
-    if (!apart) *low = _mm256_add_epi32(*low, *high);
-}
-
-// Adds a group's integer sums of eight rows, and its minima, to their chains.
-INLINE __m256 add_group(enum dtype type, __m256 acc, __m256i sum, const float *scale, const float *min, __m256 d,
-                        int total, float weighted) {
-    const bool has_min = type == DTYPE_Q4_1 || type == DTYPE_Q5_1 || type == DTYPE_Q4_K || type == DTYPE_Q5_K;
-    const int offset = unpack_offset(type);
-    if (offset) sum = _mm256_sub_epi32(sum, _mm256_set1_epi32(offset * total));
-    acc = _mm256_fmadd_ps(_mm256_mul_ps(_mm256_load_ps(scale), d), _mm256_cvtepi32_ps(sum), acc);
-    if (has_min) acc = _mm256_fmadd_ps(_mm256_load_ps(min), _mm256_set1_ps(weighted), acc);
-    return acc;
-}
-
-INLINE void one_token(enum dtype type, float *out, const struct matrix *w, size_t row, size_t n_rows,
-                      const struct act_row *x) {
-    const __m256i ones = _mm256_set1_epi16(1);
-    struct weight_tile tile; // its scales and minima only
-    for (size_t first = 0; first < TILE_ROWS && first < n_rows; first += OCTET) {
-        __m256 acc = _mm256_setzero_ps();
-        const char *next = (const char *)w->data + (row + first + OCTET) * w->row_bytes;
-        for (size_t k = 0; k < w->n_in; k += TILE_COLUMNS) {
-            size_t n = w->n_in - k < TILE_COLUMNS ? w->n_in - k : TILE_COLUMNS;
-            const uint8_t *rows[OCTET];
-            rows_at(w, row, first, n_rows, k, rows);
-            load_scales(type, &tile, first, rows, n);
-#pragma GCC unroll 8
-            for (size_t b = 0; b < n_blocks(type, n); b++) {
-                const size_t block = k / ACT_BLOCK + b;
-                __m256i v[OCTET], low, high, q = _mm256_loadu_si256((const __m256i *)(const void *)(x->q + 32 * block));
-                fetch_ahead(type, &next);
-                load_block(type, rows, b, v);
-                for (size_t r = 0; r < OCTET; r++) {
-                    __m256i pairs = type == DTYPE_Q8_0
-                                        ? _mm256_maddubs_epi16(_mm256_abs_epi8(v[r]), _mm256_sign_epi8(q, v[r]))
-                                        : _mm256_maddubs_epi16(v[r], q);
-                    v[r] = _mm256_madd_epi16(pairs, ones);
-                }
-                sum_lanes(v, type == DTYPE_Q6_K, &low, &high);
-                __m256 d = _mm256_broadcast_ss(x->scale + block);
-                int sum0 = x->sum[2 * block], sum1 = x->sum[2 * block + 1];
-                if (type == DTYPE_Q6_K) {
-                    acc = add_group(type, acc, low, &tile.scale[2 * b][first], NULL, d, sum0, 0);
-                    acc = add_group(type, acc, high, &tile.scale[2 * b + 1][first], NULL, d, sum1, 0);
-                } else {
-                    acc = add_group(type, acc, low, &tile.scale[b][first], &tile.min[b][first], d, sum0 + sum1,
-                                    x->weighted[block]);
-                }
-            }
-        }
-        _mm256_storeu_ps(out + first, acc);
     }
 }
 
 INLINE void quantised(enum dtype type, float *out, const struct matrix *w, size_t row, size_t n_rows, const float *x,
                       size_t n_tokens) {
     struct weight_tile tile;
-    if (n_tokens <= DIRECT_TOKENS && type != DTYPE_Q2_K && type != DTYPE_Q3_K) {
-        for (size_t t = 0; t < n_tokens; t++) {
-            struct act_row token = act_row_at((float *)(uintptr_t)x, w->n_in, t);
-            one_token(type, out + t * TILE_ROWS, w, row, n_rows, &token);
-        }
-        return;
-    }
     const char *next = (const char *)w->data + (row + TILE_ROWS) * w->row_bytes;
+    memset(out, 0, n_tokens * TILE_ROWS * sizeof *out);
     for (size_t k = 0; k < w->n_in; k += TILE_COLUMNS) {
         size_t n = w->n_in - k < TILE_COLUMNS ? w->n_in - k : TILE_COLUMNS;
-        unpack_tile(type, &tile, w, row, n_rows, k, n, &next);
-        struct act_row rows[MAX_N];
-        size_t t = 0;
-        for (; t + 4 <= n_tokens; t += 4) {
-            for (size_t i = 0; i < 4; i++) rows[i] = act_row_at((float *)(uintptr_t)x, w->n_in, t + i);
-            add_tile(type, out + t * TILE_ROWS, &tile, rows, k, n, k == 0, 4);
-        }
-        for (; t < n_tokens; t++) {
-            rows[0] = act_row_at((float *)(uintptr_t)x, w->n_in, t);
-            add_tile(type, out + t * TILE_ROWS, &tile, rows, k, n, k == 0, 1);
+        unpack_tile(type, &tile, w, row, n_rows, k, n, &next, type == DTYPE_Q8_0);
+        for (size_t t = 0; t < n_tokens;) {
+            const struct act_tile tokens = act_tile_at(x, w->n_in, t, k);
+            float *to = out + t * TILE_ROWS;
+            if (n_tokens - t >= 4) {
+                add_tile(type, to, &tile, &tokens, n, 4);
+                t += 4;
+            } else if (n_tokens - t >= 2) {
+                add_tile(type, to, &tile, &tokens, n, 2);
+                t += 2;
+            } else {
+                add_tile(type, to, &tile, &tokens, n, 1);
+                t++;
+            }
         }
     }
 }
 
 void avx2_quantised(float *out, const struct matrix *w, size_t row, size_t n_rows, const float *x, size_t n_tokens) {
+    struct act_row token = act_row_at((float *)(uintptr_t)x, w->n_in, 0);
+    if (n_tokens == 1 && avx2_one_token(out, w, row, n_rows, &token)) return;
     switch (w->type) {
 #define CASE(type)                                                                                                     \
     case type: quantised(type, out, w, row, n_rows, x, n_tokens); break;

@@ -11,7 +11,10 @@
 enum { TILE_COLUMNS = 256, OCTET = 8, TILE_GROUPS = TILE_COLUMNS / ACT_GROUP };
 
 struct weight_tile {
-    uint8_t q[TILE_COLUMNS / 4][TILE_ROWS][4];
+    union {
+        uint8_t q[TILE_COLUMNS / 4][TILE_ROWS][4];
+        int16_t wide[TILE_COLUMNS / 4][2][TILE_ROWS][2]; // of each four the elements 0 and 2, then 1 and 3
+    };
     float scale[TILE_GROUPS][TILE_ROWS], min[TILE_GROUPS][TILE_ROWS];
 } __attribute__((aligned(64)));
 
@@ -44,18 +47,39 @@ INLINE void transpose_8(const __m256i *v, __m256i *out) {
 }
 
 // 32 elements of each of eight rows to their place: columns `column` .. column + 32, rows `first` ...
-INLINE void put_block(struct weight_tile *tile, size_t column, size_t first, const __m256i *v) {
+INLINE void put_block(struct weight_tile *tile, size_t column, size_t first, const __m256i *v, const bool wide) {
     __m256i out[OCTET];
     transpose_8(v, out);
-    for (size_t j = 0; j < OCTET; j++) _mm256_store_si256((__m256i *)(void *)tile->q[column / 4 + j][first], out[j]);
+    for (size_t j = 0; j < OCTET; j++) {
+        if (wide) {
+            __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(out[j], 8), 8), odd = _mm256_srai_epi16(out[j], 8);
+            _mm256_store_si256((__m256i *)(void *)tile->wide[column / 4 + j][0][first], even);
+            _mm256_store_si256((__m256i *)(void *)tile->wide[column / 4 + j][1][first], odd);
+        } else {
+            _mm256_store_si256((__m256i *)(void *)tile->q[column / 4 + j][first], out[j]);
+        }
+    }
 }
 
-// Eight rows' values of eight groups each to [group][row].
-INLINE void put_scales(float (*to)[TILE_ROWS], size_t first, const __m256 *rows) {
-    __m256i v[OCTET], out[OCTET];
-    for (size_t r = 0; r < OCTET; r++) v[r] = _mm256_castps_si256(rows[r]);
-    transpose_8(v, out);
-    for (size_t g = 0; g < OCTET; g++) _mm256_store_ps(&to[g][first], _mm256_castsi256_ps(out[g]));
+// Sixteen bytes of rows i and i + 4, `at` bytes from where they point.
+INLINE __m256i load_two(const uint8_t *const *rows, size_t i, size_t at) {
+    __m128i low = _mm_loadu_si128((const __m128i *)(const void *)(rows[i] + at));
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(low),
+                                   _mm_loadu_si128((const __m128i *)(const void *)(rows[i + 4] + at)), 1);
+}
+
+// Four 32-bit values of each of eight rows, rows[r] + at, as four registers with row r in lane r.
+INLINE void four_columns(const uint8_t *const *rows, size_t at, __m256i *out) {
+    __m256i v[4], a[4];
+    for (size_t i = 0; i < 4; i++) v[i] = load_two(rows, i, at);
+    for (size_t i = 0; i < 2; i++) {
+        a[i] = _mm256_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
+        a[2 + i] = _mm256_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
+    }
+    for (size_t i = 0; i < 2; i++) {
+        out[2 * i] = _mm256_unpacklo_epi64(a[2 * i], a[2 * i + 1]);
+        out[2 * i + 1] = _mm256_unpackhi_epi64(a[2 * i], a[2 * i + 1]);
+    }
 }
 
 INLINE int half_at(const uint8_t *p) {
@@ -138,41 +162,47 @@ INLINE void load_block(enum dtype type, const uint8_t *const *rows, size_t b, __
     }
 }
 
-INLINE __m256 bytes_to_f32(uint64_t bytes) {
-    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((long long)bytes)));
+// Byte i of each lane, 0 to 127, as f32.
+INLINE __m256 byte_to_f32(__m256i v, int i) {
+    v = _mm256_srli_epi32(v, 8 * i);
+    return _mm256_cvtepi32_ps(i == 3 ? v : _mm256_and_si256(v, _mm256_set1_epi32(255)));
+}
+
+INLINE __m256 signed_byte_to_f32(__m256i v, int i) {
+    return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(v, 24 - 8 * i), 24));
 }
 
 // The eight 6-bit scales and minima of Q4_K and Q5_K (layout: format/quant.c), times d and -dmin.
-INLINE void scales_mins(const uint8_t *block, __m256 *scale, __m256 *min) {
-    uint32_t a, b, c;
-    memcpy(&a, block + 4, 4);
-    memcpy(&b, block + 8, 4);
-    memcpy(&c, block + 12, 4);
-    uint32_t s = (c & 0x0F0F0F0F) | (a >> 2 & 0x30303030), m = (c >> 4 & 0x0F0F0F0F) | (b >> 2 & 0x30303030);
-    __m128 d = _mm_cvtph_ps(_mm_cvtsi32_si128(half_at(block))),
-           dmin = _mm_cvtph_ps(_mm_cvtsi32_si128(half_at(block + 2)));
-    __m256 product = _mm256_mul_ps(_mm256_broadcastss_ps(dmin), bytes_to_f32((b & 0x3F3F3F3F) | (uint64_t)m << 32));
-    *scale = _mm256_mul_ps(_mm256_broadcastss_ps(d), bytes_to_f32((a & 0x3F3F3F3F) | (uint64_t)s << 32));
-    *min = _mm256_xor_ps(product, _mm256_set1_ps(-0.0f));
+INLINE void scales_mins(struct weight_tile *tile, size_t first, const uint8_t *const *rows) {
+    const __m256i six = _mm256_set1_epi8(0x3F), four = _mm256_set1_epi8(0x0F), two = _mm256_set1_epi8(0x30);
+    __m256i v[4], scale[2], min[2]; // v: d and dmin, then 12 bytes
+    four_columns(rows, 0, v);
+    scale[0] = _mm256_and_si256(v[1], six);
+    min[0] = _mm256_and_si256(v[2], six);
+    scale[1] = _mm256_or_si256(_mm256_and_si256(v[3], four), _mm256_and_si256(_mm256_srli_epi16(v[1], 2), two));
+    min[1] = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(v[3], 4), four),
+                             _mm256_and_si256(_mm256_srli_epi16(v[2], 2), two));
+    __m256i halves =
+        _mm256_packus_epi32(_mm256_and_si256(v[0], _mm256_set1_epi32(0xFFFF)), _mm256_srli_epi32(v[0], 16));
+    halves = _mm256_permute4x64_epi64(halves, 0xD8);
+    __m256 d = _mm256_cvtph_ps(_mm256_castsi256_si128(halves));
+    __m256 minus = _mm256_xor_ps(_mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1)), _mm256_set1_ps(-0.0f));
+    for (int g = 0; g < 8; g++) {
+        _mm256_store_ps(&tile->scale[g][first], _mm256_mul_ps(d, byte_to_f32(scale[g / 4], g % 4)));
+        _mm256_store_ps(&tile->min[g][first], _mm256_mul_ps(minus, byte_to_f32(min[g / 4], g % 4)));
+    }
 }
 
 // The scales and minima of `n` columns of eight rows. Not for Q2_K and Q3_K.
 INLINE void load_scales(enum dtype type, struct weight_tile *tile, size_t first, const uint8_t *const *rows, size_t n) {
     if (type == DTYPE_Q4_K || type == DTYPE_Q5_K) {
-        __m256 scale[OCTET], min[OCTET];
-        for (size_t r = 0; r < OCTET; r++) scales_mins(rows[r], &scale[r], &min[r]);
-        put_scales(tile->scale, first, scale);
-        put_scales(tile->min, first, min);
+        scales_mins(tile, first, rows);
     } else if (type == DTYPE_Q6_K) {
-        for (size_t half = 0; half < 2; half++) {
-            __m256 scale[OCTET];
-            for (size_t r = 0; r < OCTET; r++) {
-                __m128 d = _mm_cvtph_ps(_mm_cvtsi32_si128(half_at(rows[r] + 208)));
-                __m128i s = _mm_loadl_epi64((const __m128i *)(const void *)(rows[r] + 192 + 8 * half));
-                scale[r] = _mm256_mul_ps(_mm256_broadcastss_ps(d), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(s)));
-            }
-            put_scales(tile->scale + 8 * half, first, scale);
-        }
+        __m256i v[4];
+        __m256 d = halves(rows, 208);
+        four_columns(rows, 192, v);
+        for (int g = 0; g < 16; g++)
+            _mm256_store_ps(&tile->scale[g][first], _mm256_mul_ps(d, signed_byte_to_f32(v[g / 4], g % 4)));
     } else {
         const struct small_layout l = small_layout(type);
         for (size_t b = 0; b < n / 32; b++) {
@@ -223,9 +253,10 @@ INLINE void rows_at(const struct matrix *w, size_t row, size_t first, size_t n_r
     }
 }
 
-// Columns k .. k + n of rows row .. row + n_rows. *next: as in fetch_ahead.
+// Columns k .. k + n of rows row .. row + n_rows, in 16 bits if `wide` (not for Q2_K and Q3_K). *next: as in
+// fetch_ahead.
 INLINE void unpack_tile(enum dtype type, struct weight_tile *tile, const struct matrix *w, size_t row, size_t n_rows,
-                        size_t k, size_t n, const char **next) {
+                        size_t k, size_t n, const char **next, const bool wide) {
     for (size_t first = 0; first < TILE_ROWS; first += OCTET) {
         const uint8_t *rows[OCTET];
         rows_at(w, row, first, n_rows, k, rows);
@@ -239,7 +270,7 @@ INLINE void unpack_tile(enum dtype type, struct weight_tile *tile, const struct 
             __m256i v[OCTET];
             fetch_ahead(type, next);
             load_block(type, rows, b, v);
-            put_block(tile, 32 * b, first, v);
+            put_block(tile, 32 * b, first, v, wide);
         }
     }
 }

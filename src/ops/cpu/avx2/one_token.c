@@ -1,0 +1,227 @@
+// one_token.c: qdot (ops.h) of a single token in AVX2: rows as stored, which are not worth unpacking into a tile. It
+// owns no activations and no tiles (quantised.c).
+//
+// Eight rows go along K together, two in the halves of a register, so that products of a row's sixteen columns lie in
+// one half and three steps of shuffles and sums leave a row in each 32-bit lane: from there on it is the tile's chain.
+#include "ops/cpu/avx2/avx2.h"
+
+#if defined(__AVX2__)
+
+#include "ops/cpu/avx2/kernels.h"
+#include "ops/cpu/avx2/unpack.h"
+#include "ops/cpu/avx2/vec.h"
+
+INLINE __m256i twice(const int8_t *q) {
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)q));
+}
+
+INLINE __m256i low_nibbles(__m256i v) {
+    return _mm256_and_si256(v, _mm256_set1_epi8(15));
+}
+
+INLINE __m256i high_nibbles(__m256i v) {
+    return low_nibbles(_mm256_srli_epi16(v, 4));
+}
+
+INLINE __m256i add(__m256i a, __m256i b, const bool words) {
+    return words ? _mm256_add_epi16(a, b) : _mm256_add_epi32(a, b);
+}
+
+// The first step and the second of the sums over a half's 32-bit lanes. Two registers of rows r, r + 4 and r + 1, r + 5
+// become one; two of those become one with row r in lane r.
+INLINE __m256i fold_rows(__m256i a, __m256i b, const bool words) {
+    return add(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b), words);
+}
+
+INLINE __m256i fold_pairs(__m256i a, __m256i b, const bool words) {
+    return add(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b), words);
+}
+
+// Row sums of a group's folded words. Those of signed integers fit in 16 bits (quantised.c); unsigned ones of five bits
+// are made so for a moment.
+INLINE __m256i row_sums(enum dtype type, __m256i words, const int16_t *lanes) {
+    const bool borrow = type == DTYPE_Q5_1 || type == DTYPE_Q5_K;
+    const int offset = borrow ? 16 : unpack_offset(type), shift = offset ? __builtin_ctz((unsigned)offset) : 0;
+    const __m256i ones = _mm256_set1_epi16(1);
+    int two;
+    memcpy(&two, lanes, sizeof two);
+    if (offset) words = _mm256_sub_epi16(words, _mm256_slli_epi16(_mm256_set1_epi32(two), shift));
+    __m256i sums = _mm256_madd_epi16(words, ones);
+    if (!borrow) return sums;
+    return _mm256_add_epi32(sums, _mm256_slli_epi32(_mm256_madd_epi16(_mm256_set1_epi32(two), ones), shift));
+}
+
+// Adds a group's sums to the chains of eight rows. min: NULL for types without.
+INLINE __m256 add_group(__m256 acc, __m256i sums, const float *scale, const float *min, __m256 d,
+                        const float *weighted) {
+    acc = _mm256_fmadd_ps(_mm256_mul_ps(_mm256_load_ps(scale), d), _mm256_cvtepi32_ps(sums), acc);
+    return min ? _mm256_fmadd_ps(_mm256_load_ps(min), _mm256_broadcast_ss(weighted), acc) : acc;
+}
+
+// Block b, of 32 columns, of the types that have no larger blocks: its row sums.
+INLINE __m256i small_block(enum dtype type, const uint8_t *const *rows, size_t b, const int8_t *q,
+                           const int16_t *lanes) {
+    const struct small_layout l = small_layout(type);
+    const __m256i q0 = twice(q), q1 = twice(q + 16), ones = _mm256_set1_epi16(1);
+    __m256i v[4];
+    for (size_t i = 0; i < 4; i++) {
+        __m256i u0 = load_two(rows, i, b * l.bytes + l.low), u1;
+        if (type == DTYPE_Q8_0) {
+            u1 = load_two(rows, i, b * l.bytes + l.low + 16);
+            __m256i p0 = _mm256_maddubs_epi16(_mm256_abs_epi8(u0), _mm256_sign_epi8(q0, u0));
+            __m256i p1 = _mm256_maddubs_epi16(_mm256_abs_epi8(u1), _mm256_sign_epi8(q1, u1));
+            v[i] = _mm256_add_epi32(_mm256_madd_epi16(p0, ones), _mm256_madd_epi16(p1, ones));
+            continue;
+        }
+        u1 = high_nibbles(u0);
+        u0 = low_nibbles(u0);
+        if (l.has_fifth) {
+            __m256i a = fifth_bits(rows[i] + b * l.bytes + l.fifth),
+                    c = fifth_bits(rows[i + 4] + b * l.bytes + l.fifth);
+            u0 = _mm256_or_si256(u0, _mm256_permute2x128_si256(a, c, 0x20));
+            u1 = _mm256_or_si256(u1, _mm256_permute2x128_si256(a, c, 0x31));
+        }
+        v[i] = _mm256_add_epi16(_mm256_maddubs_epi16(u0, q0), _mm256_maddubs_epi16(u1, q1));
+    }
+    const bool words = type != DTYPE_Q8_0;
+    __m256i sums = fold_pairs(fold_rows(v[0], v[1], words), fold_rows(v[2], v[3], words), words);
+    return words ? row_sums(type, sums, lanes) : sums;
+}
+
+// Blocks b and b + 1, b even, of Q4_K and Q5_K: their folded words.
+INLINE void two_blocks(enum dtype type, const uint8_t *const *rows, size_t b, const int8_t *q, __m256i *words) {
+    const size_t at = (type == DTYPE_Q4_K ? 16 : 48) + 16 * b;
+    const __m256i q0 = twice(q), q1 = twice(q + 16), q2 = twice(q + 32), q3 = twice(q + 48);
+    __m256i first[4], second[4];
+    for (size_t i = 0; i < 4; i++) {
+        __m256i a = load_two(rows, i, at), c = load_two(rows, i, at + 16);
+        __m256i u[4] = {low_nibbles(a), low_nibbles(c), high_nibbles(a), high_nibbles(c)};
+        for (size_t h = 0; type == DTYPE_Q5_K && h < 4; h++) {
+            __m256i bit = _mm256_srli_epi16(load_two(rows, i, 16 + 16 * (h % 2)), (int)(b + h / 2));
+            u[h] = _mm256_or_si256(u[h], _mm256_slli_epi16(_mm256_and_si256(bit, _mm256_set1_epi8(1)), 4));
+        }
+        first[i] = _mm256_add_epi16(_mm256_maddubs_epi16(u[0], q0), _mm256_maddubs_epi16(u[1], q1));
+        second[i] = _mm256_add_epi16(_mm256_maddubs_epi16(u[2], q2), _mm256_maddubs_epi16(u[3], q3));
+    }
+    words[0] = fold_pairs(fold_rows(first[0], first[1], true), fold_rows(first[2], first[3], true), true);
+    words[1] = fold_pairs(fold_rows(second[0], second[1], true), fold_rows(second[2], second[3], true), true);
+}
+
+// Of half a superblock of Q6_K the four groups g, g + 2, g + 4 and g + 6, g 0 or 1: their folded words.
+INLINE void four_groups(const uint8_t *const *rows, size_t half, size_t g, const int8_t *q, __m256i *words) {
+    const __m256i high = _mm256_set1_epi8(0x30);
+    __m256i folded[2][4];
+#pragma GCC unroll 2
+    for (size_t p = 0; p < 2; p++) {
+        __m256i v[2][4];
+#pragma GCC unroll 2
+        for (size_t i = 0; i < 2; i++) {
+            __m256i a = load_two(rows, 2 * p + i, 64 * half + 16 * g);
+            __m256i c = load_two(rows, 2 * p + i, 64 * half + 16 * g + 32);
+            __m256i h = load_two(rows, 2 * p + i, 128 + 32 * half + 16 * g);
+            __m256i u[4] = {
+                _mm256_or_si256(low_nibbles(a), _mm256_and_si256(_mm256_slli_epi16(h, 4), high)),
+                _mm256_or_si256(low_nibbles(c), _mm256_and_si256(_mm256_slli_epi16(h, 2), high)),
+                _mm256_or_si256(high_nibbles(a), _mm256_and_si256(h, high)),
+                _mm256_or_si256(high_nibbles(c), _mm256_and_si256(_mm256_srli_epi16(h, 2), high)),
+            };
+            for (size_t s = 0; s < 4; s++) v[i][s] = _mm256_maddubs_epi16(u[s], twice(q + 32 * s));
+        }
+        for (size_t s = 0; s < 4; s++) folded[p][s] = fold_rows(v[0][s], v[1][s], true);
+    }
+    for (size_t s = 0; s < 4; s++) words[s] = fold_pairs(folded[0][s], folded[1][s], true);
+}
+
+// n columns of eight rows, from k on, whose scales and minima are in rows first .. of the tile.
+INLINE __m256 add_columns(enum dtype type, __m256 acc, const uint8_t *const *rows, const struct weight_tile *tile,
+                          size_t first, const struct act_row *x, size_t k, size_t n, const char **next) {
+    const bool has_min = type == DTYPE_Q4_1 || type == DTYPE_Q5_1 || type == DTYPE_Q4_K || type == DTYPE_Q5_K;
+    const int8_t *q = x->q + k;
+    const int16_t *lanes16 = x->lanes16 + k / ACT_GROUP * 2, *lanes32 = x->lanes32 + k / ACT_BLOCK * 2;
+    const float *scale = x->scale + k / ACT_BLOCK, *weighted = x->weighted + k / ACT_BLOCK;
+    if (type == DTYPE_Q6_K) {
+        __m256i sums[16];
+#pragma GCC unroll 4
+        for (size_t i = 0; i < 4; i++) { // half i / 2, groups i % 2, ...
+            __m256i words[4];
+            fetch_ahead(type, next);
+            fetch_ahead(type, next);
+            four_groups(rows, i / 2, i % 2, q + 128 * (i / 2) + 16 * (i % 2), words);
+            for (size_t s = 0; s < 4; s++) {
+                size_t g = 8 * (i / 2) + i % 2 + 2 * s;
+                sums[g] = row_sums(type, words[s], lanes16 + 2 * g);
+            }
+        }
+        for (size_t g = 0; g < 16; g++)
+            acc = add_group(acc, sums[g], &tile->scale[g][first], NULL, _mm256_broadcast_ss(scale + g / 2), NULL);
+    } else if (type == DTYPE_Q4_K || type == DTYPE_Q5_K) {
+#pragma GCC unroll 4
+        for (size_t b = 0; b < 8; b += 2) {
+            __m256i words[2];
+            fetch_ahead(type, next);
+            fetch_ahead(type, next);
+            two_blocks(type, rows, b, q + 32 * b, words);
+            for (size_t i = b; i < b + 2; i++) {
+                __m256i sums = row_sums(type, words[i - b], lanes32 + 2 * i);
+                acc = add_group(acc, sums, &tile->scale[i][first], &tile->min[i][first], _mm256_broadcast_ss(scale + i),
+                                weighted + i);
+            }
+        }
+    } else {
+        for (size_t b = 0; b < n / 32; b++) {
+            fetch_ahead(type, next);
+            __m256i sums = small_block(type, rows, b, q + 32 * b, lanes32 + 2 * b);
+            acc = add_group(acc, sums, &tile->scale[b][first], has_min ? &tile->min[b][first] : NULL,
+                            _mm256_broadcast_ss(scale + b), weighted + b);
+        }
+    }
+    return acc;
+}
+
+INLINE void one_token(enum dtype type, float *out, const struct matrix *w, size_t row, size_t n_rows,
+                      const struct act_row *x) {
+    struct weight_tile tile; // its scales and minima only
+    for (size_t first = 0; first < TILE_ROWS && first < n_rows; first += OCTET) {
+        __m256 acc = _mm256_setzero_ps();
+        const char *next = (const char *)w->data + (row + first + OCTET) * w->row_bytes;
+        for (size_t k = 0; k < w->n_in; k += TILE_COLUMNS) {
+            size_t n = w->n_in - k < TILE_COLUMNS ? w->n_in - k : TILE_COLUMNS;
+            const uint8_t *rows[OCTET];
+            rows_at(w, row, first, n_rows, k, rows);
+            load_scales(type, &tile, first, rows, n);
+            acc = add_columns(type, acc, rows, &tile, first, x, k, n, &next);
+        }
+        _mm256_storeu_ps(out + first, acc);
+    }
+}
+
+#define ONE(name, type)                                                                                                \
+    static __attribute__((noinline)) void name(float *out, const struct matrix *w, size_t row, size_t n_rows,          \
+                                               const struct act_row *x) {                                              \
+        one_token(type, out, w, row, n_rows, x);                                                                       \
+    }
+ONE(one_q8_0, DTYPE_Q8_0)
+ONE(one_q4_0, DTYPE_Q4_0)
+ONE(one_q4_1, DTYPE_Q4_1)
+ONE(one_q5_0, DTYPE_Q5_0)
+ONE(one_q5_1, DTYPE_Q5_1)
+ONE(one_q4_k, DTYPE_Q4_K)
+ONE(one_q5_k, DTYPE_Q5_K)
+ONE(one_q6_k, DTYPE_Q6_K)
+#undef ONE
+
+bool avx2_one_token(float *out, const struct matrix *w, size_t row, size_t n_rows, const struct act_row *x) {
+    switch (w->type) {
+    case DTYPE_Q8_0: one_q8_0(out, w, row, n_rows, x); return true;
+    case DTYPE_Q4_0: one_q4_0(out, w, row, n_rows, x); return true;
+    case DTYPE_Q4_1: one_q4_1(out, w, row, n_rows, x); return true;
+    case DTYPE_Q5_0: one_q5_0(out, w, row, n_rows, x); return true;
+    case DTYPE_Q5_1: one_q5_1(out, w, row, n_rows, x); return true;
+    case DTYPE_Q4_K: one_q4_k(out, w, row, n_rows, x); return true;
+    case DTYPE_Q5_K: one_q5_k(out, w, row, n_rows, x); return true;
+    case DTYPE_Q6_K: one_q6_k(out, w, row, n_rows, x); return true;
+    default: return false;
+    }
+}
+
+#endif
