@@ -4,6 +4,7 @@
 #include "base/clock.h"
 #include "base/size.h"
 #include "format/hub.h"
+#include "ops/kv_page.h"
 
 #include <math.h>
 #include <stdarg.h>
@@ -173,9 +174,8 @@ static bool open_parts(struct doctor *d, struct error *err) {
     struct buffer path = {0};
     struct error why = {0};
     bool ok = o->model || error_set(err, "no model was named");
-    if (ok && o->kv_type && strcmp(o->kv_type, "bf16") != 0 && strcmp(o->kv_type, "f32") != 0)
-        ok = error_set(err, "KV type: expected bf16 or f32, found %s", o->kv_type);
-    ok = ok && (d->ops = ops_cpu(o->isa, err)) != NULL && fusion_parse(o->fusion ? o->fusion : "on", &d->fusion, err) &&
+    ok = ok && kv_type_parse(o->kv_type, &d->kv_type, err) && (d->ops = ops_cpu(o->isa, err)) != NULL &&
+         fusion_parse(o->fusion ? o->fusion : "on", &d->fusion, err) &&
          (d->pool = pool_create(o->threads, err)) != NULL && hub_resolve(o->model, &d->kind, &path, err);
     if (ok) d->path = strdup(buffer_text(&path));
     buffer_free(&path);
@@ -186,6 +186,7 @@ static bool open_parts(struct doctor *d, struct error *err) {
     d->model = model_load(d->kind, d->path, &load, &why);
     snprintf(d->load_error, sizeof d->load_error, "%s", why.text);
     if (!d->model) return true;
+    if (!kv_type_fits(d->kv_type, d->model->config.head_dim, err)) return false;
     if (d->options.budget <= 0) d->options.budget = doctor_model_is_small(d) ? 25 : 240;
     if (d->options.thorough) d->options.budget = INFINITY;
     open_tokenizer(d);
@@ -199,7 +200,6 @@ struct doctor *doctor_open(const struct doctor_options *options, struct error *e
         return NULL;
     }
     d->options = *options;
-    d->kv_type = options->kv_type && strcmp(options->kv_type, "f32") == 0 ? DTYPE_F32 : DTYPE_BF16;
     if (!d->options.stages) d->options.stages = (1u << STAGE_COUNT) - 1;
     if (!open_parts(d, err)) {
         doctor_close(d);

@@ -95,10 +95,6 @@ static bool open_workload(const struct doctor *d, struct workload *l) {
     return true;
 }
 
-static enum dtype kv_type(const struct doctor *d) {
-    return d->options.kv_type && strcmp(d->options.kv_type, "f32") == 0 ? DTYPE_F32 : DTYPE_BF16;
-}
-
 static bool run_steps(struct examination *x, struct walk *walk, struct run *run, struct kv_store *kv,
                       struct error *err) {
     struct workload l;
@@ -133,7 +129,7 @@ static bool walk_path(struct examination *x, const struct ops *ops, uint32_t fus
     struct walk *walk = walk_create(&o, x->finding, err);
     struct kv_store kv = {0};
     struct run *run = NULL;
-    bool ok = walk && kv_store_create(&kv, &d->model->config, kv_type(d), N_PAGES, err);
+    bool ok = walk && kv_store_create(&kv, &d->model->config, d->kv_type, N_PAGES, err);
     if (ok) {
         memset(kv.memory, 0xFF, kv.bytes); // NaN
         struct run_options r = {.ops = walk_ops(walk),

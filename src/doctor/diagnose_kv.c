@@ -2,6 +2,7 @@
 #include "doctor/diagnose_kv.h"
 
 #include "base/size.h"
+#include "ops/kv_page.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -16,16 +17,16 @@ struct position_kv {
 };
 
 struct kv_shadow {
-    size_t n_layers, n_values; // n_kv_heads * head_dim
-    size_t element;            // bytes; 0 before the first store
-    struct position_kv *list;  // [n]
+    size_t n_layers, n_kv_heads;
+    size_t head_bytes;        // of one head; 0 before the first store
+    struct position_kv *list; // [n]
     size_t n, cap;
     struct arena arena;
 };
 
 struct kv_shadow *kv_shadow_create(const struct model_config *c, struct error *err) {
     struct kv_shadow *s = size_alloc_zero(1, sizeof *s);
-    if (s) *s = (struct kv_shadow){.n_layers = c->n_layers, .n_values = c->n_kv_heads * c->head_dim};
+    if (s) *s = (struct kv_shadow){.n_layers = c->n_layers, .n_kv_heads = c->n_kv_heads};
     else error_set(err, "out of memory");
     return s;
 }
@@ -66,14 +67,14 @@ static struct position_kv *find_or_add(struct kv_shadow *s, uint64_t key, uint64
     p = &s->list[s->n];
     *p = (struct position_kv){.key = key, .parent = parent, .position = position};
     p->stored = arena_alloc_zero(&s->arena, s->n_layers, sizeof *p->stored);
-    p->bytes = arena_alloc(&s->arena, s->n_layers, 2 * s->n_values * s->element);
+    p->bytes = arena_alloc(&s->arena, s->n_layers, 2 * s->n_kv_heads * s->head_bytes);
     if (!p->stored || !p->bytes) return NULL;
     s->n++;
     return p;
 }
 
 static unsigned char *shadow_row(const struct kv_shadow *s, const struct position_kv *p, int layer, int is_v) {
-    return p->bytes + (2 * (size_t)layer + (size_t)is_v) * s->n_values * s->element;
+    return p->bytes + (2 * (size_t)layer + (size_t)is_v) * s->n_kv_heads * s->head_bytes;
 }
 
 // ---- Places --------------------------------------------------------------------------------------------------------
@@ -121,24 +122,19 @@ static const unsigned char *slot_of(const struct kv_layer *kv, const struct batc
     head = cyclic(head, way->head, kv->n_kv_heads);
     size_t row = way->nhd ? (page * KV_PAGE_TOKENS + slot) * kv->n_kv_heads + head
                           : (page * kv->n_kv_heads + head) * KV_PAGE_TOKENS + slot;
-    size_t element = kv->type == DTYPE_F32 ? 4 : 2;
     const unsigned char *data = is_v != (int)way->swapped ? kv->v : kv->k;
-    return data + row * kv->head_dim * element;
-}
-
-static void round_head(const struct kv_layer *kv, const float *from, unsigned char *to) {
-    for (size_t c = 0; c < kv->head_dim; c++) {
-        uint16_t h = bf16_from_f32(from[c]);
-        if (kv->type == DTYPE_F32) memcpy(to + 4 * c, &from[c], 4);
-        else memcpy(to + 2 * c, &h, 2);
-    }
+    return data + row * kv_row_bytes(kv);
 }
 
 static float element_at(const struct kv_layer *kv, const unsigned char *row, size_t c) {
-    uint16_t h;
-    float f;
-    if (kv->type == DTYPE_F32) return memcpy(&f, row + 4 * c, 4), f;
-    return memcpy(&h, row + 2 * c, 2), bf16_to_f32(h);
+    return kv_channel(kv->type, row, c);
+}
+
+// The first channel that differs, of two rows of which one does; the last, when only their encoding does.
+static size_t first_difference(const struct kv_layer *kv, const unsigned char *a, const unsigned char *b) {
+    size_t c = 0;
+    while (c + 1 < kv->head_dim && float_bits_of(element_at(kv, a, c)) == float_bits_of(element_at(kv, b, c))) c++;
+    return c;
 }
 
 // ---- Storing -------------------------------------------------------------------------------------------------------
@@ -157,15 +153,15 @@ static const float *source(const struct stored *s, size_t t, size_t head, int is
 // Row (token, head) as it should be, and whether it is found `way`.
 static bool found_there(const struct stored *s, size_t t, size_t head, int is_v, const struct way *way,
                         unsigned char *row) {
-    size_t bytes = s->kv->head_dim * (s->kv->type == DTYPE_F32 ? 4 : 2);
-    round_head(s->kv, source(s, t, head, is_v), row);
+    size_t bytes = kv_row_bytes(s->kv);
+    kv_round(s->kv->type, source(s, t, head, is_v), row, s->kv->head_dim);
     const unsigned char *at = slot_of(s->kv, s->b, (size_t)s->b->seq[t], (size_t)s->b->position[t], head, is_v, way);
     return at && memcmp(at, row, bytes) == 0;
 }
 
 // Whether the bits are those of another rounding: cut off.
 static bool is_cut(const struct stored *s, size_t t, size_t head, int is_v) {
-    if (s->kv->type == DTYPE_F32) return false;
+    if (s->kv->type != DTYPE_BF16) return false;
     const float *from = source(s, t, head, is_v);
     const unsigned char *at =
         slot_of(s->kv, s->b, (size_t)s->b->seq[t], (size_t)s->b->position[t], head, is_v, &right_way);
@@ -209,18 +205,15 @@ static void name_store(const struct stored *s, unsigned char *row, struct findin
 bool kv_shadow_store(struct kv_shadow *s, const char *op, int layer, const struct kv_layer *kv, const struct batch *b,
                      const struct walk_sequence *const *of_seq, const float *k, const float *v, struct finding *f) {
     struct stored job = {kv, b, k, v};
-    s->element = kv->type == DTYPE_F32 ? 4 : 2;
-    size_t head_bytes = kv->head_dim * s->element;
-    unsigned char *row = size_alloc(kv->head_dim, s->element);
+    size_t head_bytes = s->head_bytes = kv_row_bytes(kv);
+    unsigned char *row = size_alloc(head_bytes, 1);
     bool ok = row != NULL;
     for (size_t i = 0; ok && i < 2 * b->n_tokens * kv->n_kv_heads; i++) {
         size_t t = i / 2 / kv->n_kv_heads, head = i / 2 % kv->n_kv_heads;
         int is_v = (int)(i % 2);
         if (!found_there(&job, t, head, is_v, &right_way, row)) {
             const unsigned char *at = slot_of(kv, b, (size_t)b->seq[t], (size_t)b->position[t], head, is_v, &right_way);
-            size_t c = 0;
-            while (at && c + 1 < kv->head_dim && memcmp(at + c * s->element, row + c * s->element, s->element) == 0)
-                c++;
+            size_t c = at ? first_difference(kv, at, row) : 0;
             finding_place(f, op, layer, "K and V stand in their slots");
             f->fault.head = (int)head;
             f->fault.position = b->position[t];
@@ -263,7 +256,7 @@ struct slot_fault {
 
 // Does the row stand in the same slot of some other page?
 static bool stands_elsewhere(const struct slot_fault *f, size_t *page) {
-    size_t bytes = f->kv->head_dim * f->s->element, slot = (size_t)f->position % KV_PAGE_TOKENS;
+    size_t bytes = f->s->head_bytes, slot = (size_t)f->position % KV_PAGE_TOKENS;
     const unsigned char *data = f->is_v ? f->kv->v : f->kv->k;
     for (*page = 0; *page < f->kv->n_pages; ++*page)
         if (memcmp(data + ((*page * f->kv->n_kv_heads + f->head) * KV_PAGE_TOKENS + slot) * bytes, f->want, bytes) == 0)
@@ -273,7 +266,7 @@ static bool stands_elsewhere(const struct slot_fault *f, size_t *page) {
 
 // Whose K or V a slot holds instead.
 static void name_content(const struct slot_fault *f, struct finding *out) {
-    size_t bytes = f->kv->head_dim * f->s->element, page;
+    size_t bytes = f->s->head_bytes, page;
     bool blank = true;
     for (size_t c = 0; c < f->kv->head_dim; c++)
         blank = blank && !(element_at(f->kv, f->at, c) == element_at(f->kv, f->at, c));
@@ -307,14 +300,11 @@ static void name_content(const struct slot_fault *f, struct finding *out) {
 
 // Compares one head of one position. False: finding is filled.
 static bool slot_ok(const struct slot_fault *f, const char *op, struct finding *out) {
-    size_t element = f->s->element, bytes = f->kv->head_dim * element, c = 0;
-    if (f->want && f->at && memcmp(f->at, f->want, bytes) == 0) return true;
+    if (f->want && f->at && memcmp(f->at, f->want, f->s->head_bytes) == 0) return true;
+    size_t c = f->want && f->at ? first_difference(f->kv, f->at, f->want) : 0;
     finding_place(out, op, f->layer, "pages hold what was stored");
     out->fault.head = (int)f->head;
     out->fault.position = f->position;
-    while (f->want && f->at && c + 1 < f->kv->head_dim &&
-           memcmp(f->at + c * element, f->want + c * element, element) == 0)
-        c++;
     out->fault.channel = (int)c;
     if (f->at) out->fault.found = (double)element_at(f->kv, f->at, c);
     if (f->want) out->fault.expected = (double)element_at(f->kv, f->want, c);
@@ -331,7 +321,7 @@ static bool slot_ok(const struct slot_fault *f, const char *op, struct finding *
 
 bool kv_shadow_check(const struct kv_shadow *s, const char *op, int layer, const struct kv_layer *kv,
                      const struct batch *b, const struct walk_sequence *const *of_seq, struct finding *f) {
-    size_t bytes = kv->head_dim * s->element;
+    size_t bytes = s->head_bytes;
     for (size_t q = 0; q < b->n_seqs; q++) {
         for (int32_t j = 0; j < b->kv_len[q]; j++) {
             const struct position_kv *p = find(s, prefix_key(of_seq[q], j), j);

@@ -4,6 +4,7 @@
 #include "doctor/diagnose_spy.h"
 
 #include "base/size.h"
+#include "ops/kv_page.h"
 
 #include <math.h>
 #include <stdio.h>
@@ -492,14 +493,11 @@ static bool probe(struct walk *w, const struct op_ctx *ctx, const struct entry *
 
 // ---- Attention's parts (the standard path) -------------------------------------------------------------------------
 
-static double stored(const struct kv_layer *kv, const void *data, size_t at) {
-    return kv->type == DTYPE_BF16 ? (double)bf16_to_f32(((const uint16_t *)data)[at])
-                                  : (double)((const float *)data)[at];
-}
-
-static size_t slot_offset(const struct kv_layer *kv, const int32_t *pages, size_t j, size_t head) {
-    size_t page = (size_t)pages[j / KV_PAGE_TOKENS];
-    return ((page * kv->n_kv_heads + head) * KV_PAGE_TOKENS + j % KV_PAGE_TOKENS) * kv->head_dim;
+// Channel c of position j; `data` is K or V.
+static double stored(const struct kv_layer *kv, const void *data, const int32_t *pages, size_t j, size_t head,
+                     size_t c) {
+    size_t at = kv_row_at(kv, (size_t)pages[j / KV_PAGE_TOKENS], head, j % KV_PAGE_TOKENS);
+    return (double)kv_channel(kv->type, (const unsigned char *)data + at, c);
 }
 
 static bool off(double found, double want, double bound) {
@@ -525,7 +523,7 @@ static const char *first_wrong_part(const struct walk *w, const struct op_ctx *c
     for (size_t j = 0; j < n; j++) {
         double want = 0, size = 0;
         for (size_t i = 0; i < d; i++) {
-            double term = (double)q[i] * stored(kv, kv->k, slot_offset(kv, pages, j, kv_head) + i);
+            double term = (double)q[i] * stored(kv, kv->k, pages, j, kv_head, i);
             want += term, size += fabs(term);
         }
         if (off((double)m->s[j], want * scale, scale * size * ((double)d / 16 + 10) * u + 1e-37)) return "attn_scores";
@@ -551,7 +549,7 @@ static const char *first_wrong_part(const struct walk *w, const struct op_ctx *c
         size_t begin = i / d * ATTN_BLOCK, end = begin + ATTN_BLOCK < n ? begin + ATTN_BLOCK : n;
         double want = 0, size = 0;
         for (size_t j = begin; j < end; j++) {
-            double term = (double)m->p[j] * stored(kv, kv->v, slot_offset(kv, pages, j, kv_head) + i % d);
+            double term = (double)m->p[j] * stored(kv, kv->v, pages, j, kv_head, i % d);
             want += term, size += fabs(term);
         }
         if (off((double)m->o[i], want, 40 * u * size + 1e-37)) return "attn_values";

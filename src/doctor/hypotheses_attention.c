@@ -4,6 +4,7 @@
 
 #include "base/size.h"
 #include "model/oracle.h"
+#include "ops/kv_page.h"
 
 #include <float.h>
 #include <math.h>
@@ -143,7 +144,7 @@ struct view {
     const struct twist *t;
 };
 
-// Where position j's channels begin; SIZE_MAX: outside.
+// Where position j's row begins, in bytes; SIZE_MAX: outside.
 static size_t place(const struct view *v, size_t j) {
     size_t index = j / KV_PAGE_TOKENS, slot = j % KV_PAGE_TOKENS, page;
     if (v->t->kind == TWIST_PAGES_REVERSED) index = index < v->n_pages ? v->n_pages - 1 - index : index;
@@ -157,13 +158,12 @@ static size_t place(const struct view *v, size_t j) {
     }
     if (page >= v->kv->n_pages) return SIZE_MAX;
     size_t n = v->kv->n_kv_heads;
-    if (v->t->kind == TWIST_NHD) return ((page * KV_PAGE_TOKENS + slot) * n + v->kv_head) * v->kv->head_dim;
-    return ((page * n + v->kv_head) * KV_PAGE_TOKENS + slot) * v->kv->head_dim;
+    if (v->t->kind == TWIST_NHD) return ((page * KV_PAGE_TOKENS + slot) * n + v->kv_head) * kv_row_bytes(v->kv);
+    return kv_row_at(v->kv, page, v->kv_head, slot);
 }
 
-static double kv_value(const struct kv_layer *kv, const void *data, size_t at) {
-    return kv->type == DTYPE_BF16 ? (double)bf16_to_f32(((const uint16_t *)data)[at])
-                                  : (double)((const float *)data)[at];
+static double kv_value(const struct kv_layer *kv, const void *data, size_t row, size_t channel) {
+    return (double)kv_channel(kv->type, (const unsigned char *)data + row, channel);
 }
 
 static bool open_view(const struct call *c, const struct twist *t, size_t row, size_t head, struct view *v) {
@@ -199,7 +199,7 @@ static bool scores(const struct call *c, const struct view *v, const float *q, d
         if (at == SIZE_MAX) return false;
         double sum = 0, k_norm = 0;
         for (size_t i = 0; i < n; i++) {
-            double k = kv_value(v->kv, keys, at + i);
+            double k = kv_value(v->kv, keys, at, i);
             sum += (double)q[i] * k;
             k_norm += k * k;
         }
@@ -222,7 +222,7 @@ static bool add_values(const struct view *v, const double *p, size_t from, size_
         *l += weight;
         if (v->t->kind == TWIST_P_BF16) weight = bf16(weight);
         for (size_t i = 0; i < v->kv->head_dim; i++) {
-            double value = kv_value(v->kv, values, at + i);
+            double value = kv_value(v->kv, values, at, i);
             o[i] += weight * value;
             size[i] += fabs(weight * value);
             if (rounded) o[i] = bf16(o[i]);

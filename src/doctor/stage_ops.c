@@ -5,6 +5,7 @@
 #include "base/clock.h"
 #include "base/size.h"
 #include "model/oracle.h"
+#include "ops/kv_page.h"
 
 #include <math.h>
 #include <stdio.h>
@@ -69,10 +70,8 @@ static float *make_past(struct arena *arena, const struct doctor *d, size_t n, u
     size_t width = d->model->config.n_kv_heads * d->model->config.head_dim;
     float *p = arena_alloc(arena, n * width + 1, sizeof *p);
     uint32_t rng = seed;
-    for (size_t i = 0; p && i < n * width; i++) {
-        float v = (float)(uniform(&rng) * 2);
-        p[i] = d->kv_type == DTYPE_F32 ? v : bf16_to_f32(bf16_from_f32(v));
-    }
+    for (size_t i = 0; p && i < n * width; i++) p[i] = (float)(uniform(&rng) * 2);
+    if (p) kv_as_stored(d->kv_type, p, p, n * width);
     return p;
 }
 

@@ -8,6 +8,7 @@
 #include "base/size.h"
 #include "format/groups.h"
 #include "model/oracle.h"
+#include "ops/kv_page.h"
 
 #include <math.h>
 #include <stdio.h>
@@ -278,9 +279,12 @@ static bool judge_store(struct judge *g, enum segment seg, const float *x) {
     struct answers a = {.seg = seg, .op = "kv_store", .n_rows = n_rows, .columns = segment_columns(g->config, seg)};
     a.strict = a.plain = doubles(g, n_rows, a.columns);
     a.bound = doubles(g, n_rows, a.columns);
+    float *row = arena_alloc(&g->arena, a.columns, sizeof *row);
     if (!a.strict || !a.bound) return false;
+    if (!row) return error_set(g->err, "out of memory to judge %zu rows", n_rows);
     for (size_t i = 0; i < n_rows * a.columns; i++) {
-        a.strict[i] = (double)(g->d->kv_type == DTYPE_F32 ? x[i] : bf16_to_f32(bf16_from_f32(x[i])));
+        if (i % a.columns == 0) kv_as_stored(g->d->kv_type, x + i, row, a.columns);
+        a.strict[i] = (double)row[i % a.columns];
         a.bound[i] = 0;
     }
     judge_answers(g, &a);

@@ -3,6 +3,7 @@
 #include "doctor/stage_ops.h"
 
 #include "base/size.h"
+#include "ops/kv_page.h"
 
 #include <math.h>
 #include <string.h>
@@ -152,35 +153,15 @@ struct step {
     unsigned char *before; // the KV's bytes before the run: K, then V
 };
 
-static size_t element_size(const struct kv_layer *kv) {
-    return kv->type == DTYPE_F32 ? 4 : 2;
-}
-
-// The place of one element, from ops.h.
-static size_t kv_index(const struct kv_layer *kv, size_t page, size_t head, size_t slot, size_t channel) {
-    return ((page * kv->n_kv_heads + head) * KV_PAGE_TOKENS + slot) * kv->head_dim + channel;
-}
-
-static float kv_read(const struct kv_layer *kv, const void *base, size_t index) {
-    if (kv->type == DTYPE_F32) return ((const float *)base)[index];
-    return bf16_to_f32(((const uint16_t *)base)[index]);
-}
-
-static void kv_write(const struct kv_layer *kv, void *base, size_t index, float value) {
-    if (kv->type == DTYPE_F32) ((float *)base)[index] = value;
-    else ((uint16_t *)base)[index] = bf16_from_f32(value);
-}
-
 static void fill_past(struct step *s, size_t seq) {
     const struct op_sequence *q = &s->c->seqs[seq];
     const int32_t *pages = s->batch.pages + s->batch.page_start[seq];
-    size_t width = s->kv.n_kv_heads * s->kv.head_dim;
+    size_t hd = s->kv.head_dim, width = s->kv.n_kv_heads * hd;
     for (size_t p = 0; p < q->past; p++)
-        for (size_t i = 0; i < width; i++) {
-            size_t at = kv_index(&s->kv, (size_t)pages[p / KV_PAGE_TOKENS], i / s->kv.head_dim, p % KV_PAGE_TOKENS,
-                                 i % s->kv.head_dim);
-            kv_write(&s->kv, s->kv.k, at, q->past_k[p * width + i]);
-            kv_write(&s->kv, s->kv.v, at, q->past_v[p * width + i]);
+        for (size_t h = 0; h < s->kv.n_kv_heads; h++) {
+            size_t at = kv_row_at(&s->kv, (size_t)pages[p / KV_PAGE_TOKENS], h, p % KV_PAGE_TOKENS);
+            kv_round(s->kv.type, q->past_k + p * width + h * hd, (unsigned char *)s->kv.k + at, hd);
+            kv_round(s->kv.type, q->past_v + p * width + h * hd, (unsigned char *)s->kv.v + at, hd);
         }
 }
 
@@ -199,7 +180,7 @@ static bool open_kv(struct step *s, const struct op_way *way, size_t n_used, str
     const struct model_config *m = s->config;
     s->kv = (struct kv_layer){
         .type = s->c->d->kv_type, .n_pages = n_pages, .n_kv_heads = m->n_kv_heads, .head_dim = m->head_dim};
-    bool fits = size_mul(n_pages * KV_PAGE_TOKENS, m->n_kv_heads * m->head_dim * element_size(&s->kv), &s->kv_bytes);
+    bool fits = size_mul(n_pages, kv_page_bytes(&s->kv), &s->kv_bytes);
     s->kv.k = fits ? arena_alloc(arena, s->kv_bytes, 1) : NULL;
     s->kv.v = fits ? arena_alloc(arena, s->kv_bytes, 1) : NULL;
     s->before = fits ? arena_alloc(arena, 2 * s->kv_bytes, 1) : NULL;
@@ -208,7 +189,7 @@ static bool open_kv(struct step *s, const struct op_way *way, size_t n_used, str
     int32_t *order = arena_alloc(arena, n_pages, sizeof *order);
     if (!s->kv.k || !s->kv.v || !s->before || !s->owner || !s->first || !order)
         return error_set(err, "out of memory for %zu KV pages", n_pages);
-    memset(s->kv.k, 0xFF, s->kv_bytes); // NaN in both types
+    memset(s->kv.k, 0xFF, s->kv_bytes); // NaN in every type
     memset(s->kv.v, 0xFF, s->kv_bytes);
     for (size_t i = 0; i < n_pages; i++) order[i] = (int32_t)i, s->owner[i] = -1;
     if (way->page_order) permute(order, n_pages, way->page_order);
@@ -272,10 +253,10 @@ static void read_stored(const struct step *s, struct capture *out) {
     for (size_t t = 0; t < s->batch.n_tokens; t++) {
         size_t p = (size_t)s->batch.position[t];
         size_t page = (size_t)s->batch.pages[(size_t)s->batch.page_start[s->batch.seq[t]] + p / KV_PAGE_TOKENS];
-        for (size_t i = 0; i < width; i++) {
-            size_t at = kv_index(&s->kv, page, i / hd, p % KV_PAGE_TOKENS, i % hd);
-            out->seg[SEG_KV_K][t * width + i] = kv_read(&s->kv, s->kv.k, at);
-            out->seg[SEG_KV_V][t * width + i] = kv_read(&s->kv, s->kv.v, at);
+        for (size_t h = 0; h < s->kv.n_kv_heads; h++) {
+            size_t at = kv_row_at(&s->kv, page, h, p % KV_PAGE_TOKENS), to = t * width + h * hd;
+            dtype_to_f32(s->kv.type, (const unsigned char *)s->kv.k + at, out->seg[SEG_KV_K] + to, hd);
+            dtype_to_f32(s->kv.type, (const unsigned char *)s->kv.v + at, out->seg[SEG_KV_V] + to, hd);
         }
     }
     out->present[SEG_KV_K] = out->present[SEG_KV_V] = true;
@@ -283,7 +264,7 @@ static void read_stored(const struct step *s, struct capture *out) {
 
 // Slots that belong to no token of this step hold the bytes that they held.
 static void check_untouched(const struct step *s, struct capture *out) {
-    size_t hd = s->kv.head_dim, size = element_size(&s->kv), row = hd * size;
+    size_t hd = s->kv.head_dim, row = kv_row_bytes(&s->kv);
     for (size_t page = 0; page < s->kv.n_pages; page++)
         for (size_t slot = 0; slot < KV_PAGE_TOKENS; slot++) {
             int32_t owner = s->owner[page];
@@ -291,7 +272,7 @@ static void check_untouched(const struct step *s, struct capture *out) {
             const struct op_sequence *q = owner >= 0 ? &s->c->seqs[owner] : NULL;
             if (q && position >= q->past && position < q->past + q->n) continue;
             for (size_t h = 0; h < s->kv.n_kv_heads; h++) {
-                size_t at = kv_index(&s->kv, page, h, slot, 0) * size;
+                size_t at = kv_row_at(&s->kv, page, h, slot);
                 if (memcmp((unsigned char *)s->kv.k + at, s->before + at, row) == 0 &&
                     memcmp((unsigned char *)s->kv.v + at, s->before + s->kv_bytes + at, row) == 0)
                     continue;

@@ -5,6 +5,7 @@
 
 #include "base/clock.h"
 #include "base/size.h"
+#include "ops/kv_page.h"
 
 #include <math.h>
 #include <stdio.h>
@@ -138,7 +139,7 @@ static void poison_free_pages(tandem_engine *e) {
         if (e->pages.uses[page] > 0 || kv_is_cached(&e->pages, (int32_t)page)) continue;
         for (size_t i = 0; i < kv->n_layers; i++) {
             const struct kv_layer *l = &kv->layers[i];
-            size_t bytes = l->n_kv_heads * KV_PAGE_TOKENS * l->head_dim * (l->type == DTYPE_F32 ? 4 : 2);
+            size_t bytes = kv_page_bytes(l);
             memset((unsigned char *)l->k + page * bytes, 0xFF, bytes);
             memset((unsigned char *)l->v + page * bytes, 0xFF, bytes);
         }
@@ -368,7 +369,7 @@ static bool check_poisoned_neighbour(struct stage *s) {
     for (size_t k = 0; ok && k < REPLY; k++) {
         if (k == 2) { // V of the neighbour's first page, layer 0
             const struct kv_layer *l = &s->engine->kv.layers[0];
-            size_t page = l->n_kv_heads * KV_PAGE_TOKENS * l->head_dim * (l->type == DTYPE_F32 ? 4 : 2);
+            size_t page = kv_page_bytes(l);
             memset((unsigned char *)l->v + (size_t)pair[0]->kv.pages[0] * page, 0xFF, page);
         }
         tandem_next_many(pair, 2, tokens, status, why, sizeof why);

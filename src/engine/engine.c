@@ -5,6 +5,7 @@
 #include "base/clock.h"
 #include "base/size.h"
 #include "format/hub.h"
+#include "ops/kv_page.h"
 
 #include <math.h>
 #include <stdio.h>
@@ -55,13 +56,10 @@ static bool choose_limits(tandem_engine *e, const tandem_options *o, struct erro
     if (e->max_batch > MAX_BATCH)
         return error_set(err, "max_batch: expected 1 to %d, found %zu", MAX_BATCH, e->max_batch);
     e->max_step_tokens = e->chunk > e->max_batch ? e->chunk : e->max_batch;
-    const char *type = o->kv_type ? o->kv_type : "bf16";
-    if (strcmp(type, "bf16") == 0) e->kv_type = DTYPE_BF16;
-    else if (strcmp(type, "f32") == 0) e->kv_type = DTYPE_F32;
-    else return error_set(err, "KV type: expected bf16 or f32, found %s", type);
+    if (!kv_type_parse(o->kv_type, &e->kv_type, err)) return false;
     if (e->ops->device && e->kv_type != DTYPE_BF16)
-        return error_set(err, "KV type: %s stores K and V as bf16, %s was asked for", e->ops->device->name, type);
-    return true;
+        return error_set(err, "KV type: %s stores K and V as bf16, %s was asked for", e->ops->device->name, o->kv_type);
+    return kv_type_fits(e->kv_type, e->model->config.head_dim, err);
 }
 
 // Keys the hash of the prefix cache, so that nobody can prepare prompts that collide.

@@ -3,6 +3,7 @@
 #include "model/model.h"
 
 #include "base/size.h"
+#include "ops/kv_page.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -421,8 +422,8 @@ const float *model_forward(const struct model *m, struct run *r, struct kv_store
 bool kv_store_create_on(struct device *d, struct kv_store *kv, const struct model_config *c, enum dtype type,
                         size_t n_pages, struct error *err) {
     *kv = (struct kv_store){.n_layers = c->n_layers, .n_pages = n_pages, .device = d};
-    size_t element = type == DTYPE_F32 ? 4 : 2, per_layer = 0,
-           page = c->n_kv_heads * KV_PAGE_TOKENS * c->head_dim * element;
+    size_t per_layer = 0, page = c->n_kv_heads * KV_PAGE_TOKENS * kv_bytes(type, c->head_dim);
+    if (!kv_type_fits(type, c->head_dim, err)) return false;
     bool fits = size_mul(page, n_pages, &per_layer) && size_mul(per_layer, 2 * c->n_layers, &kv->bytes);
     kv->layers = size_alloc_zero(c->n_layers, sizeof *kv->layers);
     // Not cleared: a slot is written before it is read, and `tandem check` proves it with poison.
@@ -460,7 +461,7 @@ void kv_store_copy_page(struct kv_store *kv, size_t from, size_t to) {
     struct device *d = kv->device;
     for (size_t i = 0; i < kv->n_layers; i++) {
         struct kv_layer *l = &kv->layers[i];
-        size_t page = l->n_kv_heads * KV_PAGE_TOKENS * l->head_dim * (l->type == DTYPE_F32 ? 4 : 2);
+        size_t page = kv_page_bytes(l);
         unsigned char *of[] = {l->k, l->v};
         for (size_t j = 0; j < 2; j++) {
             if (d) d->move(d, of[j] + to * page, of[j] + from * page, page);

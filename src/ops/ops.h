@@ -69,12 +69,10 @@ struct batch {
     const struct batch *host;  // the same batch on the host, where the arrays above are a device's; else NULL
 };
 
-// The K and V pages of one layer. K and V are rounded once, to `type`, when they are stored.
-// Element (page, kv_head, slot, channel) stands at ((page * n_kv_heads + kv_head) * KV_PAGE_TOKENS + slot) * head_dim +
-// channel.
-// (A device may order the elements of a page's head in its own way.)
+// The K and V pages of one layer. K and V are rounded once, to `type`, when they are stored: kv_page.h has the layout
+// and the rounding. The stored values are exact in f32, and that is what attention multiplies.
 struct kv_layer {
-    enum dtype type; // BF16 or F32
+    enum dtype type; // BF16, F16, F32, or Q8_0 (blocks of 32 channels); a device: BF16
     void *k, *v;
     size_t n_pages, n_kv_heads, head_dim;
 };

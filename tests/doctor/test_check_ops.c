@@ -1,5 +1,6 @@
 // The ops stage: healthy ops pass, and a table with one wrong op in it does not, whatever is wrong with it.
 #include "helpers.h"
+#include "ops/kv_page.h"
 
 static const struct ops *right; // the table that the wrong ones are made from; set by each test
 
@@ -159,6 +160,46 @@ static void a_slot_too_many_is_written(void **state) {
     one_wrong("kv_store", 0, spoil_store);
 }
 
+// Every type of KV is healthy, and a mistake in the rounding of one is found.
+static void other_kv_types_pass(void **state) {
+    (void)state;
+    static const enum dtype types[] = {DTYPE_F32, DTYPE_F16, DTYPE_Q8_0};
+    for (size_t i = 0; i < sizeof types / sizeof types[0]; i++) {
+        struct clinic c = open_clinic("synthetic:tiny-qwen3", 1u << STAGE_OPS | 1u << STAGE_MODEL);
+        c.doctor->kv_type = types[i];
+        assert_true(kv_type_fits(types[i], c.doctor->model->config.head_dim, NULL));
+        examine(&c);
+        expect_healthy(&c);
+        close_clinic(&c);
+    }
+}
+
+// Q8_0 with a scale for 64 channels: the second block of each pair takes the first one's.
+static void kv_store_shared_scale(const struct op_ctx *ctx, struct kv_layer *kv, const struct batch *b, const float *k,
+                                  const float *v) {
+    right->kv_store(ctx, kv, b, k, v);
+    for (size_t t = 0; t < b->n_tokens; t++) {
+        size_t p = (size_t)b->position[t],
+               page = (size_t)b->pages[(size_t)b->page_start[b->seq[t]] + p / KV_PAGE_TOKENS];
+        unsigned char *row = (unsigned char *)kv->v + kv_row_at(kv, page, 0, p % KV_PAGE_TOKENS);
+        memcpy(row + kv_bytes(kv->type, 32), row, 2);
+    }
+}
+static void spoil_scale(struct ops *o) {
+    only_primitives(o);
+    o->kv_store = kv_store_shared_scale;
+}
+static void a_shared_kv_scale_is_found(void **state) {
+    (void)state;
+    struct ops wrong;
+    struct clinic c = open_ops("synthetic:tiny-qwen3", &wrong);
+    c.doctor->kv_type = DTYPE_Q8_0;
+    spoil_scale(&wrong);
+    examine(&c);
+    expect_fault(&c, "kv_store", 0);
+    close_clinic(&c);
+}
+
 static void silu_is_gelu(const struct op_ctx *ctx, float *act, const float *gate, const float *up, size_t n) {
     (void)ctx;
     for (size_t i = 0; i < n; i++) act[i] = 0.5f * gate[i] * (1 + erff(gate[i] * 0.70710678f)) * up[i];
@@ -268,6 +309,8 @@ int main(void) {
         cmocka_unit_test(norm_order),
         cmocka_unit_test(one_term_of_one_element_is_missing),
         cmocka_unit_test(rope_turns_the_wrong_way),
+        cmocka_unit_test(other_kv_types_pass),
+        cmocka_unit_test(a_shared_kv_scale_is_found),
         cmocka_unit_test(a_slot_too_many_is_written),
         cmocka_unit_test(gelu_for_silu),
         cmocka_unit_test(long_contexts_are_wrong),

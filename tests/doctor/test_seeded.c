@@ -32,7 +32,7 @@ struct outcome {
 
 static struct settings {
     bool markdown, direct;
-    const char *only;
+    const char *only, *kv_type;
     size_t part, n_parts; // n_parts 0: all
 } settings;
 
@@ -46,7 +46,8 @@ static void print_report(const struct doctor_report *r) {
 static bool examine(const struct seed *seed, const char *model, struct doctor_report *report, struct error *err) {
     // What no single op shows needs the stages of whole runs and of the engine.
     double budget = seed && seed->site >= SITE_STEP ? 4 : 0.5;
-    struct doctor_options options = {.model = model, .threads = 2, .seed = 11, .budget = budget};
+    struct doctor_options options = {
+        .model = model, .threads = 2, .seed = 11, .budget = budget, .kv_type = settings.kv_type};
     if (settings.n_parts) options.threads = 1; // the other parts have the other processors
     if (seed && seed->site == SITE_ENGINE) {   // no op and no step is broken: time for the engine alone
         options.stages = 1u << STAGE_SERVING;
@@ -153,6 +154,32 @@ static void every_seed_is_found(void **state) {
     assert_true((double)named >= 0.80 * (double)n);
 }
 
+// With K and V in 8 bits: whatever reads or writes them, and the engine's pages.
+static void kv_seeds_are_found_in_q8_0(void **state) {
+    (void)state;
+    size_t n = 0, found = 0, localised = 0, named = 0;
+    if (settings.markdown || settings.only || settings.part != settings.n_parts) return; // once: with the last part
+    settings.kv_type = "q8_0";
+    for (size_t i = 0; i < n_seeds; i++) {
+        struct outcome o;
+        enum seed_site site = seeds[i].site;
+        bool of_kv = site == SITE_KV_STORE || site == SITE_ATTN_VALUES || site == SITE_ENGINE ||
+                     (seeds[i].mistake >= STORE_LATE && seeds[i].mistake <= STORE_SWAPPED);
+        if (!of_kv && !(site == SITE_ATTENTION && seeds[i].layer == 2)) continue;
+        assert_true(run_seed(&seeds[i], &o));
+        print_row(&seeds[i], &o);
+        n++;
+        found += o.fault;
+        localised += o.localised;
+        named += o.named;
+    }
+    settings.kv_type = NULL;
+    assert_true(n >= 12);
+    assert_int_equal(found, n);
+    assert_int_equal(localised, n);
+    assert_true(named + 1 >= n);
+}
+
 // A diagnosis that is asked although nothing is wrong names nothing. (tests/e2e/test_check.py has the stages.)
 static void healthy_models_are_left_in_peace(void **state) {
     (void)state;
@@ -162,6 +189,7 @@ static void healthy_models_are_left_in_peace(void **state) {
                                          "synthetic:tiny-qwen3:q4_k", "models/tandem-tiny"};
     bool was_direct = settings.direct;
     for (size_t i = 0; i < sizeof models / sizeof models[0]; i++) {
+        settings.kv_type = i % 3 == 0 ? "q8_0" : NULL;
         struct doctor_report *r = calloc(1, sizeof *r);
         struct error err = {0};
         assert_non_null(r);
@@ -177,6 +205,7 @@ static void healthy_models_are_left_in_peace(void **state) {
         free(r);
     }
     settings.direct = was_direct;
+    settings.kv_type = NULL;
 }
 
 int main(int argc, char **argv) {
@@ -191,9 +220,11 @@ int main(int argc, char **argv) {
     }
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(healthy_models_are_left_in_peace),
+        cmocka_unit_test(kv_seeds_are_found_in_q8_0),
         cmocka_unit_test(every_seed_is_found),
     };
     bool seeds_alone = settings.markdown || settings.only || settings.part > 1;
-    return seeds_alone ? cmocka_run_group_tests_name("seeded", ((const struct CMUnitTest[]){tests[1]}), NULL, NULL)
-                       : cmocka_run_group_tests_name("seeded", tests, NULL, NULL);
+    return seeds_alone
+               ? cmocka_run_group_tests_name("seeded", ((const struct CMUnitTest[]){tests[1], tests[2]}), NULL, NULL)
+               : cmocka_run_group_tests_name("seeded", tests, NULL, NULL);
 }

@@ -71,6 +71,14 @@ def test_other_paths(path):
     report("--synthetic", "tiny-qwen3", "--fusion", path, "--stage", "ops,model", "--threads", 1)
 
 
+@pytest.mark.parametrize("kv_type", ["q8_0", "f16"])
+def test_other_kv_types(kv_type):
+    report("--synthetic", "tiny-qwen3", "--kv-type", kv_type)
+    out = report("--kv-type", kv_type, "--stage", "model")
+    figures = stage(out, "model")["figures"]
+    assert figures["kl_mean"] < figures["kl_mean_h"]
+
+
 def test_portable():
     out = report("--synthetic", "tiny-llama", "--isa", "portable", "--stage", "model,serving")
     assert out["ops"] == "cpu/portable"

@@ -113,6 +113,7 @@ def test_chat_commands(tmp_path):
     (["run", "-p", "word " * 3000], 1, "context"),
     (["run", "-p", "x", "--ctx", "100000"], 1, "2048"),
     (["run", "-p", "x", "--fusion", "what"], 1, "norm_qkv"),
+    (["run", "-p", "x", "--kv-type", "q4_0"], 1, "q8_0"),
     (["run", "-p", "x", "--isa", "z80"], 1, "portable"),
     (["run", "-p", "x", "--template", "what"], 2, "qwen3"),
     (["run", "-p", "x", "--logit-bias", "5"], 2, "ID:NUMBER"),

@@ -118,11 +118,27 @@ def test_greedy_text_equals_float32_up_to_a_tie(tmp_path):
         assert abs(row[ours[first]] - row[theirs[first]]) < 0.1, case["prompt"]
 
 
+@pytest.mark.parametrize("kv_type, most", [("f16", 0.5), ("f32", 0.5), ("q8_0", 1.0)])
+def test_kv_types_on_the_goldens(kv_type, most, tmp_path):
+    """q8_0 costs more than bf16 K and V do, and less than Hugging Face's bf16; no path of it differs from another."""
+    golden = load(TINY / "golden/golden.safetensors")
+    exact, theirs = golden["t129.logits_f64"], golden["t129.logits_bf16"]
+    got = trace(TINY, golden["t129.ids"], tmp_path, kv_type=kv_type)["logits"]
+    plain = trace(TINY, golden["t129.ids"], tmp_path, kv_type=kv_type, path="standard")["logits"]
+    bf16 = trace(TINY, golden["t129.ids"], tmp_path)["logits"]
+    assert np.array_equal(got, plain)
+    assert not np.array_equal(got, bf16)
+    got, bf16 = got[-len(exact) :], bf16[-len(exact) :]
+    assert 0 < rms(got - exact) <= most * rms(theirs - exact)
+    assert (rms(got - exact) > rms(bf16 - exact)) == (kv_type == "q8_0")
+
+
+@pytest.mark.parametrize("kv_type", ["bf16", "q8_0"])
 @pytest.mark.parametrize("threads", [1, 3])
-def test_same_bits_at_any_thread_count_and_isa(threads):
+def test_same_bits_at_any_thread_count_and_isa(threads, kv_type):
     def digest(*options):
         done = subprocess.run([TANDEM, "run", str(TINY), "-p", "Tell me a story.", "--think", "off", "--seed", "7", "-n",
-                               "40", "--json", *options], check=True, capture_output=True)
+                               "40", "--kv-type", kv_type, "--json", *options], check=True, capture_output=True)
         answer = json.loads(done.stdout)
         return answer["tokens"], answer["logits_hash"]
 

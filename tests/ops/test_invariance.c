@@ -13,7 +13,7 @@ struct shape {
 
 static const struct shape shapes[] = {
     {6, 2, 64, DTYPE_BF16, DTYPE_BF16, true, false}, {3, 3, 80, DTYPE_F32, DTYPE_F32, true, false},
-    {5, 1, 96, DTYPE_BF16, DTYPE_F32, false, true},  {4, 2, 128, DTYPE_F16, DTYPE_BF16, true, false},
+    {5, 1, 96, DTYPE_BF16, DTYPE_F32, false, true},  {4, 2, 128, DTYPE_F16, DTYPE_Q8_0, true, false},
     {2, 1, 256, DTYPE_BF16, DTYPE_BF16, true, true},
 };
 

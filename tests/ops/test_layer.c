@@ -2,6 +2,7 @@
 // op fused at a time, one thread and several, whole batches and one token at a time. Every way must give the same
 // bytes. Unused KV slots, scratch and outputs start as NaN, and canaries stand behind them.
 #include "base/size.h"
+#include "ops/kv_page.h"
 #include "ops/ops.h"
 
 #include <math.h>
@@ -235,9 +236,8 @@ static void run_batch(const struct layer *l, const struct op_ctx *ctx, const str
 
 // Fills the KV with NaN, then with the past of every sequence.
 static void fill_kv(const struct layer *l, struct kv_layer *kv, const struct op_ctx *ctx) {
-    size_t n = kv->n_pages * kv->n_kv_heads * KV_PAGE_TOKENS * kv->head_dim;
-    memset(kv->k, 0xFF, n * (kv->type == DTYPE_F32 ? 4 : 2));
-    memset(kv->v, 0xFF, n * (kv->type == DTYPE_F32 ? 4 : 2));
+    memset(kv->k, 0xFF, kv->n_pages * kv_page_bytes(kv));
+    memset(kv->v, 0xFF, kv->n_pages * kv_page_bytes(kv));
     size_t from = 0;
     for (size_t s = 0; s < l->s.n_seqs; s++) {
         for (size_t p = 0; p < l->s.past[s]; p++, from++) {
@@ -420,6 +420,36 @@ static void every_head_dim_and_group(void **state) {
     }
 }
 
+static void every_kv_type(void **state) {
+    (void)state;
+    static const enum dtype types[] = {DTYPE_F16, DTYPE_Q8_0};
+    static const size_t dims[] = {32, 64, 96, 128, 256}, groups[] = {1, 2, 3, 7, 16};
+    for (size_t k = 0; k < sizeof types / sizeof *types; k++) {
+        for (size_t d = 0; d < sizeof dims / sizeof *dims; d++) {
+            struct shape s = small;
+            s.kv = types[k];
+            s.head_dim = dims[d];
+            s.n_kv_heads = 1 + d % 2;
+            s.n_heads = groups[d] * s.n_kv_heads;
+            s.norm = d % 2 == 0;
+            s.n_seqs = 2;
+            s.past[0] = 62, s.new[0] = 4;
+            s.past[1] = 5, s.new[1] = 1;
+            check_shape(&s, dims[d] == 64);
+        }
+    }
+    struct shape s = small; // the context cut into pieces for the threads
+    s.kv = DTYPE_Q8_0;
+    s.n_heads = 2, s.n_kv_heads = 1;
+    s.past[0] = 1100, s.new[0] = 1;
+    check_shape(&s, false);
+    s = small;
+    s.kv = DTYPE_F16;
+    s.head_dim = 72; // no whole number of vectors of 32
+    s.new[0] = 40;
+    check_shape(&s, false);
+}
+
 static void every_weight_type(void **state) {
     (void)state;
     for (enum dtype type = 0; type < DTYPE_COUNT; type++) {
@@ -499,6 +529,7 @@ int main(void) {
         cmocka_unit_test(every_op_alone),
         cmocka_unit_test(every_t),
         cmocka_unit_test(every_head_dim_and_group),
+        cmocka_unit_test(every_kv_type),
         cmocka_unit_test(every_weight_type),
         cmocka_unit_test(long_contexts),
     };

@@ -4,6 +4,7 @@
 #include "format/groups.h"
 
 #include "ops/cpu/math.h"
+#include "ops/kv_page.h"
 #include "ops/ops.h"
 
 static struct op_ctx open_portable(int n_threads) {
@@ -375,6 +376,83 @@ static void test_kv_store(void **state) {
     free(v);
 }
 
+// Q8_0: the scale and the integers of the definition, computed here in f64; the error that they leave.
+static void test_kv_round_q8_0(void **state) {
+    (void)state;
+    enum { N = 64 };
+    for (uint32_t seed = 1; seed < 400; seed++) {
+        float *x = random_floats(N, exp2f((float)(seed % 37) - 22.0f), seed), back[N];
+        unsigned char row[N / 32 * 34 + 1];
+        row[sizeof row - 1] = 0xA5;
+        assert_int_equal(kv_bytes(DTYPE_Q8_0, N), sizeof row - 1);
+        kv_round(DTYPE_Q8_0, x, row, N);
+        assert_int_equal(row[sizeof row - 1], 0xA5);
+        dtype_to_f32(DTYPE_Q8_0, row, back, N);
+        for (size_t b = 0; b < N; b += 32) {
+            double most = 0;
+            for (size_t i = b; i < b + 32; i++) most = fmax(most, fabs((double)x[i]));
+            // f16 next to most / 127: 11 bits, or a multiple of 2^-24.
+            double step = exp2(fmax(floor(log2(most / 127)) - 10, -24)), d = nearbyint(most / 127 / step) * step;
+            uint16_t half;
+            memcpy(&half, row + b / 32 * 34, 2);
+            assert_true(fabs((double)f16_to_f32(half) - d) <= 0.002 * step); // most / 127 is f32 there
+            for (size_t i = b; i < b + 32; i++) {
+                assert_true(kv_channel(DTYPE_Q8_0, row, i) == back[i]);
+                assert_true(fabs((double)(int8_t)row[b / 32 * 34 + 2 + i - b]) <= 127);
+                double edge = fmax(0, fabs((double)x[i]) - 127 * d); // where d was rounded down
+                assert_true(fabs((double)back[i] - (double)x[i]) <= 0.5001 * d + edge + most * 1e-6);
+            }
+        }
+        kv_as_stored(DTYPE_Q8_0, x, x, N);
+        assert_memory_equal(x, back, sizeof back);
+        free(x);
+    }
+}
+
+// What cannot be stored shows: its whole block becomes NaN, and nothing else. What is next to zero becomes zero.
+static void test_kv_round_extremes(void **state) {
+    (void)state;
+    const float odd[] = {NAN, INFINITY, -INFINITY, 8.4e6f, -3e38f};
+    float back[64], x[64];
+    for (size_t k = 0; k < sizeof odd / sizeof *odd; k++) {
+        for (size_t i = 0; i < 64; i++) x[i] = (float)i - 31.5f;
+        x[40] = odd[k];
+        kv_as_stored(DTYPE_Q8_0, x, back, 64);
+        for (size_t i = 0; i < 32; i++) assert_true(fabsf(back[i] - x[i]) < 0.14f);
+        for (size_t i = 32; i < 64; i++) assert_true(isnan(back[i]));
+    }
+    for (size_t i = 0; i < 32; i++) x[i] = 2e-7f * ((float)i - 16);
+    kv_as_stored(DTYPE_Q8_0, x, back, 32);
+    for (size_t i = 0; i < 32; i++) assert_true(back[i] == 0.0f);
+    for (size_t i = 0; i < 32; i++) x[i] = (float)(i % 3) * 4.1e6f; // the largest that a block holds
+    kv_as_stored(DTYPE_Q8_0, x, back, 32);
+    for (size_t i = 0; i < 32; i++) assert_true(fabsf(back[i] - x[i]) < 4e4f);
+}
+
+static void test_kv_types(void **state) {
+    (void)state;
+    enum dtype type;
+    struct error err = {0};
+    const struct {
+        const char *name;
+        enum dtype type;
+    } known[] = {
+        {NULL, DTYPE_BF16}, {"bf16", DTYPE_BF16}, {"f16", DTYPE_F16}, {"f32", DTYPE_F32}, {"q8_0", DTYPE_Q8_0}};
+    for (size_t i = 0; i < sizeof known / sizeof *known; i++) {
+        assert_true(kv_type_parse(known[i].name, &type, &err));
+        assert_int_equal(type, known[i].type);
+    }
+    const char *const unknown[] = {"", "q4_0", "q8", "bf16 ", "bool"};
+    for (size_t i = 0; i < sizeof unknown / sizeof *unknown; i++) {
+        assert_false(kv_type_parse(unknown[i], &type, &err));
+        assert_non_null(strstr(err.text, unknown[i]));
+        assert_non_null(strstr(err.text, "q8_0"));
+    }
+    assert_true(kv_type_fits(DTYPE_Q8_0, 96, &err) && kv_type_fits(DTYPE_F16, 20, &err));
+    assert_false(kv_type_fits(DTYPE_Q8_0, 80, &err));
+    assert_non_null(strstr(err.text, "80"));
+}
+
 // A token at position 8,191 over equal keys averages the values; one key that stands out takes nearly all.
 static void test_long_attention(void **state) {
     (void)state;
@@ -424,13 +502,23 @@ static void test_fusion_text(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_exp32),          cmocka_unit_test(test_dot16_order),
-        cmocka_unit_test(test_dotpair_order),  cmocka_unit_test(test_round_activation),
-        cmocka_unit_test(test_matmul),         cmocka_unit_test(test_other_weights),
-        cmocka_unit_test(test_rmsnorm),        cmocka_unit_test(test_rope),
-        cmocka_unit_test(test_silu_mul),       cmocka_unit_test(test_plain),
-        cmocka_unit_test(test_kv_store),       cmocka_unit_test(test_attention),
-        cmocka_unit_test(test_long_attention), cmocka_unit_test(test_fusion_text),
+        cmocka_unit_test(test_exp32),
+        cmocka_unit_test(test_dot16_order),
+        cmocka_unit_test(test_dotpair_order),
+        cmocka_unit_test(test_round_activation),
+        cmocka_unit_test(test_matmul),
+        cmocka_unit_test(test_other_weights),
+        cmocka_unit_test(test_rmsnorm),
+        cmocka_unit_test(test_rope),
+        cmocka_unit_test(test_silu_mul),
+        cmocka_unit_test(test_plain),
+        cmocka_unit_test(test_kv_store),
+        cmocka_unit_test(test_kv_round_q8_0),
+        cmocka_unit_test(test_kv_round_extremes),
+        cmocka_unit_test(test_kv_types),
+        cmocka_unit_test(test_attention),
+        cmocka_unit_test(test_long_attention),
+        cmocka_unit_test(test_fusion_text),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

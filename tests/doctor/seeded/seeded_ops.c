@@ -1,5 +1,6 @@
 // seeded_ops.c: broken ops. Each runs the right op, works out the mistaken numbers by itself in plain C, and puts them
 // where the seed says (a layer, a head, a channel). It shares no code with what looks for the mistakes.
+#include "ops/kv_page.h"
 #include "seeded.h"
 
 #include <math.h>
@@ -388,14 +389,10 @@ static void wrong_store(struct kv_layer *kv, const struct batch *b, const float 
         for (size_t h = 0; h < kv->n_kv_heads; h++) {
             size_t row = sown->mistake == STORE_NHD ? (page * KV_PAGE_TOKENS + slot) * kv->n_kv_heads + h
                                                     : (page * kv->n_kv_heads + h) * KV_PAGE_TOKENS + slot;
-            for (size_t i = 0; i < 2 * kv->head_dim; i++) {
-                size_t ch = i / 2, from = (t * kv->n_kv_heads + h) * kv->head_dim + ch;
-                bool is_v = i % 2;
-                void *to = is_v != (sown->mistake == STORE_SWAPPED) ? kv->v : kv->k;
-                float value = is_v ? v[from] : k[from];
-                if (kv->type == DTYPE_F32) ((float *)to)[row * kv->head_dim + ch] = value;
-                else ((uint16_t *)to)[row * kv->head_dim + ch] = bf16_from_f32(value);
-            }
+            size_t from = (t * kv->n_kv_heads + h) * kv->head_dim;
+            bool swap = sown->mistake == STORE_SWAPPED;
+            kv_round(kv->type, (swap ? v : k) + from, (unsigned char *)kv->k + row * kv_row_bytes(kv), kv->head_dim);
+            kv_round(kv->type, (swap ? k : v) + from, (unsigned char *)kv->v + row * kv_row_bytes(kv), kv->head_dim);
         }
     }
 }
@@ -444,17 +441,17 @@ static void broken_qk_norm_rope_store(const struct op_ctx *ctx, const struct qk_
 
 // ---- Attention -----------------------------------------------------------------------------------------------------
 
-static float kv_value(const struct kv_layer *kv, const void *data, size_t at) {
-    return kv->type == DTYPE_BF16 ? bf16_to_f32(((const uint16_t *)data)[at]) : ((const float *)data)[at];
+static float kv_value(const struct kv_layer *kv, const void *data, size_t row, size_t channel) {
+    return kv_channel(kv->type, (const unsigned char *)data + row * kv_row_bytes(kv), channel);
 }
 
+// The row that a mistaken op reads.
 static size_t wrong_place(const struct attention_args *a, const int32_t *pages, size_t n_pages, size_t j, size_t head) {
     size_t index = j / KV_PAGE_TOKENS, slot = j % KV_PAGE_TOKENS;
     if (sown->mistake == READ_REVERSED) index = n_pages - 1 - index;
     size_t page = (size_t)pages[index], n = a->n_kv_heads;
-    size_t row = sown->mistake == READ_NHD ? (page * KV_PAGE_TOKENS + slot) * n + head
-                                           : (page * n + head) * KV_PAGE_TOKENS + slot;
-    return row * a->head_dim;
+    return sown->mistake == READ_NHD ? (page * KV_PAGE_TOKENS + slot) * n + head
+                                     : (page * n + head) * KV_PAGE_TOKENS + slot;
 }
 
 static void wrong_head(const struct attention_args *a, size_t t, size_t h, float *out) {
@@ -477,7 +474,7 @@ static void wrong_head(const struct attention_args *a, size_t t, size_t h, float
         size_t at = wrong_place(a, pages, n_pages, j, kv_head);
         double sum = 0;
         for (size_t i = 0; i < d; i++)
-            sum += (double)a->q[(t * a->n_heads + h) * d + i] * (double)kv_value(a->kv, keys, at + i);
+            sum += (double)a->q[(t * a->n_heads + h) * d + i] * (double)kv_value(a->kv, keys, at, i);
         p[j] = (float)sum * scale;
         if (is == READ_ZERO_WEIGHTS && j >= right_n) p[j] = -INFINITY;
         m = p[j] > m ? p[j] : m;
@@ -488,7 +485,7 @@ static void wrong_head(const struct attention_args *a, size_t t, size_t h, float
         float weight = expf(is == NO_MAXIMUM ? p[j] : p[j] - m);
         l += weight;
         for (size_t i = 0; i < d; i++) {
-            out[i] += weight * kv_value(a->kv, values, at + i);
+            out[i] += weight * kv_value(a->kv, values, at, i);
             if (is == BF16_VALUES) out[i] = bf16(out[i]);
         }
     }
@@ -544,7 +541,7 @@ static void broken_attn_values(const struct op_ctx *ctx, float *o, const float *
             float sum = 0;
             for (size_t j = b * ATTN_BLOCK; j < (b + 1) * ATTN_BLOCK && j < n_kv; j++) {
                 size_t row = ((size_t)pages[b] * kv->n_kv_heads + kv_head) * KV_PAGE_TOKENS + j % KV_PAGE_TOKENS;
-                sum = bf16(sum + p[j] * kv_value(kv, kv->v, row * kv->head_dim + i));
+                sum = bf16(sum + p[j] * kv_value(kv, kv->v, row, i));
             }
             o[b * kv->head_dim + i] = sum;
         }

@@ -9,35 +9,51 @@
 #if defined(__AVX2__)
 
 #include "ops/cpu/avx2/vec.h"
+#include "ops/kv_page.h"
 
 enum { MAX_ROWS = 16 }; // query rows of a tile
 
-// Where a block of K or V vectors of one head starts, in its type.
-static const void *block_at(const struct kv_layer *kv, const void *data, size_t page, size_t kv_head) {
-    size_t at = (page * kv->n_kv_heads + kv_head) * KV_PAGE_TOKENS * kv->head_dim;
-    return (const uint8_t *)data + at * (kv->type == DTYPE_F32 ? 4 : 2);
+// Where a block of K or V vectors of one head starts.
+static const unsigned char *block_at(const struct kv_layer *kv, const void *data, size_t page, size_t kv_head) {
+    return (const unsigned char *)data + kv_row_at(kv, page, kv_head, 0);
 }
 
-INLINE float element(enum dtype type, const void *data, size_t i) {
-    return type == DTYPE_F32 ? ((const float *)data)[i] : bf16_to_f32(((const uint16_t *)data)[i]);
+// Eight channels of a row from channel c on; not of Q8_0.
+INLINE __m256 load_8(enum dtype type, const unsigned char *row, size_t c) {
+    return load_as_f32(type, row + kv_bytes(type, c));
 }
 
-INLINE __m256 load_at(enum dtype type, const void *data, size_t i) {
-    return load_as_f32(type, (const uint8_t *)data + i * (type == DTYPE_F32 ? 4 : 2));
+// 32 channels of a row from channel c on, a multiple of 32. Q8_0's products of 7 and 11 bits are exact.
+INLINE void load_32(enum dtype type, const unsigned char *row, size_t c, __m256 x[4]) {
+    if (type != DTYPE_Q8_0) {
+        for (size_t i = 0; i < 4; i++) x[i] = load_8(type, row, c + 8 * i);
+        return;
+    }
+    const unsigned char *block = row + kv_bytes(type, c);
+    int16_t half;
+    memcpy(&half, block, sizeof half);
+    __m256 d = _mm256_cvtph_ps(_mm_set1_epi16(half));
+    for (size_t i = 0; i < 4; i++) {
+        __m128i q = _mm_loadl_epi64((const __m128i *)(const void *)(block + 2 + 8 * i));
+        x[i] = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(q)), d);
+    }
 }
 
 // s[r * ATTN_BLOCK + j] = dot16(q[r], k_j) * scale for R rows and the first n positions of a block at k.
-INLINE void scores(enum dtype type, float *s, const float *const *q, const void *k, size_t n, size_t head_dim,
+INLINE void scores(enum dtype type, float *s, const float *const *q, const unsigned char *k, size_t n, size_t head_dim,
                    float scale, const size_t R) {
-    for (size_t j = 0; j < n; j++) {
-        __m256 low[4], high[4];
+    const size_t row_bytes = kv_bytes(type, head_dim);
+    for (size_t j = 0; j < n; j++, k += row_bytes) {
+        __m256 low[4], high[4], x[4];
         for (size_t r = 0; r < R; r++) low[r] = high[r] = _mm256_setzero_ps();
-        size_t c = 0, at = j * head_dim;
-        for (; c + DOT_LANES <= head_dim; c += DOT_LANES) {
-            __m256 a = load_at(type, k, at + c), b = load_at(type, k, at + c + 8);
+        size_t c = 0;
+        for (; c + 2 * DOT_LANES <= head_dim; c += 2 * DOT_LANES) {
+            load_32(type, k, c, x);
             for (size_t r = 0; r < R; r++) {
-                low[r] = _mm256_fmadd_ps(_mm256_loadu_ps(q[r] + c), a, low[r]);
-                high[r] = _mm256_fmadd_ps(_mm256_loadu_ps(q[r] + c + 8), b, high[r]);
+                low[r] = _mm256_fmadd_ps(_mm256_loadu_ps(q[r] + c), x[0], low[r]);
+                high[r] = _mm256_fmadd_ps(_mm256_loadu_ps(q[r] + c + 8), x[1], high[r]);
+                low[r] = _mm256_fmadd_ps(_mm256_loadu_ps(q[r] + c + 16), x[2], low[r]);
+                high[r] = _mm256_fmadd_ps(_mm256_loadu_ps(q[r] + c + 24), x[3], high[r]);
             }
         }
         for (size_t r = 0; r < R; r++) {
@@ -48,24 +64,29 @@ INLINE void scores(enum dtype type, float *s, const float *const *q, const void 
             float acc[DOT_LANES];
             _mm256_storeu_ps(acc, low[r]);
             _mm256_storeu_ps(acc + 8, high[r]);
-            for (size_t l = 0; c + l < head_dim; l++) acc[l] = fmaf(q[r][c + l], element(type, k, at + c + l), acc[l]);
+            for (size_t l = 0; c + l < head_dim; l++)
+                acc[l % DOT_LANES] = fmaf(q[r][c + l], kv_channel(type, k, c + l), acc[l % DOT_LANES]);
             s[r * ATTN_BLOCK + j] = dot16_reduce_at(acc) * scale;
         }
     }
 }
 
-INLINE void scores_rows_of(enum dtype type, float *s, const float *const *q, size_t n_rows, const void *k, size_t n,
-                           size_t head_dim, float scale) {
+INLINE void scores_rows_of(enum dtype type, float *s, const float *const *q, size_t n_rows, const unsigned char *k,
+                           size_t n, size_t head_dim, float scale) {
     size_t r = 0;
     for (; r + 4 <= n_rows; r += 4) scores(type, s + r * ATTN_BLOCK, q + r, k, n, head_dim, scale, 4);
     for (; r + 2 <= n_rows; r += 2) scores(type, s + r * ATTN_BLOCK, q + r, k, n, head_dim, scale, 2);
     for (; r < n_rows; r++) scores(type, s + r * ATTN_BLOCK, q + r, k, n, head_dim, scale, 1);
 }
 
-static void scores_rows(const struct kv_layer *kv, float *s, const float *const *q, size_t n_rows, const void *k,
-                        size_t n, float scale) {
-    if (kv->type == DTYPE_F32) scores_rows_of(DTYPE_F32, s, q, n_rows, k, n, kv->head_dim, scale);
-    else scores_rows_of(DTYPE_BF16, s, q, n_rows, k, n, kv->head_dim, scale);
+static void scores_rows(const struct kv_layer *kv, float *s, const float *const *q, size_t n_rows,
+                        const unsigned char *k, size_t n, float scale) {
+    switch (kv->type) {
+    case DTYPE_F32: scores_rows_of(DTYPE_F32, s, q, n_rows, k, n, kv->head_dim, scale); break;
+    case DTYPE_F16: scores_rows_of(DTYPE_F16, s, q, n_rows, k, n, kv->head_dim, scale); break;
+    case DTYPE_Q8_0: scores_rows_of(DTYPE_Q8_0, s, q, n_rows, k, n, kv->head_dim, scale); break;
+    default: scores_rows_of(DTYPE_BF16, s, q, n_rows, k, n, kv->head_dim, scale);
+    }
 }
 
 // One block's scores s[n] to p; positions past n count as score -inf, that is p = +0, which leaves every sum as it is.
@@ -94,13 +115,15 @@ struct joint {
 
 // V lanes of 8 channels each at channel c, for R rows; p[r] holds the block's first n probabilities.
 INLINE void values_at(enum dtype type, float *const *out, const float *const *p, const struct joint *joint,
-                      const void *v, size_t n, size_t head_dim, size_t c, const size_t R, const size_t V) {
+                      const unsigned char *v, size_t n, size_t head_dim, size_t c, const size_t R, const size_t V) {
+    const size_t row_bytes = kv_bytes(type, head_dim);
     __m256 o[2][4];
     for (size_t r = 0; r < R; r++)
         for (size_t i = 0; i < V; i++) o[r][i] = _mm256_setzero_ps();
     for (size_t j = 0; j < n; j++) {
         __m256 x[4];
-        for (size_t i = 0; i < V; i++) x[i] = load_at(type, v, j * head_dim + c + 8 * i);
+        if (V == 4) load_32(type, v + j * row_bytes, c, x);
+        else x[0] = load_8(type, v + j * row_bytes, c);
         for (size_t r = 0; r < R; r++) {
             __m256 p8 = _mm256_broadcast_ss(p[r] + j);
             for (size_t i = 0; i < V; i++) o[r][i] = _mm256_fmadd_ps(p8, x[i], o[r][i]);
@@ -116,28 +139,34 @@ INLINE void values_at(enum dtype type, float *const *out, const float *const *p,
     }
 }
 
-INLINE void values(enum dtype type, float *const *out, const float *const *p, const struct joint *joint, const void *v,
-                   size_t n, size_t head_dim, const size_t R) {
+INLINE void values(enum dtype type, float *const *out, const float *const *p, const struct joint *joint,
+                   const unsigned char *v, size_t n, size_t head_dim, const size_t R) {
     size_t c = 0;
     for (; c + 32 <= head_dim; c += 32) values_at(type, out, p, joint, v, n, head_dim, c, R, 4);
+    if (type == DTYPE_Q8_0) return; // whole blocks
     for (; c + 8 <= head_dim; c += 8) values_at(type, out, p, joint, v, n, head_dim, c, R, 1);
     for (; c < head_dim; c++) {
         for (size_t r = 0; r < R; r++) {
             float o = 0.0f;
-            for (size_t j = 0; j < n; j++) o = fmaf(p[r][j], element(type, v, j * head_dim + c), o);
+            for (size_t j = 0; j < n; j++) o = fmaf(p[r][j], kv_channel(type, v + j * kv_bytes(type, head_dim), c), o);
             out[r][c] = joint[r].first ? o : fmaf(out[r][c], joint[r].a, o * joint[r].c);
         }
     }
 }
 
+INLINE void values_rows_of(enum dtype type, float *const *out, const float *const *p, const struct joint *joint,
+                           size_t n_rows, const unsigned char *v, size_t n, size_t head_dim) {
+    if (n_rows == 2) values(type, out, p, joint, v, n, head_dim, 2);
+    else values(type, out, p, joint, v, n, head_dim, 1);
+}
+
 static void values_rows(const struct kv_layer *kv, float *const *out, const float *const *p, const struct joint *joint,
-                        size_t n_rows, const void *v, size_t n) {
-    if (kv->type == DTYPE_F32) {
-        if (n_rows == 2) values(DTYPE_F32, out, p, joint, v, n, kv->head_dim, 2);
-        else values(DTYPE_F32, out, p, joint, v, n, kv->head_dim, 1);
-    } else {
-        if (n_rows == 2) values(DTYPE_BF16, out, p, joint, v, n, kv->head_dim, 2);
-        else values(DTYPE_BF16, out, p, joint, v, n, kv->head_dim, 1);
+                        size_t n_rows, const unsigned char *v, size_t n) {
+    switch (kv->type) {
+    case DTYPE_F32: values_rows_of(DTYPE_F32, out, p, joint, n_rows, v, n, kv->head_dim); break;
+    case DTYPE_F16: values_rows_of(DTYPE_F16, out, p, joint, n_rows, v, n, kv->head_dim); break;
+    case DTYPE_Q8_0: values_rows_of(DTYPE_Q8_0, out, p, joint, n_rows, v, n, kv->head_dim); break;
+    default: values_rows_of(DTYPE_BF16, out, p, joint, n_rows, v, n, kv->head_dim);
     }
 }
 
@@ -152,7 +181,7 @@ static void attn_scores(const struct op_ctx *ctx, float *s, const float *q, cons
                         const int32_t *pages, size_t n_kv, float scale) {
     (void)ctx;
     for (size_t j = 0; j < n_kv; j += ATTN_BLOCK) {
-        const void *k = block_at(kv, kv->k, (size_t)pages[j / KV_PAGE_TOKENS], kv_head);
+        const unsigned char *k = block_at(kv, kv->k, (size_t)pages[j / KV_PAGE_TOKENS], kv_head);
         scores_rows(kv, s + j, &q, 1, k, in_block(n_kv, j), scale);
     }
 }
@@ -168,7 +197,7 @@ static void attn_values(const struct op_ctx *ctx, float *o, const float *p, cons
     (void)ctx;
     const struct joint joint = {.first = true};
     for (size_t j = 0; j < n_kv; j += ATTN_BLOCK, o += kv->head_dim, p += ATTN_BLOCK) {
-        const void *v = block_at(kv, kv->v, (size_t)pages[j / KV_PAGE_TOKENS], kv_head);
+        const unsigned char *v = block_at(kv, kv->v, (size_t)pages[j / KV_PAGE_TOKENS], kv_head);
         values_rows(kv, &o, &p, &joint, 1, v, in_block(n_kv, j));
     }
 }
@@ -220,7 +249,7 @@ struct rows {
 
 // One block for rows [r, r + n) of a tile, n <= 2; s: their scores.
 static void add_block(const struct attention_args *a, struct rows *rows, size_t r, size_t n_rows, float *s,
-                      size_t begin, const void *v) {
+                      size_t begin, const unsigned char *v) {
     struct joint joint[2];
     const float *p[2];
     size_t n[2] = {0, 0};
@@ -252,7 +281,8 @@ static void attend(const struct attention_args *a, struct rows *rows, const int3
     for (size_t r = 0; r < rows->n; r++) longest = rows->n_kv[r] > longest ? rows->n_kv[r] : longest;
     for (size_t begin = 0; begin < longest; begin += ATTN_BLOCK) {
         size_t page = (size_t)pages[begin / KV_PAGE_TOKENS];
-        const void *k = block_at(a->kv, a->kv->k, page, kv_head), *v = block_at(a->kv, a->kv->v, page, kv_head);
+        const unsigned char *k = block_at(a->kv, a->kv->k, page, kv_head),
+                            *v = block_at(a->kv, a->kv->v, page, kv_head);
         scores_rows(a->kv, s, rows->q, rows->n, k, in_block(longest, begin), a->scale);
         for (size_t r = 0; r < rows->n; r += 2)
             add_block(a, rows, r, rows->n - r < 2 ? 1 : 2, s + r * ATTN_BLOCK, begin, v);
@@ -330,7 +360,8 @@ static void split_heads(const struct split_job *j, size_t t, size_t head, size_t
     }
     for (size_t b = begin; b < end && b * ATTN_BLOCK < n_kv; b++) {
         size_t page = (size_t)pages[b * ATTN_BLOCK / KV_PAGE_TOKENS], n = in_block(n_kv, b * ATTN_BLOCK);
-        const void *k = block_at(a->kv, a->kv->k, page, kv_head), *v = block_at(a->kv, a->kv->v, page, kv_head);
+        const unsigned char *k = block_at(a->kv, a->kv->k, page, kv_head),
+                            *v = block_at(a->kv, a->kv->v, page, kv_head);
         scores_rows(a->kv, s, q, n_rows, k, n, a->scale);
         for (size_t r = 0; r < n_rows; r += 2) {
             size_t pair = n_rows - r < 2 ? 1 : 2;

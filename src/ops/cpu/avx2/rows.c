@@ -5,6 +5,7 @@
 #if defined(__AVX2__)
 
 #include "ops/cpu/avx2/vec.h"
+#include "ops/kv_page.h"
 
 enum { TOKEN_GRAIN = 4, ELEMENT_GRAIN = 4096 };
 
@@ -100,20 +101,57 @@ static void rope(const struct op_ctx *ctx, float *x, const float *cos_sin, size_
     pool_for(ctx->pool, n_tokens, TOKEN_GRAIN, rope_piece, &j);
 }
 
-// One K or V vector to element `at` of its pages.
-static void store_vector(const struct kv_layer *kv, void *pages, size_t at, const float *x) {
-    size_t n = kv->head_dim, i = 0;
-    if (kv->type == DTYPE_F32) {
-        memcpy((float *)pages + at, x, n * sizeof *x);
+// One block of Q8_0, as kv_round makes it.
+static void store_q8_0(unsigned char *block, const float *x) {
+    __m256 v[4];
+    __m256i max = _mm256_setzero_si256(), q[4];
+    for (size_t i = 0; i < 4; i++) {
+        v[i] = _mm256_loadu_ps(x + 8 * i);
+        __m256i bits = _mm256_and_si256(_mm256_castps_si256(v[i]), _mm256_set1_epi32(0x7FFFFFFF));
+        max = _mm256_max_epi32(max, bits);
+    }
+    __m128i max4 = _mm_max_epi32(_mm256_castsi256_si128(max), _mm256_extracti128_si256(max, 1));
+    max4 = _mm_max_epi32(max4, _mm_shuffle_epi32(max4, 0x4E));
+    max4 = _mm_max_epi32(max4, _mm_shuffle_epi32(max4, 0xB1));
+    uint16_t half = f16_from_f32(float_from_bits((uint32_t)_mm_cvtsi128_si32(max4)) / 127.0f);
+    float d = f16_to_f32(half);
+    memcpy(block, &half, sizeof half);
+    if (!(d > 0.0f && d <= 65504.0f)) {
+        memset(block + 2, 0, 32);
         return;
     }
-    uint16_t *to = (uint16_t *)pages + at;
-    for (; i + 8 <= n; i += 8) {
-        __m256i h = _mm256_srli_epi32(round_to_bf16(_mm256_loadu_ps(x + i)), 16);
-        __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
-        _mm_storeu_si128((__m128i *)(void *)(to + i), packed);
+    const __m256 inverse = _mm256_set1_ps(1.0f / d), most = _mm256_set1_ps(127.0f), least = _mm256_set1_ps(-127.0f);
+    for (size_t i = 0; i < 4; i++) {
+        __m256 scaled = _mm256_max_ps(_mm256_min_ps(_mm256_mul_ps(v[i], inverse), most), least);
+        q[i] = _mm256_cvtps_epi32(scaled);
     }
-    for (; i < n; i++) to[i] = bf16_from_f32(x[i]);
+    __m256i packed = _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]), _mm256_packs_epi32(q[2], q[3]));
+    packed = _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    _mm256_storeu_si256((__m256i *)(void *)(block + 2), packed);
+}
+
+// One K or V vector to its row, as kv_round rounds it.
+static void store_row(const struct kv_layer *kv, void *row, const float *x) {
+    size_t n = kv->head_dim, i = 0;
+    uint16_t *to = row;
+    switch (kv->type) {
+    case DTYPE_Q8_0:
+        for (; i < n; i += 32) store_q8_0((unsigned char *)row + kv_bytes(DTYPE_Q8_0, i), x + i);
+        return;
+    case DTYPE_BF16:
+        for (; i + 8 <= n; i += 8) {
+            __m256i h = _mm256_srli_epi32(round_to_bf16(_mm256_loadu_ps(x + i)), 16);
+            __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
+            _mm_storeu_si128((__m128i *)(void *)(to + i), packed);
+        }
+        break;
+    case DTYPE_F16:
+        for (; i + 8 <= n; i += 8)
+            _mm_storeu_si128((__m128i *)(void *)(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(x + i), 0));
+        break;
+    default: break;
+    }
+    kv_round(kv->type, x + i, (unsigned char *)row + kv_bytes(kv->type, i), n - i);
 }
 
 static void store_token(const struct kv_layer *kv, const struct batch *batch, size_t t, const float *k,
@@ -122,10 +160,9 @@ static void store_token(const struct kv_layer *kv, const struct batch *batch, si
     const int32_t *pages = batch->pages + batch->page_start[batch->seq[t]];
     size_t page = (size_t)pages[position / KV_PAGE_TOKENS];
     for (size_t h = 0; h < kv->n_kv_heads; h++) {
-        size_t at = ((page * kv->n_kv_heads + h) * KV_PAGE_TOKENS + position % KV_PAGE_TOKENS) * kv->head_dim;
-        size_t from = (t * kv->n_kv_heads + h) * kv->head_dim;
-        store_vector(kv, kv->k, at, k + from);
-        store_vector(kv, kv->v, at, v + from);
+        size_t at = kv_row_at(kv, page, h, position % KV_PAGE_TOKENS), from = (t * kv->n_kv_heads + h) * kv->head_dim;
+        store_row(kv, (unsigned char *)kv->k + at, k + from);
+        store_row(kv, (unsigned char *)kv->v + at, v + from);
     }
 }
 

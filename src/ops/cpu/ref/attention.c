@@ -2,14 +2,22 @@
 // Only positions below n_kv are read, so that unused slots may hold anything.
 #include "ops/cpu/math.h"
 #include "ops/cpu/ref/ref.h"
+#include "ops/kv_page.h"
 
-static size_t kv_offset(const struct kv_layer *kv, size_t kv_head, const int32_t *pages, size_t position) {
+enum { PIECE = 32 }; // channels that are widened at a time: a block of Q8_0
+
+// The row of a position; `data` is the layer's K or V.
+static const unsigned char *row_of(const struct kv_layer *kv, const void *data, size_t kv_head, const int32_t *pages,
+                                   size_t position) {
     size_t page = (size_t)pages[position / KV_PAGE_TOKENS];
-    return ((page * kv->n_kv_heads + kv_head) * KV_PAGE_TOKENS + position % KV_PAGE_TOKENS) * kv->head_dim;
+    return (const unsigned char *)data + kv_row_at(kv, page, kv_head, position % KV_PAGE_TOKENS);
 }
 
-static float kv_element(const struct kv_layer *kv, const void *data, size_t at) {
-    return kv->type == DTYPE_BF16 ? bf16_to_f32(((const uint16_t *)data)[at]) : ((const float *)data)[at];
+// Channels c and on of a row, at most PIECE; returns how many.
+static size_t widen(const struct kv_layer *kv, const unsigned char *row, size_t c, float x[PIECE]) {
+    size_t n = kv->head_dim - c < PIECE ? kv->head_dim - c : PIECE;
+    dtype_to_f32(kv->type, row + kv_bytes(kv->type, c), x, n);
+    return n;
 }
 
 static size_t block_end(size_t begin, size_t n_kv) {
@@ -20,10 +28,12 @@ static void attn_scores(const struct op_ctx *ctx, float *s, const float *q, cons
                         const int32_t *pages, size_t n_kv, float scale) {
     (void)ctx;
     for (size_t j = 0; j < n_kv; j++) {
-        size_t at = kv_offset(kv, kv_head, pages, j);
-        float acc[DOT_LANES] = {0};
-        for (size_t c = 0; c < kv->head_dim; c++)
-            acc[c % DOT_LANES] = fmaf(q[c], kv_element(kv, kv->k, at + c), acc[c % DOT_LANES]);
+        const unsigned char *row = row_of(kv, kv->k, kv_head, pages, j);
+        float acc[DOT_LANES] = {0}, x[PIECE];
+        for (size_t c = 0; c < kv->head_dim; c += PIECE) {
+            size_t n = widen(kv, row, c, x);
+            for (size_t i = 0; i < n; i++) acc[i % DOT_LANES] = fmaf(q[c + i], x[i], acc[i % DOT_LANES]);
+        }
         s[j] = dot16_reduce(acc) * scale;
     }
 }
@@ -47,8 +57,12 @@ static void attn_values(const struct op_ctx *ctx, float *o, const float *p, cons
     for (size_t begin = 0; begin < n_kv; begin += ATTN_BLOCK, o += kv->head_dim) {
         for (size_t c = 0; c < kv->head_dim; c++) o[c] = 0.0f;
         for (size_t j = begin; j < block_end(begin, n_kv); j++) {
-            size_t at = kv_offset(kv, kv_head, pages, j);
-            for (size_t c = 0; c < kv->head_dim; c++) o[c] = fmaf(p[j], kv_element(kv, kv->v, at + c), o[c]);
+            const unsigned char *row = row_of(kv, kv->v, kv_head, pages, j);
+            float x[PIECE];
+            for (size_t c = 0; c < kv->head_dim; c += PIECE) {
+                size_t n = widen(kv, row, c, x);
+                for (size_t i = 0; i < n; i++) o[c + i] = fmaf(p[j], x[i], o[c + i]);
+            }
         }
     }
 }

@@ -1,6 +1,7 @@
 // pointwise.c: the portable norms, rope, silu_mul and kv_store. Products with weight matrices are elsewhere.
 #include "ops/cpu/math.h"
 #include "ops/cpu/ref/ref.h"
+#include "ops/kv_page.h"
 
 enum { TOKEN_GRAIN = 4, ELEMENT_GRAIN = 1024 };
 
@@ -68,16 +69,6 @@ struct store_job {
     const float *k, *v;
 };
 
-static void store_row(struct kv_layer *kv, void *to, size_t at, const float *from) {
-    for (size_t c = 0; c < kv->head_dim; c++) {
-        if (kv->type == DTYPE_BF16) {
-            ((uint16_t *)to)[at + c] = bf16_from_f32(from[c]);
-        } else {
-            ((float *)to)[at + c] = from[c];
-        }
-    }
-}
-
 static void store_piece(void *user, size_t begin, size_t end, int thread) {
     (void)thread;
     const struct store_job *j = user;
@@ -87,10 +78,10 @@ static void store_piece(void *user, size_t begin, size_t end, int thread) {
         const int32_t *pages = j->batch->pages + j->batch->page_start[j->batch->seq[t]];
         size_t page = (size_t)pages[position / KV_PAGE_TOKENS];
         for (size_t h = 0; h < kv->n_kv_heads; h++) {
-            size_t slot = (page * kv->n_kv_heads + h) * KV_PAGE_TOKENS + position % KV_PAGE_TOKENS;
+            size_t at = kv_row_at(kv, page, h, position % KV_PAGE_TOKENS);
             size_t from = (t * kv->n_kv_heads + h) * kv->head_dim;
-            store_row(kv, kv->k, slot * kv->head_dim, j->k + from);
-            store_row(kv, kv->v, slot * kv->head_dim, j->v + from);
+            kv_round(kv->type, j->k + from, (unsigned char *)kv->k + at, kv->head_dim);
+            kv_round(kv->type, j->v + from, (unsigned char *)kv->v + at, kv->head_dim);
         }
     }
 }

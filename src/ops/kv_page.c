@@ -1,0 +1,80 @@
+// kv_page.c: see kv_page.h.
+#include "ops/kv_page.h"
+
+#include "ops/cpu/activation.h"
+
+#include <string.h>
+
+enum { BLOCK = 32, BLOCK_BYTES = 34 }; // Q8_0: scale, integers
+
+static void round_block(const float *x, unsigned char *block) {
+    uint32_t max = 0;
+    for (size_t i = 0; i < BLOCK; i++) {
+        uint32_t bits = float_bits(x[i]) & 0x7FFFFFFFu;
+        max = bits > max ? bits : max;
+    }
+    uint16_t half = f16_from_f32(float_from_bits(max) / 127.0f);
+    float d = f16_to_f32(half);
+    memcpy(block, &half, sizeof half);
+    memset(block + 2, 0, BLOCK);
+    if (!(d > 0.0f && d <= 65504.0f)) return;
+    float inverse = 1.0f / d;
+    for (size_t i = 0; i < BLOCK; i++) {
+        float v = x[i] * inverse; // beyond 127 where d is subnormal
+        v = v > 127.0f ? 127.0f : v < -127.0f ? -127.0f : v;
+        block[2 + i] = (unsigned char)(int8_t)round_to_int(v);
+    }
+}
+
+void kv_round(enum dtype type, const float *x, void *row, size_t n) {
+    switch (type) {
+    case DTYPE_F32: memcpy(row, x, n * sizeof *x); break;
+    case DTYPE_F16:
+        for (size_t i = 0; i < n; i++) ((uint16_t *)row)[i] = f16_from_f32(x[i]);
+        break;
+    case DTYPE_Q8_0:
+        for (size_t i = 0; i < n; i += BLOCK) round_block(x + i, (unsigned char *)row + i / BLOCK * BLOCK_BYTES);
+        break;
+    default:
+        for (size_t i = 0; i < n; i++) ((uint16_t *)row)[i] = bf16_from_f32(x[i]);
+    }
+}
+
+float kv_channel(enum dtype type, const void *row, size_t channel) {
+    switch (type) {
+    case DTYPE_F32: return ((const float *)row)[channel];
+    case DTYPE_F16: return f16_to_f32(((const uint16_t *)row)[channel]);
+    case DTYPE_Q8_0: {
+        const unsigned char *block = (const unsigned char *)row + channel / BLOCK * BLOCK_BYTES;
+        uint16_t half;
+        memcpy(&half, block, sizeof half);
+        return (float)(int8_t)block[2 + channel % BLOCK] * f16_to_f32(half);
+    }
+    default: return bf16_to_f32(((const uint16_t *)row)[channel]);
+    }
+}
+
+void kv_as_stored(enum dtype type, const float *x, float *out, size_t n) {
+    unsigned char row[4 * BLOCK];
+    for (size_t i = 0; i < n; i += BLOCK) {
+        size_t part = n - i < BLOCK ? n - i : BLOCK;
+        kv_round(type, x + i, row, part);
+        dtype_to_f32(type, row, out + i, part);
+    }
+}
+
+bool kv_type_parse(const char *name, enum dtype *out, struct error *err) {
+    static const enum dtype types[] = {DTYPE_BF16, DTYPE_F16, DTYPE_F32, DTYPE_Q8_0};
+    enum dtype type = DTYPE_BF16;
+    bool known = !name || dtype_from_name(name, &type);
+    for (size_t i = 0; known && i < sizeof types / sizeof types[0]; i++)
+        if (types[i] == type) return *out = type, true;
+    return error_set(err, "KV type: expected bf16, f16, f32 or q8_0, found %s", name);
+}
+
+bool kv_type_fits(enum dtype type, size_t head_dim, struct error *err) {
+    size_t block = dtype_info(type)->block_len;
+    return head_dim % block == 0 ||
+           error_set(err, "KV type: %s stores blocks of %zu channels, the model's heads have %zu",
+                     dtype_info(type)->name, block, head_dim);
+}
