@@ -122,7 +122,7 @@ unit: $(TEST_BIN)
 FUZZ_SAN = address,undefined -fno-sanitize-recover=all
 FUZZ_BIN = $(patsubst %.c,$(BUILD)/%,$(sort $(wildcard tests/fuzz/fuzz_*.c)))
 # The layers that read hostile bytes.
-FUZZ_SERVER = jsonscan toolcalls fields automaton schema
+FUZZ_SERVER = jsonscan toolcalls fields grammar vocabulary automaton pattern texts numbers schema schema_values schema_objects schema_oneof
 FUZZ_OBJ = $(filter $(addprefix $(BUILD)/src/,base/% format/% text/% model/config.o $(FUZZ_SERVER:%=server/%.o)),$(LIB_OBJ))
 $(BUILD)/tests/fuzz/fuzz_%: $(BUILD)/tests/fuzz/fuzz_%.o $(FUZZ_OBJ)
 	$(CC) -fsanitize=fuzzer,$(FUZZ_SAN) -o $@ $^ $(LDLIBS)
@@ -177,7 +177,7 @@ test-hf:
 
 # What tests would build by themselves, at the same time.
 .PHONY: programs
-programs: $(TEST_BIN) $(BUILD)/tests/format/dequant_main build/data/qwen3-tokenizer/tokenizer.json
+programs: $(TEST_BIN) $(BUILD)/tests/format/dequant_main $(BUILD)/tests/server/schema_texts build/data/qwen3-tokenizer/tokenizer.json
 
 # On a machine with a GPU: the CUDA backend's tests, and under the sanitizers of CUDA's toolkit the small ones again.
 GPU_SMALL = test_oracle_tandem_tiny

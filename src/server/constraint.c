@@ -2,6 +2,7 @@
 #include "server/constraint.h"
 
 #include "base/size.h"
+#include "server/masks.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -10,8 +11,9 @@ struct constraint {
     const struct tokenizer *tok;
     size_t think_budget;
     int32_t think_open, think_close, call_open; // -1: none
-    struct automaton *automaton;                // NULL: the form is free
-    bool on_call;                               // only between <tool_call> and </tool_call>
+    struct masks *masks;
+    struct cursor *cursor; // NULL: the form is free
+    bool on_call;          // only between <tool_call> and </tool_call>
     bool active;
     bool may_think;
     size_t n_words;
@@ -19,7 +21,7 @@ struct constraint {
 };
 
 bool constraint_for(const struct generation *g, struct choice *c, struct error *err) {
-    if (g->think_budget == SIZE_MAX && g->grammar.n == 0) return true;
+    if (g->think_budget == SIZE_MAX && !g->automaton) return true;
     struct constraint *k = c->constraint = size_alloc_zero(1, sizeof *k);
     if (!k) return error_set(err, "out of memory");
     const tandem_engine *e = g->s->engine;
@@ -32,20 +34,17 @@ bool constraint_for(const struct generation *g, struct choice *c, struct error *
     k->n_words = (e->model->config.n_vocab + 31) / 32;
     k->bits = size_alloc(k->n_words, sizeof *k->bits);
     if (!k->bits) return error_set(err, "out of memory");
-    if (g->grammar.n == 0) return true;
-    struct grammar copy = {.n = g->grammar.n, .cap = g->grammar.n, .start = g->grammar.start};
-    copy.nodes = size_alloc(copy.n, sizeof *copy.nodes);
-    if (!copy.nodes) return error_set(err, "out of memory");
-    memcpy(copy.nodes, g->grammar.nodes, copy.n * sizeof *copy.nodes);
+    if (!g->automaton) return true;
+    k->masks = g->s->masks;
     k->on_call = g->constrains_calls;
     k->active = !k->on_call;
-    k->automaton = automaton_create(g->s->vocabulary, &copy, g->has_tools, err);
-    return k->automaton != NULL;
+    k->cursor = cursor_create(g->automaton, err);
+    return k->cursor != NULL;
 }
 
 void constraint_free(struct constraint *k) {
     if (!k) return;
-    automaton_free(k->automaton);
+    cursor_free(k->cursor);
     free(k->bits);
     free(k);
 }
@@ -61,32 +60,33 @@ const uint32_t *constraint_mask(struct constraint *k, const struct choice *c) {
         set_bit(k, k->think_close);
         return k->bits;
     }
-    if (!k->automaton || !k->active) return NULL;
-    const uint32_t *mask = automaton_mask(k->automaton);
-    if (c->n_tokens > 0 || !k->may_think || k->think_open < 0) return mask;
-    memcpy(k->bits, mask, k->n_words * sizeof *k->bits); // the first token may begin the thinking
-    set_bit(k, k->think_open);
+    if (!k->cursor || !k->active) return NULL;
+    cursor_mask(k->cursor, k->bits);
+    if (c->n_tokens == 0 && k->may_think && k->think_open >= 0) set_bit(k, k->think_open); // the thinking may begin
     return k->bits;
 }
 
 bool constraint_accept(struct constraint *k, int32_t id, bool thought) {
-    if (thought || !k->automaton) return true;
+    if (thought || !k->cursor) return true;
     if (!k->active) {
         if (id == k->call_open) {
-            automaton_reset(k->automaton);
+            cursor_reset(k->cursor);
             k->active = true;
         }
         return true;
     }
     size_t n = 0;
     const char *bytes = tokenizer_token_bytes(k->tok, id, &n);
-    if (!tokenizer_is_special(k->tok, id)) automaton_accept(k->automaton, bytes, bytes ? n : 0);
-    if (!automaton_only_end(k->automaton)) return true;
+    if (!tokenizer_is_special(k->tok, id)) cursor_accept(k->cursor, bytes, bytes ? n : 0);
+    if (!cursor_only_end(k->cursor)) {
+        masks_prepare(k->masks, k->cursor);
+        return true;
+    }
     if (!k->on_call) return false;
     k->active = false;
     return true;
 }
 
 const char *constraint_failed(const struct constraint *k) {
-    return k->automaton ? automaton_failed(k->automaton) : NULL;
+    return k->cursor ? cursor_failed(k->cursor) : NULL;
 }

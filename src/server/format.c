@@ -2,6 +2,7 @@
 // alone.
 #include "server/format.h"
 
+#include "server/masks.h"
 #include "server/schema.h"
 
 #include <string.h>
@@ -32,14 +33,13 @@ static bool put_arguments(struct grammar *g, const struct pyjson *tool, uint32_t
                           struct error *err) {
     const struct pyjson *schema = field(function_of(tool), "parameters");
     struct error why = {0};
-    size_t before = g->n;
+    struct grammar_mark before = grammar_mark(g);
     if (schema && schema_compile(g, schema, "tools", next, out, &why)) return true;
     if (schema && is_strict(tool)) {
         *err = why;
         return false;
     }
-    g->n = before;
-    g->full = false;
+    grammar_rewind(g, before);
     *out = grammar_json(g, true, next);
     return true;
 }
@@ -75,8 +75,7 @@ static bool put_calls(struct grammar *g, const struct generation *gen, const str
     return true;
 }
 
-static bool make_grammar(struct generation *gen, const struct form *form, struct error *err) {
-    struct grammar *g = &gen->grammar;
+static bool make_grammar(struct generation *gen, const struct form *form, struct grammar *g, struct error *err) {
     uint32_t end = grammar_accept(g), start = end, other;
     if (form->json) {
         if (!form->schema) start = grammar_json(g, true, end);
@@ -92,7 +91,7 @@ static bool make_grammar(struct generation *gen, const struct form *form, struct
         gen->constrains_calls = true;
     }
     if (!gen->constrains_calls && gen->may_think) // what stands between </think> and the answer
-        for (int i = 0; i < 2; i++) start = grammar_split(g, start, grammar_bytes(g, '\n', '\n', start));
+        for (int i = 0; i < 2; i++) start = grammar_split(g, start, grammar_byte(g, '\n', start));
     g->start = start;
     return !g->full || error_set(err, "the schemas are too large: more than %d places", MAX_NODES);
 }
@@ -103,8 +102,14 @@ static bool finish(struct generation *g, const struct form *form, const char *pa
         strict = strict || is_strict(t);
     if (!form->json && !form->required && !strict) return true;
     struct error err = {0};
-    if (make_grammar(g, form, &err)) return true;
-    return fault_set(f, 400, param, "%s", err.text);
+    struct grammar grammar = {0};
+    bool ok = make_grammar(g, form, &grammar, &err);
+    if (ok) {
+        g->automaton = masks_automaton(g->s->masks, &grammar, g->has_tools, &err);
+        ok = g->automaton || error_prefix(&err, "%s: ", param);
+    }
+    grammar_free(&grammar);
+    return ok || fault_set(f, 400, param, "%s", err.text);
 }
 
 // "auto", "none", "required" (or "any"), or the name of a tool.

@@ -86,7 +86,7 @@ void generation_free(struct generation *g) {
     free(g->bias_ids);
     free(g->bias);
     free(g->own);
-    grammar_free(&g->grammar);
+    automaton_unref(g->automaton);
     buffer_free(&g->scratch);
     arena_free(&g->arena);
     pthread_mutex_destroy(&g->fail_lock);
@@ -360,7 +360,7 @@ static const uint32_t *mask(void *user, size_t index) {
 
 static int submit_part(struct generation *g, struct part *p, struct error *err) {
     bool only = g->max_tokens == 0;
-    if (g->grammar.n) g->sampling.ignore_end = false; // where the answer is complete, it ends
+    if (g->automaton) g->sampling.ignore_end = false; // where the answer is complete, it ends
     tandem_request_options o = {.prompt = p->prompt.ids,
                                 .n_prompt = p->prompt.n,
                                 .max_tokens = g->max_tokens == SIZE_MAX ? 0 : g->max_tokens,

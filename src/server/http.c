@@ -6,6 +6,7 @@
 #include "base/clock.h"
 #include "base/file.h"
 #include "base/size.h"
+#include "server/masks.h"
 #include "server/replies.h"
 #include "server/sandbox.h"
 
@@ -483,7 +484,8 @@ struct server *server_start(tandem_engine *engine, const struct server_options *
     if (ok)
         s->vocabulary = vocabulary_create(engine->tokenizer, engine->model->config.n_vocab, engine->end_ids,
                                           engine->n_end_ids, err);
-    ok = ok && s->vocabulary && (page_policy(&s->page_policy) || error_set(err, "cannot read the web page"));
+    if (s->vocabulary) s->masks = masks_create(s->vocabulary, MAX_MASK_BYTES, err);
+    ok = ok && s->masks && (page_policy(&s->page_policy) || error_set(err, "cannot read the web page"));
     if (ok && options->api_key_file) ok = (s->keys = keys_load(options->api_key_file, err)) != NULL;
     if (ok && load_tls(s, err) && start_threads(s, err) && listen_on(s, err) && enter_sandbox(s, err)) return s;
     server_stop(s);
@@ -547,6 +549,7 @@ void server_stop(struct server *s) {
     keys_free(s->keys);
     buffer_free(&s->page_policy);
     replies_free(s->replies);
+    masks_free(s->masks);
     vocabulary_free(s->vocabulary);
     free(s->tls_cert);
     if (s->tls_key) memset(s->tls_key, 0, strlen(s->tls_key));

@@ -18,6 +18,7 @@ enum {
     MAX_STOP_BYTES = 1024,
     MAX_PROMPTS = 128, // of one completion request
     MAX_TOOLS = 256,
+    MAX_MASK_BYTES = 64 << 20, // of automata that are kept for requests to come
     N_WORKERS = 2,
     MAX_JOBS = 512 // bodies that wait for a worker
 };
@@ -99,6 +100,7 @@ struct metrics {          // guarded by the server's lock
 struct replies;
 struct keys;
 struct vocabulary;
+struct masks;
 
 struct server {
     tandem_engine *engine;
@@ -123,6 +125,7 @@ struct server {
     struct keys *keys;       // NULL: none are asked for
     struct replies *replies; // has a lock of its own
     struct vocabulary *vocabulary;
+    struct masks *masks;
 
     pthread_mutex_t job_lock;
     pthread_cond_t job_came;

@@ -87,7 +87,7 @@ def test_what_is_not_supported_is_refused_by_name(client):
     with pytest.raises(openai.BadRequestError) as e:
         client.chat.completions.create(model="tandem-tiny", messages=[{"role": "user", "content": "x"}],
                                        response_format=schema_format({"type": "object", "properties": {
-                                           "a": {"type": "string", "pattern": "^x"}}}))
+                                           "a": {"type": "string", "pattern": "^(?!x)"}}}))
     assert "pattern" in e.value.body["message"] and "schema.a" in e.value.body["message"]
     assert e.value.body["param"] == "response_format"
 

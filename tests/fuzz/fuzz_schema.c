@@ -1,5 +1,5 @@
-// fuzz_schema.c: any JSON as a schema, then any text against it: what the automaton calls complete is JSON, and the
-// work is bounded.
+// fuzz_schema.c: any JSON as a schema, then any text against it: what the automaton calls complete is JSON, nothing
+// that it allows leads nowhere, and the work is bounded.
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -10,13 +10,43 @@
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
-// Half of the input is the schema, up to a NUL; the rest is the text.
+static bool is_number(const struct jsonscan *s) {
+    return s->depth == 0 &&
+           (s->state == SCAN_ZERO || s->state == SCAN_DIGITS || s->state == SCAN_FRACTION || s->state == SCAN_EXPONENT);
+}
+
+// The text, byte by byte, as far as it is allowed.
+static void try_text(struct cursor *c, const uint8_t *text, size_t n) {
+    struct jsonscan scan = {0};
+    bool deep = false; // deeper than the scanner goes
+    for (size_t i = 0; i < n && !deep; i++) {
+        const char byte = (const char)text[i];
+        if (!cursor_accept(c, &byte, 1)) return;
+        deep = scan.depth == JSONSCAN_DEPTH;
+        if (!jsonscan_feed(&scan, text[i]) && !deep) abort();
+        if (cursor_complete(c) && scan.state != SCAN_DONE && !is_number(&scan) && !deep) abort();
+    }
+}
+
+// From where the text has led there is a way to an end, which the grammar's bytes show: a mask over single bytes is
+// never empty unless the text is complete.
+static void require_a_way(struct cursor *c) {
+    uint32_t mask[8];
+    if (cursor_failed(c)) return;
+    cursor_mask(c, mask);
+    bool any = false;
+    for (int i = 0; i < 8; i++) any = any || mask[i];
+    if (!any && !cursor_complete(c) && !cursor_failed(c)) abort();
+}
+
+// The input is the schema, up to a NUL; the rest is the text.
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
-    static const char no_tokens[] = "{\"model\": {\"type\": \"BPE\", \"vocab\": {\"a\": 0}, \"merges\": []}}";
-    struct error err;
-    struct tokenizer *tokenizer = tokenizer_open_bytes(no_tokens, sizeof no_tokens - 1, NULL, 0, &err);
-    struct vocabulary *vocabulary = vocabulary_create(tokenizer, 0, NULL, 0, &err); // no tokens: only bytes are tried
-    if (!vocabulary) abort();
+    static struct branch bytes[256];
+    static uint32_t no_end[8];
+    for (int i = 0; i < 256; i++) bytes[i] = (struct branch){.id = i, .end = (uint32_t)i + 1, .byte = (uint8_t)i};
+    // A vocabulary of the single bytes.
+    const struct vocabulary v = {.branches = bytes, .n = 256, .n_words = 8, .longest = 1, .only_end = no_end};
+    struct error err = {0};
     const uint8_t *end = memchr(data, 0, size);
     size_t n = end ? (size_t)(end - data) : size;
     struct arena arena = {0};
@@ -25,23 +55,17 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     uint32_t start, accept = grammar_accept(&g);
     if (schema && schema_compile(&g, schema, "fuzz", accept, &start, &err)) {
         g.start = start;
-        struct automaton *a = automaton_create(vocabulary, &g, false, &err);
-        struct jsonscan scan = {0};
-        bool json = true;
-        for (size_t i = n + 1; a && i < size; i++) {
-            const char byte = (char)data[i];
-            json = json && jsonscan_feed(&scan, data[i]);
-            if (!automaton_accept(a, &byte, 1)) break;
-            if (!json) abort();
-            bool number = scan.depth == 0 && (scan.state == SCAN_ZERO || scan.state == SCAN_DIGITS ||
-                                              scan.state == SCAN_FRACTION || scan.state == SCAN_EXPONENT);
-            if (automaton_complete(a) && scan.state != SCAN_DONE && !number) abort();
-        }
-        automaton_free(a);
+        struct automaton *a = automaton_create(&v, &g, false, &err);
+        struct cursor *c = a ? cursor_create(a, &err) : NULL;
+        if (c) require_a_way(c);
+        if (c && n < size) try_text(c, data + n + 1, size - n - 1);
+        if (c && !cursor_failed(c) && (n == size || cursor_accept(c, "", 0))) require_a_way(c);
+        cursor_free(c);
+        automaton_unref(a);
+    } else if (schema && !err.text[0]) {
+        abort(); // refused without a reason
     }
     grammar_free(&g);
     arena_free(&arena);
-    vocabulary_free(vocabulary);
-    tokenizer_free(tokenizer);
     return 0;
 }

@@ -103,8 +103,34 @@ def messages_seeds():
         yield bytes([i]) + json.dumps(document).encode()
 
 
+def schema_seeds():
+    schemas = [
+        {"type": "object", "properties": {"a": {"type": "integer", "minimum": -3, "maximum": 40}, "b": {"enum": ["x", 1, None]}},
+         "required": ["a"], "additionalProperties": False},
+        {"$defs": {"n": {"properties": {"v": {"type": "number", "exclusiveMinimum": 0.5}, "next": {"anyOf": [{"$ref": "#/$defs/n"},
+         {"type": "null"}]}}, "required": ["next"]}}, "$ref": "#/$defs/n"},
+        {"type": "array", "prefixItems": [{"type": "string", "pattern": "^a[b-d]+$|x", "maxLength": 5}], "items": {"type": "boolean"},
+         "minItems": 1, "maxItems": 4},
+        {"type": ["string", "null"], "format": "date-time", "minLength": 3},
+        {"allOf": [{"properties": {"k": {"const": "a"}}}, {"required": ["k"], "patternProperties": {"^x": {"multipleOf": 7}}}],
+         "oneOf": [{"properties": {"k": {"const": "b"}}}, {"additionalProperties": {"type": "integer"}}]},
+        {"type": "array", "uniqueItems": True, "items": {"enum": [1, 2, 3]}}, True, {"propertyNames": {"pattern": "^[a-z]*$"}}]
+    texts = ['{"a": 12, "b": "x"}', '{"v": 1.5, "next": {"next": null}}', '["abc", true]', '"2024-02-29T10:00:00Z"', '{"k": "a", "xy": 14}',
+             "[3, 1]", '{"a": [1, -2.5e3, "\\u00e9"]}', '{"abc": {}}']
+    for schema, text in zip(schemas, texts):
+        yield json.dumps(schema).encode() + b"\0" + text.encode()
+
+
+def toolcalls_seeds():
+    call = '<tool_call>\n{"name": "f", "arguments": {"x": [1, "}"]}}\n</tool_call>'
+    for i, text in enumerate((call, "a " + call + "\n" + call, call[:-5], call.replace("}]", "}"), call.replace('"f"', '"g"'),
+                              '<tool_call>{"arguments": {}, "name": "f"}</tool_call> tail', "<tool_call>[]</tool_call>", "<tool<tool_call>")):
+        yield bytes([i]) + text.encode()
+
+
 TARGETS = {"gguf": gguf_seeds, "safetensors": safetensors_seeds, "config": config_seeds, "json_scan": config_seeds,
-           "tokenizer": tokenizer_seeds, "messages": messages_seeds}
+           "tokenizer": tokenizer_seeds, "messages": messages_seeds,
+           "schema": schema_seeds, "toolcalls": toolcalls_seeds}
 
 
 def main():

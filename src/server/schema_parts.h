@@ -1,0 +1,76 @@
+// schema_parts.h: what the files that compile schemas share.
+//
+// Everything is compiled from a CONJUNCTION: schemas that must all hold, flat: references are followed and allOf is
+// taken apart. anyOf and oneOf are ways to extend it, tried one after the other; what is left is merged type by type.
+#ifndef TANDEM_SERVER_SCHEMA_PARTS_H
+#define TANDEM_SERVER_SCHEMA_PARTS_H
+
+#include "base/arena.h"
+#include "server/numbers.h"
+#include "server/texts.h"
+
+enum outcome { REFUSED, NEVER, DONE }; // NEVER: nothing can satisfy it
+
+enum { IS_NULL = 1, IS_BOOLEAN = 2, IS_INTEGER = 4, IS_FRACTION = 8, IS_STRING = 16, IS_ARRAY = 32, IS_OBJECT = 64 };
+enum { IS_NUMBER = IS_INTEGER | IS_FRACTION, IS_ANY = 127 };
+
+struct item { // one schema of a conjunction
+    const struct pyjson *schema;
+    bool any_of_done, one_of_done; // one of its ways was taken
+};
+
+struct items {
+    struct item *list; // [n] the arena's
+    size_t n, cap;
+};
+
+// Schemas of one value as they stand in the document, not flat yet.
+struct schemas {
+    const struct pyjson **list; // [n] the arena's
+    size_t n, cap;
+};
+
+struct memo; // a part that was compiled before
+
+struct compiler {
+    struct grammar *g;
+    struct arena *arena;
+    const struct pyjson *root;
+    const char *where;
+    struct text_parts parts;
+    size_t pattern_budget, work;
+    size_t nesting;     // values inside one another
+    char path[256];     // of the schema in hand, for messages
+    struct memo *memos; // [n_memos] the arena's
+    size_t n_memos, cap_memos;
+    struct error *err;
+};
+
+// schema.c
+enum outcome refuse(struct compiler *c, const char *keyword, const char *why);
+enum outcome no_memory(struct compiler *c);
+bool schemas_add(struct compiler *c, struct schemas *s, const struct pyjson *schema);
+// The part of the grammar that matches a value for which all of `s` hold. `name`: for messages; NULL: the same value.
+enum outcome compile_part(struct compiler *c, const struct schemas *s, const char *name, uint32_t *part);
+enum outcome flatten(struct compiler *c, const struct pyjson *schema, struct items *out);
+bool literal(struct compiler *c, const struct pyjson *v, uint32_t next, uint32_t *out); // the value itself, as text
+
+// schema_values.c: one type after the other
+enum outcome read_types(struct compiler *c, const struct items *items, unsigned *types, bool *given);
+unsigned type_of(const struct pyjson *v);
+bool json_equal(const struct pyjson *a, const struct pyjson *b);
+enum outcome read_text_form(struct compiler *c, const struct items *items, struct text_form *f);
+enum outcome read_number_form(struct compiler *c, const struct items *items, bool integer, struct number_form *f);
+enum outcome read_count(struct compiler *c, const struct pyjson *schema, const char *key, uint32_t *out, bool *there);
+// The values of enum and const that satisfy everything. *given false: there is neither.
+enum outcome read_values(struct compiler *c, const struct items *items, struct schemas *values, bool *given);
+enum outcome compile_values(struct compiler *c, const struct items *items, uint32_t next, uint32_t *out);
+
+// schema_objects.c
+enum outcome compile_array(struct compiler *c, const struct items *items, uint32_t next, uint32_t *out);
+enum outcome compile_object(struct compiler *c, const struct items *items, uint32_t next, uint32_t *out);
+
+// schema_oneof.c: is no text that is written for `a` valid for `b`? Both flat.
+enum outcome are_apart(struct compiler *c, const struct items *a, const struct items *b, int depth, bool *apart);
+
+#endif
