@@ -14,7 +14,7 @@ PKG_CFLAGS := $(shell pkg-config --cflags $(PKGS) 2>/dev/null)
 PKG_LIBS := $(shell pkg-config --libs $(PKGS) 2>/dev/null)
 
 # These need nothing installed, or install it themselves and then call make again.
-SELF_SUFFICIENT = help deps chat test test-real test-hf clean debug asan ubsan tsan fuzz coverage format lint style uninstall
+SELF_SUFFICIENT = help deps chat test test-real test-hf clean debug asan ubsan tsan asan-serve tsan-serve fuzz coverage format lint style uninstall
 ifneq ($(filter-out $(SELF_SUFFICIENT),$(or $(MAKECMDGOALS),all)),)
 MISSING := $(shell tools/deps --missing build 2>/dev/null)
 ifneq ($(MISSING),)
@@ -204,12 +204,27 @@ NO_GUESSES = -Wno-maybe-uninitialized -Wno-format-truncation -Wno-conversion -Wn
 VARIANT = @tools/deps test </dev/null && $(MAKE) -s -j$(JOBS) BUILD=build/$@ all unit-tests </dev/null
 debug:
 	$(VARIANT) OPT="-O0 -g3 $(NO_GUESSES)"
+ASAN = OPT="-O1 -g" SAN="-fsanitize=address -fno-omit-frame-pointer $(NO_GUESSES)"
 asan:
-	$(VARIANT) OPT="-O1 -g" SAN="-fsanitize=address -fno-omit-frame-pointer $(NO_GUESSES)"
+	$(VARIANT) $(ASAN)
 ubsan:
 	$(VARIANT) OPT="-O1 -g" SAN="-fsanitize=undefined -fno-sanitize-recover=all $(NO_GUESSES)"
+TSAN = OPT="-O1 -g" SAN="-fsanitize=thread $(NO_GUESSES)"
 tsan:
-	$(VARIANT) OPT="-O1 -g" SAN="-fsanitize=thread $(NO_GUESSES)"
+	$(VARIANT) $(TSAN)
+# The server's end-to-end tests, the hostile requests among them, on a sanitizer's build. TANDEM_SLOW stretches the
+# tests' own patience; a report of the sanitizer fails the run, whatever the tests say. SERVE_TESTS: which files.
+SERVE_TESTS = serve serve_dialects serve_hostile serve_structured serve_timeouts
+.PHONY: asan-serve tsan-serve
+asan-serve tsan-serve: %-serve:
+	@tools/deps test </dev/null
+	@tools/test-venv
+	@$(MAKE) -s -j$(JOBS) BUILD=build/$* $(if $(filter asan,$*),$(ASAN),$(TSAN)) all </dev/null
+	@rm -f build/$*/report.*
+	@TANDEM=build/$*/tandem TANDEM_SLOW=$(if $(filter asan,$*),4,15) ASAN_OPTIONS=log_path=build/$*/report \
+	    TSAN_OPTIONS=log_path=build/$*/report \
+	    .venv/bin/python tools/run-tests --pytest $(SERVE_TESTS:%=tests/e2e/test_%.py); status=$$?; \
+	    for f in build/$*/report.*; do if [ -e "$$f" ]; then cat "$$f"; status=1; fi; done; exit $$status
 # Lines of each file that the unit tests reach, and the end-to-end tests of formats and texts.
 COVERED = model_files gguf_vocab template tokenizer
 coverage:
@@ -283,6 +298,7 @@ help:
 	@echo 'make deps       install the Debian packages that are missing'
 	@echo 'make install    PREFIX=/usr/local DESTDIR=; make uninstall'
 	@echo 'make debug, asan, ubsan, tsan, coverage    the unit tests in another build, in build/NAME'
+	@echo 'make asan-serve, tsan-serve    the server'\''s end-to-end tests on these builds (SERVE_TESTS="serve")'
 	@echo 'make fuzz       every fuzz target for FUZZ_SECONDS=20'
 	@echo 'make gpu-check, gpu-sanitize, gpu-bench    on a machine with a GPU and nvcc'
 	@echo 'make format     clang-format; make lint checks it and the limits of style'

@@ -31,7 +31,8 @@ enum {
     DEFAULT_BODY = 8 << 20,
     DEFAULT_CONNECTIONS = 16384,
     HEAD_BYTES = 32 << 10,
-    SEND_BUFFER = 128 << 10
+    SEND_BUFFER = 128 << 10,
+    MAX_FDS = 1 << 20
 };
 
 // ---- Heads
@@ -93,7 +94,10 @@ static ssize_t read_stream(void *user, uint64_t position, char *to, size_t max) 
     pthread_mutex_lock(&x->lock);
     size_t n = x->out.len - x->sent;
     if (x->broken) {
-        result = MHD_CONTENT_READER_END_WITH_ERROR;
+        // Not END_WITH_ERROR: libmicrohttpd 0.9.75 then keeps the connection until it times out. Nothing can be sent
+        // any more, which it notices and closes.
+        shutdown(x->fd, SHUT_RDWR);
+        result = MHD_CONTENT_READER_END_OF_STREAM;
     } else if (n) {
         if (n > max) n = max;
         memcpy(to, x->out.data + x->sent, n);
@@ -150,11 +154,16 @@ static enum MHD_Result refuse(struct exchange *x, int status, const char *why) {
 
 // ---- Receiving
 
-static void set_deadline(struct server *s, struct MHD_Connection *c, double seconds, bool in_body) {
+static struct connection *connection_of(struct MHD_Connection *c) {
     const union MHD_ConnectionInfo *info = MHD_get_connection_info(c, MHD_CONNECTION_INFO_SOCKET_CONTEXT);
-    struct connection *n = info ? info->socket_context : NULL;
+    return info ? info->socket_context : NULL;
+}
+
+static void set_deadline(struct server *s, struct MHD_Connection *c, double seconds, bool in_body) {
+    struct connection *n = connection_of(c);
     if (!n) return;
     pthread_mutex_lock(&s->lock);
+    if (n->left && seconds > LEFT_S) seconds = LEFT_S;
     n->deadline = seconds > 0 ? clock_seconds() + seconds : 0;
     n->in_body = in_body;
     n->fresh = false;
@@ -174,6 +183,10 @@ static enum MHD_Result begin(struct server *s, struct MHD_Connection *c, const c
     struct exchange *x = exchange_create(s, c, route ? route : &unknown_route);
     if (!x) return MHD_NO;
     *slot = x;
+    struct connection *n = connection_of(c);
+    pthread_mutex_lock(&s->lock);
+    if (n) n->exchange = x;
+    pthread_mutex_unlock(&s->lock);
     if (!route && strncmp(url, "/v1/messages", 12) == 0) {
         static const struct route unknown_anthropic = {.path = "", .method = "", .dialect = ANTHROPIC};
         x->route = &unknown_anthropic;
@@ -218,7 +231,7 @@ static enum MHD_Result hand_over(struct server *s, struct exchange *x) {
     }
     pthread_mutex_unlock(&s->job_lock);
     if (!room) return refuse(x, 429, "too many requests wait to be read: try again later");
-    watch_add(x);
+    watch_exchange(x);
     return MHD_YES;
 }
 
@@ -282,14 +295,15 @@ static void on_completed(void *user, struct MHD_Connection *c, void **slot, enum
     struct exchange *x = *slot;
     if (!x) return;
     *slot = NULL;
-    watch_remove(x);
-    bool whole = why == MHD_REQUEST_TERMINATED_COMPLETED_OK;
     pthread_mutex_lock(&x->lock);
+    bool whole = why == MHD_REQUEST_TERMINATED_COMPLETED_OK && !x->broken;
     x->connection = NULL;
     x->suspended = false;
     if (x->generation) generation_cancel(x->generation);
     pthread_mutex_unlock(&x->lock);
     pthread_mutex_lock(&s->lock);
+    struct connection *n = connection_of(c);
+    if (n) n->exchange = NULL;
     s->metrics.requests[x->status / 100 < 6 ? x->status / 100 : 0]++;
     if (!whole) s->metrics.disconnects++;
     pthread_mutex_unlock(&s->lock);
@@ -311,6 +325,7 @@ static void on_connection(void *user, struct MHD_Connection *c, void **slot, enu
         n->deadline = clock_seconds() + s->options.head_s;
         n->fresh = true;
         pthread_mutex_lock(&s->lock);
+        watch_connection(s, n);
         n->next = s->connections;
         if (n->next) n->next->prev = n;
         s->connections = n;
@@ -322,6 +337,7 @@ static void on_connection(void *user, struct MHD_Connection *c, void **slot, enu
         if (n->prev) n->prev->next = n->next;
         else s->connections = n->next;
         if (n->next) n->next->prev = n->prev;
+        if (n->fd >= 0 && (size_t)n->fd < s->n_fds && s->by_fd[n->fd] == n) s->by_fd[n->fd] = NULL;
         pthread_mutex_unlock(&s->lock);
         free(n);
         *slot = NULL;
@@ -410,7 +426,10 @@ static bool listen_on(struct server *s, struct error *err) {
         setrlimit(RLIMIT_NOFILE, &files);
         if (files.rlim_cur != RLIM_INFINITY && files.rlim_cur > 128 && o->max_connections > files.rlim_cur - 100)
             o->max_connections = files.rlim_cur - 100;
+        s->n_fds = files.rlim_cur < MAX_FDS ? (size_t)files.rlim_cur : MAX_FDS;
     }
+    s->by_fd = size_alloc_zero(s->n_fds, sizeof *s->by_fd);
+    if (!s->by_fd) return error_set(err, "out of memory for %zu connections", s->n_fds);
     struct MHD_OptionItem tls[] = {{MHD_OPTION_HTTPS_MEM_CERT, 0, s->tls_cert},
                                    {MHD_OPTION_HTTPS_MEM_KEY, 0, s->tls_key},
                                    {MHD_OPTION_END, 0, NULL}};
@@ -546,6 +565,7 @@ void server_stop(struct server *s) {
     }
     if (s->n_threads > 1) pthread_join(s->watcher, NULL);
     if (s->epoll >= 0) close(s->epoll);
+    free(s->by_fd);
     keys_free(s->keys);
     buffer_free(&s->page_policy);
     replies_free(s->replies);

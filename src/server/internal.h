@@ -20,6 +20,7 @@ enum {
     MAX_TOOLS = 256,
     MAX_MASK_BYTES = 64 << 20, // of automata that are kept for requests to come
     N_WORKERS = 2,
+    LEFT_S = 1,    // seconds for what a client still sent before it left
     MAX_JOBS = 512 // bodies that wait for a worker
 };
 
@@ -65,12 +66,15 @@ struct exchange {
     struct generation *generation; // in progress; NULL
 };
 
-struct connection { // one TCP connection
+struct connection { // one TCP connection; guarded by the server's lock
     struct connection *prev, *next;
+    struct exchange *exchange; // the request in progress; NULL
+    uint32_t serial;           // descriptors are used again
     int fd;
     double deadline; // for the next request's head or body; 0: none
     bool in_body;    // it is the body's
     bool fresh;      // no request has come yet
+    bool left;       // its client will send no more
 };
 
 // What a request, a client or the model was too slow for; `--timeouts` and the metrics name them so.
@@ -121,6 +125,9 @@ struct server {
     pthread_mutex_t lock; // guards the lists and numbers below
     struct exchange *exchanges;
     struct connection *connections;
+    struct connection **by_fd; // [n_fds]
+    size_t n_fds;
+    uint32_t last_serial;
     struct metrics metrics;
     struct keys *keys;       // NULL: none are asked for
     struct replies *replies; // has a lock of its own
@@ -133,7 +140,7 @@ struct server {
     size_t first_job, n_jobs;
     pthread_t workers[N_WORKERS], engine_thread, watcher;
     int n_threads; // that were started
-    int epoll;     // of fds whose exchange is in progress
+    int epoll;     // of all connections: whose client left
 };
 
 // ---- Exchanges (exchange.c). Any thread, while holding a reference.
@@ -162,9 +169,9 @@ void keys_free(struct keys *k);
 // 0: no such key; else its tenant. Takes the same time for every key.
 uint64_t keys_check(const struct keys *k, const char *key);
 
-void *watch_run(void *server); // watch.c: a thread
-void watch_add(struct exchange *x);
-void watch_remove(struct exchange *x);
+void *watch_run(void *server);                                 // watch.c: a thread
+bool watch_connection(struct server *s, struct connection *c); // it begins; the server's lock is held
+void watch_exchange(struct exchange *x); // its request is complete: who left before is noticed now
 
 void histogram_add(struct histogram *h, double seconds); // metrics.c
 bool metrics_write(struct server *s, struct buffer *out);

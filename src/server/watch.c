@@ -5,22 +5,35 @@
 
 #include "base/clock.h"
 
-#include <errno.h>
 #include <linux/tcp.h>
 #include <netinet/in.h>
 #include <stdio.h>
 #include <sys/epoll.h>
 #include <sys/socket.h>
 
-void watch_add(struct exchange *x) {
-    struct epoll_event e = {.events = EPOLLRDHUP | EPOLLONESHOT, .data.u64 = x->number};
-    // The same socket may still be known from a request before.
-    if (epoll_ctl(x->server->epoll, EPOLL_CTL_ADD, x->fd, &e) != 0 && errno == EEXIST)
-        epoll_ctl(x->server->epoll, EPOLL_CTL_MOD, x->fd, &e);
+// An event names the descriptor and, since those are used again, its connection.
+static struct epoll_event interest(const struct connection *c) {
+    return (struct epoll_event){.events = EPOLLRDHUP | EPOLLET,
+                                .data.u64 = (uint64_t)c->serial << 32 | (uint32_t)c->fd};
 }
 
-void watch_remove(struct exchange *x) {
-    epoll_ctl(x->server->epoll, EPOLL_CTL_DEL, x->fd, NULL);
+bool watch_connection(struct server *s, struct connection *c) {
+    c->serial = ++s->last_serial;
+    if (c->fd < 0 || (size_t)c->fd >= s->n_fds) return false;
+    s->by_fd[c->fd] = c;
+    struct epoll_event e = interest(c);
+    return epoll_ctl(s->epoll, EPOLL_CTL_ADD, c->fd, &e) == 0; // closing the descriptor takes it out again
+}
+
+void watch_exchange(struct exchange *x) {
+    struct server *s = x->server;
+    pthread_mutex_lock(&s->lock);
+    struct connection *c = (size_t)x->fd < s->n_fds ? s->by_fd[x->fd] : NULL;
+    if (c) {
+        struct epoll_event e = interest(c);
+        epoll_ctl(s->epoll, EPOLL_CTL_MOD, c->fd, &e); // tells again what was told already
+    }
+    pthread_mutex_unlock(&s->lock);
 }
 
 // Cancels what is in progress and wakes the connection, so that the loop closes it. x->lock is held.
@@ -99,14 +112,22 @@ static void look_at_all(struct server *s) {
     pthread_mutex_unlock(&s->lock);
 }
 
-static void client_left(struct server *s, uint64_t number) {
+// The client closed its side, or the connection broke. A request that is complete is cancelled. One that is not will
+// never be: libmicrohttpd may not see an end that came with the last bytes, so that its limit of time is shortened.
+static void client_left(struct server *s, uint64_t event) {
+    size_t fd = (uint32_t)event;
+    double soon = clock_seconds() + LEFT_S;
     pthread_mutex_lock(&s->lock);
-    for (struct exchange *x = s->exchanges; x; x = x->next) {
-        if (x->number != number) continue;
-        pthread_mutex_lock(&x->lock);
-        if (x->connection) give_up(x);
-        pthread_mutex_unlock(&x->lock);
-        break;
+    struct connection *c = fd < s->n_fds ? s->by_fd[fd] : NULL;
+    if (c && c->serial == event >> 32) {
+        struct exchange *x = c->exchange;
+        if (x) {
+            pthread_mutex_lock(&x->lock);
+            if (x->connection && x->handed_over) give_up(x);
+            pthread_mutex_unlock(&x->lock);
+        }
+        c->left = true;
+        if (c->deadline > soon) c->deadline = soon;
     }
     pthread_mutex_unlock(&s->lock);
 }

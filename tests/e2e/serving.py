@@ -11,6 +11,7 @@ import threading
 import time
 
 TANDEM = os.environ.get("TANDEM", "build/tandem")
+SLOW = float(os.environ.get("TANDEM_SLOW", "1"))  # of a sanitizer's build: how much longer tests wait
 
 
 class Server:
@@ -33,7 +34,7 @@ class Server:
 
         self.reader = threading.Thread(target=read, daemon=True)
         self.reader.start()
-        assert ready.wait(wait) and self.url, self.log
+        assert ready.wait(wait * SLOW) and self.url, self.log
         self.host, port = re.match(r"https?://(.*):(\d+)$", self.url).groups()
         self.port = int(port)
 
@@ -41,7 +42,7 @@ class Server:
         if self.process.poll() is None:
             self.process.send_signal(number)
         try:
-            return self.process.wait(wait)
+            return self.process.wait(wait * SLOW)
         finally:
             if self.process.poll() is None:
                 self.process.kill()
@@ -58,7 +59,7 @@ class Server:
 
     def request(self, method, path, body=None, headers=None, timeout=60):
         """(status, headers, bytes). `body`: an object for JSON, or bytes."""
-        connection = http.client.HTTPConnection(self.host, self.port, timeout=timeout)
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=timeout * SLOW)
         try:
             data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
             connection.request(method, path, data, {"Content-Type": "application/json", **(headers or {})})
@@ -79,7 +80,7 @@ class Server:
 
     def events(self, path, body, timeout=60):
         """The lines of a stream of events, without the empty ones."""
-        connection = http.client.HTTPConnection(self.host, self.port, timeout=timeout)
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=timeout * SLOW)
         try:
             connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
             answer = connection.getresponse()
@@ -95,7 +96,7 @@ class Server:
 
     def raw(self, data, wait=10, close=True):
         """Sends bytes as they are, returns what comes back until the server closes or `wait` seconds pass."""
-        with contextlib.closing(socket.create_connection((self.host, self.port), timeout=wait)) as s:
+        with contextlib.closing(socket.create_connection((self.host, self.port), timeout=wait * SLOW)) as s:
             out = b""
             try:
                 s.sendall(data)
@@ -109,7 +110,7 @@ class Server:
 
     def idle(self, wait=10):
         """Waits until nothing runs and no KV page is held."""
-        end = time.time() + wait
+        end = time.time() + wait * SLOW
         while time.time() < end:
             if not (self.metric("requests_running") or self.metric("requests_waiting") or self.metric("kv_pages_used")):
                 return True
