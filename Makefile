@@ -60,7 +60,8 @@ LIB_OBJ = $(addprefix $(BUILD)/,$(addsuffix .o,$(basename $(LIB_SRC))))
 CLI_OBJ = $(CLI_SRC:%.c=$(BUILD)/%.o)
 TEST_SRC := $(sort $(shell find tests -name 'test_*.c'))
 # The doctor's hundred examinations take minutes, and far more in a sanitizer; its other tests run the same code.
-TEST_BIN = $(filter-out $(if $(SAN),%/test_seeded),$(TEST_SRC:%.c=$(BUILD)/%))
+TEST_BIN = $(filter-out $(if $(SAN),%/test_seeded %/test_emulated %/test_emulated_80 %/test_mistakes),\
+    $(TEST_SRC:%.c=$(BUILD)/%) $(BUILD)/tests/cuda_emulator/test_emulated_80)
 
 .PHONY: all
 all: $(BUILD)/tandem
@@ -89,7 +90,7 @@ $(BUILD)/%.o: %.c
 
 # Each tests/**/test_NAME.c is one cmocka program.
 $(BUILD)/tests/%: $(BUILD)/tests/%.o $(BUILD)/libtandem_all.a
-	$(CC) $(LDFLAGS) -o $@ $< $(BUILD)/libtandem_all.a $(LDLIBS) -lcmocka
+	$(CC) $(LDFLAGS) -o $@ $< $(TEST_OBJ) $(BUILD)/libtandem_all.a $(LDLIBS) -lcmocka
 
 # This one makes the library's allocations fail.
 # And an engine's functions, to see what the doctor says.
@@ -113,6 +114,48 @@ $(BUILD)/tests/doctor/tandem-seeded: $(BUILD)/tests/doctor/seeded/choose.o $(CLI
 SEEDED_PARTS = 1 2 3 4
 SEEDED_RUNS = $(if $(SAN),,$(foreach i,$(SEEDED_PARTS),"$(BUILD)/tests/doctor/test_seeded --part $i/$(words $(SEEDED_PARTS))"))
 TEST_RUNS = $(SEEDED_RUNS) $(filter-out %/test_seeded,$(TEST_BIN))
+
+# The CUDA backend's own sources on a GPU that tests/cuda_emulator emulates: for a chip of Hopper's kind, for an older
+# one, and for the former with mistakes sown in. No nvcc or toolkit is needed.
+EMULATOR = tests/cuda_emulator
+EMULATED_SRC = $(sort $(wildcard src/ops/cuda/*.c src/ops/cuda/*.cu)) src/ops/open.c
+emulated_objects = $(addprefix $(BUILD)/$(1)/,$(addsuffix .o,$(basename $(EMULATED_SRC)))) \
+    $(patsubst %,$(BUILD)/$(EMULATOR)/%.o,blocks runtime)
+EMULATED_CPPFLAGS = -D_GNU_SOURCE -DTANDEM_CUDA -DTANDEM_CUDA_EMULATED=$(if $(filter emulated_80,$(1)),80,90) -I$(EMULATOR) -Isrc -Iinclude
+# As nvcc is told, and as it understands the language: bits may be read as another type.
+EMULATED_CXXFLAGS = -std=gnu++17 -O2 -g -ffp-contract=off -fno-strict-aliasing -fno-exceptions -fno-rtti -fno-threadsafe-statics \
+    -Wall -Wno-unknown-pragmas -Wno-unused-variable -Wno-maybe-uninitialized
+define EMULATED_RULES
+$(BUILD)/$(1)/%.o: $(2)%.cu
+	@mkdir -p $$(@D)
+	$(CXX) -x c++ $(call EMULATED_CPPFLAGS,$(1)) $(EMULATED_CXXFLAGS) -MMD -MP -c -o $$@ $$<
+$(BUILD)/$(1)/%.o: $(2)%.c
+	@mkdir -p $$(@D)
+	$(CC) $(call EMULATED_CPPFLAGS,$(1)) $(filter-out $(SAN),$(CFLAGS)) -MMD -MP -c -o $$@ $$<
+endef
+$(eval $(call EMULATED_RULES,emulated_90,))
+$(eval $(call EMULATED_RULES,emulated_80,))
+$(eval $(call EMULATED_RULES,emulated_sown,$(BUILD)/sown/))
+$(BUILD)/sown/%: % $(EMULATOR)/sow.py
+	@mkdir -p $(@D)
+	@python3 $(EMULATOR)/sow.py $< $@
+$(BUILD)/$(EMULATOR)/mistakes.inc: $(EMULATOR)/sow.py
+	@mkdir -p $(@D)
+	@python3 $< --list $@
+$(BUILD)/$(EMULATOR)/test_mistakes.o: $(BUILD)/$(EMULATOR)/mistakes.inc
+$(BUILD)/$(EMULATOR)/%.o: CPPFLAGS += -I$(BUILD)/$(EMULATOR)
+# Fibers and a sanitizer do not know each other.
+$(BUILD)/$(EMULATOR)/blocks.o: SAN =
+WAYS_OBJ = $(BUILD)/tests/ops/cuda_ways.o
+$(BUILD)/tests/ops/test_cuda: $(WAYS_OBJ)
+$(BUILD)/tests/ops/test_cuda: TEST_OBJ = $(WAYS_OBJ)
+link_emulated = $(CC) $(LDFLAGS) -o $@ $^ $(LDLIBS) -lcmocka
+$(BUILD)/$(EMULATOR)/test_emulated: $(BUILD)/$(EMULATOR)/test_emulated.o $(WAYS_OBJ) $(call emulated_objects,emulated_90) $(BUILD)/libtandem_all.a
+	$(link_emulated)
+$(BUILD)/$(EMULATOR)/test_emulated_80: $(BUILD)/$(EMULATOR)/test_emulated.o $(WAYS_OBJ) $(call emulated_objects,emulated_80) $(BUILD)/libtandem_all.a
+	$(link_emulated)
+$(BUILD)/$(EMULATOR)/test_mistakes: $(BUILD)/$(EMULATOR)/test_mistakes.o $(WAYS_OBJ) $(call emulated_objects,emulated_sown) $(BUILD)/libtandem_all.a
+	$(link_emulated)
 
 .PHONY: unit
 unit: $(TEST_BIN)
@@ -308,7 +351,7 @@ help:
 clean:
 	rm -rf $(BUILD)
 
--include $(LIB_OBJ:.o=.d) $(CLI_OBJ:.o=.d) $(shell find $(BUILD)/tests -name "*.d" 2>/dev/null)
+-include $(LIB_OBJ:.o=.d) $(CLI_OBJ:.o=.d) $(shell find $(BUILD)/tests $(BUILD)/emulated_* -name "*.d" 2>/dev/null)
 .SECONDARY:
 
 # The genuine Qwen3 tokenizer, unpacked for the tests.

@@ -398,7 +398,7 @@ static __device__ __forceinline__ int row_blocks(int position, int chunk) {
 // RT: at least p.rows.
 template <int HD, bool FUSED, int RT>
 static __global__ void __launch_bounds__(ATTN_THREADS, 1) k_attention(attention_params p) {
-    extern __shared__ __align__(128) unsigned char raw[];
+    DYNAMIC_SHARED(raw);
     attention_shared<HD> *sh = reinterpret_cast<attention_shared<HD> *>(raw);
     constexpr int OWN = (RT * HD + ATTN_THREADS - 1) / ATTN_THREADS;
     int thread = (int)threadIdx.x, warp = thread / 32, lane = thread % 32;

@@ -1,18 +1,12 @@
-// common.cuh: what kernels share: the matrix instruction, orders of sums, copies into shared memory, and launching with
-// programmatic dependence.
+// common.cuh: what kernels share: orders of sums, and launching with programmatic dependence.
 #ifndef TANDEM_OPS_CUDA_COMMON_CUH
 #define TANDEM_OPS_CUDA_COMMON_CUH
 
+#include "ops/cuda/chip.cuh"
 #include "ops/cuda/device.h"
 
 #include <cuda_bf16.h>
 #include <stdint.h>
-
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-#define HOPPER 1 // bulk copies and programmatic dependence
-#else
-#define HOPPER 0
-#endif
 
 // ---- Launching
 // -------------------------------------------------------------------------------------------------------
@@ -46,18 +40,6 @@ static inline dim3 grid_for(size_t x, size_t y = 1, size_t z = 1) {
     return dim3((unsigned)x, (unsigned)y, (unsigned)z);
 }
 
-static __device__ __forceinline__ void dependents_may_start() {
-#if HOPPER
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-static __device__ __forceinline__ void dependency_wait() {
-#if HOPPER
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
 // ---- Numbers
 // ---------------------------------------------------------------------------------------------------------
 
@@ -74,25 +56,8 @@ static __device__ __forceinline__ float bf16_high(uint32_t v) {
     return __uint_as_float(v & 0xFFFF0000u);
 }
 
-// 2^x and e^x as this chip's special-function unit has them (2 units in the last place).
-static __device__ __forceinline__ float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
 static __device__ __forceinline__ float silu_mul(float gate, float up) {
     return gate / (1.0f + exp2_fast(gate * -1.44269504088896340736f)) * up;
-}
-
-// d += a b: a 16 rows by 16, b 16 by 8 columns, bf16 in, f32 sums. Lane 4 g + t holds of a: (g, 2t..), (g + 8, 2t..),
-// (g, 2t + 8..), (g + 8, 2t + 8..); of b: (2t.., g), (2t + 8.., g); of d: (g, 2t), (g, 2t + 1), (g + 8, 2t), ...
-static __device__ __forceinline__ void mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
-                                           uint32_t b0, uint32_t b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-                 "{%0,%1,%2,%3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
 // The sum of a warp's values, in every lane: a fixed tree.
@@ -127,55 +92,6 @@ static __device__ __forceinline__ float norm_rate(const float *sums, int n, floa
 #pragma unroll
     for (int w = 1; w < NORM_WARPS; w++) s += sums[w];
     return 1.0f / sqrtf(s / (float)n + eps);
-}
-
-// ---- Copies into shared memory
-// ---------------------------------------------------------------------------------------
-// One thread asks for a bulk copy, all wait for it on a barrier in shared memory. Older chips copy with all threads.
-
-static __device__ __forceinline__ uint32_t shared_address(const void *p) {
-    return (uint32_t)__cvta_generic_to_shared(p);
-}
-
-static __device__ __forceinline__ void barrier_init(uint64_t *bar) {
-#if HOPPER
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(bar)));
-#endif
-}
-
-static __device__ __forceinline__ void barrier_fence() {
-#if HOPPER
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-#endif
-}
-
-static __device__ __forceinline__ void barrier_expect(uint64_t *bar, uint32_t bytes) {
-#if HOPPER
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(bar)), "r"(bytes)
-                 : "memory");
-#endif
-}
-
-static __device__ __forceinline__ void barrier_wait(uint64_t *bar, uint32_t parity) {
-#if HOPPER
-    uint32_t done;
-    do {
-        asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
-                     : "=r"(done)
-                     : "r"(shared_address(bar)), "r"(parity)
-                     : "memory");
-    } while (!done);
-#endif
-}
-
-// Both 16-byte aligned, bytes a multiple of 16.
-static __device__ __forceinline__ void bulk_copy(void *to, const void *from, uint32_t bytes, uint64_t *bar) {
-#if HOPPER
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                     shared_address(to)),
-                 "l"(from), "r"(bytes), "r"(shared_address(bar))
-                 : "memory");
-#endif
 }
 
 #endif

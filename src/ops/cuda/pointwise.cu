@@ -118,6 +118,7 @@ static __global__ void k_qk_norm_rope_store(kv_view kv, batch_view b, float *q, 
 
 static __global__ void k_pack_rows(__nv_bfloat16 *out, const __nv_bfloat16 *rows, size_t first, size_t n, size_t n_in,
                                    size_t row_elements, size_t columns) {
+    dependency_wait();
     size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x;
     if (i < n * n_in) out[unit_index(first + i / n_in, i % n_in, columns)] = rows[i / n_in * row_elements + i % n_in];
 }

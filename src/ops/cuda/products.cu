@@ -149,7 +149,7 @@ static __device__ __forceinline__ void stage_some(const product_args &p, unsigne
 // A block computes PAIRS pairs of units (RESIDUAL: one unit); its warps take slices in turn.
 template <enum product_mode MODE, bool NORM, int SLOTS, int PAIRS>
 static __global__ void __launch_bounds__(PRODUCT_THREADS) k_small(product_args p) {
-    extern __shared__ __align__(128) unsigned char shared[];
+    DYNAMIC_SHARED(shared);
     __shared__ __align__(8) uint64_t arrived;
     __shared__ float sums[SLOTS * NORM_WARPS];
     constexpr int UNITS = MODE == PRODUCT_RESIDUAL ? 1 : 2 * PAIRS, ROWS = UNITS * 8;
@@ -299,7 +299,7 @@ static __device__ __forceinline__ void load_stage(const product_args &p, const u
 template <enum product_mode MODE, int MT, int NT>
 static __global__ void __launch_bounds__(PRODUCT_THREADS, 1) k_tile(product_args p, const uint4 *packed) {
     using S = tile_shape<MT, NT>;
-    extern __shared__ __align__(128) unsigned char shared[];
+    DYNAMIC_SHARED(shared);
     __shared__ __align__(8) uint64_t arrived[S::STAGES];
     int thread = (int)threadIdx.x, lane = thread % 32, warp = thread / 32, g = lane / 4, t = lane % 4;
     int n_slices = p.columns / SLICE, wm = warp / 4, wn = warp % 4;

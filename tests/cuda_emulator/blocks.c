@@ -1,0 +1,542 @@
+// blocks.c: one block of threads: fibers, the places where they wait for each other, copies into shared memory. Where a
+// thread waits, another goes on that a random number chooses.
+#include "internal.h"
+
+#include <link.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+
+// As kernels know them (cuda_bf16.h), which C does not include.
+struct emulated_place {
+    dim3 thread, block, block_size, grid_size;
+} emulated_place;
+unsigned char *emulated_dynamic_shared(void);
+void emulated_syncthreads(void);
+void emulated_syncwarp(void);
+uint32_t emulated_shuffle_xor(uint32_t v, int mask);
+void emulated_mma(float d[4], const uint32_t a[4], const uint32_t b[2]);
+void emulated_dependency_wait(void);
+void emulated_barrier_init(uint64_t *barrier);
+void emulated_barrier_expect(uint64_t *barrier, uint32_t bytes);
+void emulated_barrier_wait(uint64_t *barrier, uint32_t parity);
+void emulated_bulk_copy(void *to, const void *from, uint32_t bytes, uint64_t *barrier);
+void emulated_pause(void);
+
+int emulator_mistake;
+
+enum { STACK = 96 * 1024, GUARD = 4096, WARP = 32, MOST_WARPS = MOST_THREADS / WARP, MOST_COPIES = 512 };
+enum thread_state { RUNNING, READY, AT_BARRIER, IN_WARP, AT_COPY, AT_DEPENDENCY, ENDED, N_STATES };
+enum instruction { SYNC_WARP, SHUFFLE, MATRIX };
+
+struct fiber {
+#if defined(__x86_64__)
+    void *stack_pointer;
+#else
+    ucontext_t context;
+#endif
+    unsigned number;
+    enum thread_state state;
+    uint64_t *barrier; // AT_COPY: waits for this one's phase to differ from
+    uint32_t parity;   // this
+};
+
+// What a lane brings to an instruction of its whole warp.
+struct share {
+    uint32_t a[4], b[2];
+    float d[4];
+};
+
+struct warp {
+    unsigned arrived, met; // lanes that are here; instructions done
+    enum instruction instruction;
+    struct share shares[2][WARP]; // [met % 2]: the last instruction's stay until every lane has come to the next
+};
+
+struct copy {
+    void *to;
+    const void *from;
+    uint32_t bytes;
+    uint64_t *barrier;
+};
+
+struct block {
+    const struct kernel_node *kernel;
+    dim3 index;
+    unsigned n_threads, n_in[N_STATES];
+    bool is_early, has_waited;
+    bool copies_last; // only when no thread can go on
+    unsigned choice;  // the next thread is one of so many that became ready last
+    struct fiber outside, threads[MOST_THREADS], *current;
+    uint16_t ready[MOST_THREADS]; // [n_in[READY]]
+    struct warp warps[MOST_WARPS];
+    struct copy copies[MOST_COPIES];
+    unsigned n_copies;
+    unsigned char *stacks;        // [MOST_THREADS][STACK], the lowest page of each a guard
+    unsigned char *shared, *base; // dynamic shared memory, its end at a guard; the mapping
+    unsigned char *statics;       // a suspended block's static shared memory
+};
+
+static struct block *now; // the block whose threads run
+
+static unsigned below(unsigned n) {
+    return (unsigned)((emulated_random() & 0xFFFFFFFFu) * n >> 32);
+}
+
+// ---- The program's static shared memory: this module's thread-local variables, of which it has no others
+// ---------------------
+
+struct module_memory {
+    unsigned char *at;
+    size_t bytes;
+};
+
+static int find_memory(struct dl_phdr_info *info, size_t size, void *user) {
+    (void)size;
+    struct module_memory *m = user;
+    for (int i = 0; i < info->dlpi_phnum; i++) {
+        if (info->dlpi_phdr[i].p_type != PT_TLS) continue;
+        m->at = info->dlpi_tls_data;
+        m->bytes = info->dlpi_phdr[i].p_memsz;
+    }
+    return 1; // the program comes first
+}
+
+static struct module_memory statics(void) {
+    struct module_memory m = {NULL, 0};
+    dl_iterate_phdr(find_memory, &m);
+    return m;
+}
+
+// ---- Switching
+// ------------------------------------------------------------------------------------------------------------
+
+#if defined(__x86_64__)
+void emulated_switch(void **from, void *to);
+__asm__(".text\n"
+        ".globl emulated_switch\n"
+        ".type emulated_switch, @function\n"
+        "emulated_switch:\n"
+        "    pushq %rbp\n    pushq %rbx\n    pushq %r12\n    pushq %r13\n    pushq %r14\n    pushq %r15\n"
+        "    movq %rsp, (%rdi)\n"
+        "    movq %rsi, %rsp\n"
+        "    popq %r15\n    popq %r14\n    popq %r13\n    popq %r12\n    popq %rbx\n    popq %rbp\n"
+        "    ret\n"
+        ".size emulated_switch, .-emulated_switch\n");
+
+static void change(struct fiber *from, struct fiber *to) {
+    emulated_switch(&from->stack_pointer, to->stack_pointer);
+}
+
+static void prepare(struct fiber *f, unsigned char *stack, size_t bytes, void (*entry)(void)) {
+    // As emulated_switch left it: six registers, then where to return to; there the stack is 8 off a multiple of 16.
+    uint64_t *top = (uint64_t *)(void *)(stack + bytes) - 2;
+    *top = (uint64_t)(uintptr_t)entry;
+    memset(top - 6, 0, 6 * sizeof *top);
+    f->stack_pointer = top - 6;
+}
+#else
+static void change(struct fiber *from, struct fiber *to) {
+    swapcontext(&from->context, &to->context);
+}
+
+static void prepare(struct fiber *f, unsigned char *stack, size_t bytes, void (*entry)(void)) {
+    getcontext(&f->context);
+    f->context.uc_stack.ss_sp = stack;
+    f->context.uc_stack.ss_size = bytes;
+    f->context.uc_link = NULL;
+    makecontext(&f->context, entry, 0);
+}
+#endif
+
+static void set_state(struct block *b, struct fiber *f, enum thread_state state) {
+    b->n_in[f->state]--;
+    f->state = state;
+    if (state == READY) b->ready[b->n_in[READY]] = (uint16_t)f->number;
+    b->n_in[state]++;
+}
+
+// ---- Barriers that copies arrive at
+// ---------------------------------------------------------------------------------------
+
+enum { BARRIER_MADE = 0xB7 };
+
+// What the 64 bits of such a barrier hold.
+struct arrivals {
+    int32_t bytes;    // still to come
+    uint16_t threads; // still to arrive: 1 or 0
+    uint8_t phase, made;
+};
+
+static struct arrivals barrier_read(const uint64_t *barrier) {
+    struct arrivals a;
+    memcpy(&a, barrier, sizeof a);
+    if (a.made != BARRIER_MADE) emulated_fail("a barrier for copies was not made before its use");
+    return a;
+}
+
+// Writes it back; a complete phase begins the next, and lets threads go on that waited for its end.
+static void barrier_write(struct block *b, uint64_t *barrier, struct arrivals a) {
+    bool complete = a.threads == 0 && a.bytes == 0;
+    if (complete) a.phase ^= 1, a.threads = 1;
+    memcpy(barrier, &a, sizeof a);
+    for (unsigned i = 0; complete && b->n_in[AT_COPY] && i < b->n_threads; i++) {
+        struct fiber *f = &b->threads[i];
+        if (f->state == AT_COPY && f->barrier == barrier && f->parity != a.phase) set_state(b, f, READY);
+    }
+}
+
+static void carry_out(struct block *b, unsigned i) {
+    struct copy c = b->copies[i];
+    b->copies[i] = b->copies[--b->n_copies];
+    memcpy(c.to, c.from, c.bytes);
+    struct arrivals a = barrier_read(c.barrier);
+    a.bytes -= (int32_t)c.bytes;
+    barrier_write(b, c.barrier, a);
+}
+
+// ---- Who goes on
+// ---------------------------------------------------------------------------------------------------------
+
+// Warp after warp, from any one on, up or down: who became ready last goes on first.
+static void all_ready(struct block *b, enum thread_state from) {
+    unsigned n = b->n_threads / WARP, at = 0, step = 1;
+    if (!emulated_options.keep_order) at = below(n), step = emulated_chance(2) ? 1 : n - 1;
+    for (unsigned w = 0; w < n; w++, at = (at + step) % n)
+        for (unsigned i = at * WARP; i < (at + 1) * WARP; i++)
+            if (b->threads[i].state == from) set_state(b, &b->threads[i], READY);
+}
+
+// When no thread is ready: lets some go on; false when the block has ended or is to be suspended.
+static bool unblock(struct block *b) {
+    if (b->is_early && b->n_in[AT_DEPENDENCY] && emulated_chance(2)) return false;
+    bool met = b->n_in[AT_BARRIER] && b->n_in[AT_BARRIER] + b->n_in[ENDED] == b->n_threads;
+    if (b->n_copies > 0 && !(met && (b->copies_last || emulated_chance(2)))) {
+        emulated_counts.late_copies++;
+        carry_out(b, below(b->n_copies));
+        return true;
+    }
+    if (met) {
+        all_ready(b, AT_BARRIER);
+        return true;
+    }
+    if (b->n_in[AT_DEPENDENCY] || b->n_in[ENDED] == b->n_threads) return false;
+    emulated_fail("the block hangs: %u threads at a barrier, %u at a warp's instruction, %u wait for a copy, %u ended",
+                  b->n_in[AT_BARRIER], b->n_in[IN_WARP], b->n_in[AT_COPY], b->n_in[ENDED]);
+}
+
+static struct fiber *take_ready(struct block *b) {
+    unsigned last = b->n_in[READY] - 1, among = last + 1 < b->choice ? last + 1 : b->choice, i = last - below(among);
+    struct fiber *f = &b->threads[b->ready[i]];
+    b->ready[i] = b->ready[last];
+    set_state(b, f, RUNNING);
+    emulated_place.thread = (dim3){f->number, 0, 0};
+    return f;
+}
+
+// The current thread's state is set: another goes on, or what started or resumed the block.
+static void leave(struct block *b) {
+    struct fiber *self = b->current, *to = &b->outside;
+    if (b->n_copies > 0 && !b->copies_last && emulated_chance(64)) carry_out(b, below(b->n_copies));
+    while (b->n_in[READY] == 0 && unblock(b)) {
+    }
+    if (b->n_in[READY]) to = take_ready(b);
+    b->current = to;
+    if (to != self) change(self, to);
+}
+
+static void wait_as(enum thread_state state) {
+    set_state(now, now->current, state);
+    leave(now);
+}
+
+static void thread_main(void) {
+    struct block *b = now;
+    b->kernel->kernel.call(b->kernel->kernel.arguments);
+    wait_as(ENDED);
+    emulated_fail("a thread that had ended went on");
+}
+
+// ---- What kernels call
+// ---------------------------------------------------------------------------------------------------
+
+unsigned char *emulated_dynamic_shared(void) {
+    return now->shared;
+}
+
+void emulated_pause(void) {
+    if (emulated_chance(4)) wait_as(READY);
+}
+
+void emulated_syncthreads(void) {
+    wait_as(AT_BARRIER);
+}
+
+void emulated_dependency_wait(void) {
+    now->has_waited = true;
+    if (now->is_early) wait_as(AT_DEPENDENCY);
+}
+
+static void multiply(struct share shares[WARP]);
+
+// Where a thread's share of its warp's next instruction belongs.
+static struct share *my_share(void) {
+    unsigned number = now->current->number;
+    struct warp *w = &now->warps[number / WARP];
+    return &w->shares[w->met % 2][number % WARP];
+}
+
+// All lanes of a warp have brought their shares; the last to come does the work. Returns where the shares lie.
+static struct share *meet(enum instruction instruction) {
+    struct block *b = now;
+    unsigned number = b->current->number, lane = number % WARP;
+    struct warp *w = &b->warps[number / WARP];
+    struct share *shares = w->shares[w->met % 2];
+    if (w->arrived > 0 && w->instruction != instruction) emulated_fail("a warp's lanes are at different instructions");
+    w->instruction = instruction;
+    if (++w->arrived < WARP) {
+        wait_as(IN_WARP);
+        return shares;
+    }
+    if (instruction == MATRIX) multiply(shares);
+    w->arrived = 0;
+    w->met++;
+    for (unsigned i = 0; i < WARP; i++)
+        if (i != lane) set_state(b, &b->threads[number - lane + i], READY);
+    return shares;
+}
+
+void emulated_syncwarp(void) {
+    meet(SYNC_WARP);
+}
+
+uint32_t emulated_shuffle_xor(uint32_t v, int mask) {
+    my_share()->a[0] = v;
+    unsigned lane = now->current->number % WARP;
+    return meet(SHUFFLE)[lane ^ (unsigned)mask].a[0];
+}
+
+static float low_half(uint32_t pair) {
+    return (union {
+               uint32_t u;
+               float f;
+           }){.u = pair << 16}
+        .f;
+}
+
+static float high_half(uint32_t pair) {
+    return (union {
+               uint32_t u;
+               float f;
+           }){.u = pair & 0xFFFF0000u}
+        .f;
+}
+
+#if defined(__x86_64__)
+#define WIDE __attribute__((target_clones("avx2", "default")))
+#else
+#define WIDE
+#endif
+
+// d += a b, a [16, 16], b [16, 8]: ascending k, each product and sum rounded to f32.
+WIDE static void multiply_tiles(float (*restrict d)[8], float (*restrict a)[16], float (*restrict b)[8]) {
+    for (unsigned row = 0; row < 16; row++)
+        for (unsigned k = 0; k < 16; k++)
+            for (unsigned column = 0; column < 8; column++) d[row][column] += a[row][k] * b[k][column];
+}
+
+static void multiply(struct share shares[WARP]) {
+    float a[16][16], b[16][8], d[16][8];
+    emulated_counts.matrix_steps++;
+    for (unsigned lane = 0; lane < WARP; lane++) {
+        const struct share *s = &shares[lane];
+        unsigned g = lane / 4, t = lane % 4;
+        for (unsigned i = 0; i < 4; i++) {
+            unsigned row = g + i % 2 * 8, column = 2 * t + i / 2 * 8;
+            a[row][column] = low_half(s->a[i]);
+            a[row][column + 1] = high_half(s->a[i]);
+            d[g + i / 2 * 8][2 * t + i % 2] = s->d[i];
+        }
+        for (unsigned i = 0; i < 2; i++) {
+            b[2 * t + i * 8][g] = low_half(s->b[i]);
+            b[2 * t + i * 8 + 1][g] = high_half(s->b[i]);
+        }
+    }
+    multiply_tiles(d, a, b);
+    for (unsigned lane = 0; lane < WARP; lane++)
+        for (unsigned i = 0; i < 4; i++) shares[lane].d[i] = d[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
+}
+
+void emulated_mma(float d[4], const uint32_t a[4], const uint32_t b[2]) {
+    struct share *mine = my_share();
+    memcpy(mine->a, a, sizeof mine->a);
+    memcpy(mine->b, b, sizeof mine->b);
+    memcpy(mine->d, d, sizeof mine->d);
+    meet(MATRIX);
+    memcpy(d, mine->d, sizeof mine->d);
+}
+
+static void check_shared(const void *p, size_t bytes, const char *what) {
+    const unsigned char *at = p;
+    struct module_memory m = statics();
+    bool is_dynamic = at >= now->shared && at + bytes <= now->shared + now->kernel->shared;
+    if (!is_dynamic && !(at >= m.at && at + bytes <= m.at + m.bytes))
+        emulated_fail("%s is not in the block's shared memory", what);
+}
+
+void emulated_barrier_init(uint64_t *barrier) {
+    check_shared(barrier, sizeof *barrier, "a barrier");
+    struct arrivals a = {.threads = 1, .made = BARRIER_MADE};
+    memcpy(barrier, &a, sizeof a);
+}
+
+void emulated_barrier_expect(uint64_t *barrier, uint32_t bytes) {
+    struct arrivals a = barrier_read(barrier);
+    if (a.threads == 0) emulated_fail("two threads arrived at a barrier for one");
+    a.bytes += (int32_t)bytes;
+    a.threads = 0;
+    barrier_write(now, barrier, a);
+}
+
+void emulated_barrier_wait(uint64_t *barrier, uint32_t parity) {
+    if (barrier_read(barrier).phase != parity) return;
+    now->current->barrier = barrier;
+    now->current->parity = parity;
+    wait_as(AT_COPY);
+}
+
+void emulated_bulk_copy(void *to, const void *from, uint32_t bytes, uint64_t *barrier) {
+    struct block *b = now;
+    if ((uintptr_t)to % 16 || (uintptr_t)from % 16 || bytes % 16 || bytes == 0)
+        emulated_fail("a bulk copy of %u bytes from %p to %p: 16 bytes and multiples of them are expected", bytes, from,
+                      to);
+    check_shared(to, bytes, "a bulk copy's target");
+    emulated_check_range(from, bytes, "a bulk copy's source");
+    if (b->n_copies == MOST_COPIES) emulated_fail("more than %d bulk copies under way", MOST_COPIES);
+    b->copies[b->n_copies++] = (struct copy){to, from, bytes, barrier};
+    emulated_counts.copies++;
+    if (emulated_options.keep_order || (!b->copies_last && emulated_chance(2))) carry_out(b, b->n_copies - 1);
+}
+
+// ---- Blocks
+// ------------------------------------------------------------------------------------------------------------
+
+enum { SHARED_MAPPED = (MOST_SHARED + GUARD - 1) / GUARD * GUARD + GUARD };
+
+static void *map(size_t bytes) {
+    void *p = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    return p == MAP_FAILED ? NULL : p;
+}
+
+struct block *block_create(void) {
+    struct block *b = calloc(1, sizeof *b);
+    if (!b) return NULL;
+    size_t n_statics = statics().bytes;
+    b->stacks = map((size_t)MOST_THREADS * STACK);
+    b->base = map(SHARED_MAPPED);
+    b->statics = malloc(n_statics ? n_statics : 1);
+    bool ok = b->stacks && b->base && b->statics;
+    for (size_t i = 0; ok && i < MOST_THREADS; i++) ok = mprotect(b->stacks + i * STACK, GUARD, PROT_NONE) == 0;
+    if (ok && mprotect(b->base + SHARED_MAPPED - GUARD, GUARD, PROT_NONE) == 0) return b;
+    block_free(b);
+    return NULL;
+}
+
+void block_free(struct block *b) {
+    if (!b) return;
+    if (b->stacks) munmap(b->stacks, (size_t)MOST_THREADS * STACK);
+    if (b->base) munmap(b->base, SHARED_MAPPED);
+    free(b->statics);
+    free(b);
+}
+
+// Lets the block's ready threads run until none is.
+static bool run(struct block *b) {
+    now = b;
+    emulated_place.block = b->index;
+    emulated_place.grid_size = b->kernel->grid;
+    emulated_place.block_size = (dim3){b->kernel->threads, 1, 1};
+    b->current = take_ready(b);
+    change(&b->outside, b->current);
+    now = NULL;
+    if (b->n_in[ENDED] < b->n_threads) return false;
+    return true;
+}
+
+static void must_have_ended(struct block *b) {
+    now = b; // for the message
+    if (b->n_copies) emulated_fail("the block ended with %u copies under way", b->n_copies);
+    if (!b->has_waited) emulated_fail("the block ended without a wait for the kernel before");
+    now = NULL;
+}
+
+bool block_start(struct block *b, const struct kernel_node *k, size_t index, bool early) {
+    size_t plane = (size_t)k->grid.x * k->grid.y;
+    b->kernel = k;
+    b->index =
+        (dim3){(unsigned)(index % k->grid.x), (unsigned)(index / k->grid.x % k->grid.y), (unsigned)(index / plane)};
+    b->n_threads = k->threads;
+    b->is_early = early;
+    b->has_waited = false;
+    // Mostly one warp goes on and on, as caches like it; now and then they take turns.
+    b->choice = emulated_options.keep_order ? 1 : emulated_chance(8) ? MOST_THREADS : WARP;
+    b->copies_last = emulated_chance(2);
+    b->n_copies = 0;
+    memset(b->n_in, 0, sizeof b->n_in);
+    for (unsigned i = 0; i < (b->n_threads + WARP - 1) / WARP; i++) b->warps[i].arrived = b->warps[i].met = 0;
+    size_t dynamic = (k->shared + 127) / 128 * 128;
+    b->shared = b->base + SHARED_MAPPED - GUARD - dynamic;
+    memset(b->shared, 0xFF, dynamic);
+    struct module_memory m = statics();
+    memset(m.at, 0xFF, m.bytes);
+    for (unsigned i = 0; i < b->n_threads; i++) {
+        struct fiber *f = &b->threads[i];
+        f->number = i;
+        f->state = RUNNING;
+        b->n_in[RUNNING]++;
+        // Not all stacks at the same place of a page, for the cache's sake.
+        prepare(f, b->stacks + (size_t)i * STACK + GUARD, STACK - GUARD - i % 32 * 192, thread_main);
+    }
+    all_ready(b, RUNNING);
+    emulated_counts.blocks++;
+    if (early) emulated_counts.early_blocks++;
+    if (run(b)) {
+        must_have_ended(b);
+        return true;
+    }
+    memcpy(b->statics, m.at, m.bytes);
+    return false;
+}
+
+void block_resume(struct block *b) {
+    struct module_memory m = statics();
+    memcpy(m.at, b->statics, m.bytes);
+    b->is_early = false;
+    all_ready(b, AT_DEPENDENCY);
+    run(b);
+    must_have_ended(b);
+}
+
+void emulated_fail(const char *format, ...) {
+    char text[512];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(text, sizeof text, format, args);
+    va_end(args);
+    fprintf(stderr, "emulated GPU: %s", text);
+    if (now) {
+        fprintf(stderr, " (kernel %p, block %u, %u, %u of %u, %u, %u", now->kernel->kernel.kernel, now->index.x,
+                now->index.y, now->index.z, now->kernel->grid.x, now->kernel->grid.y, now->kernel->grid.z);
+        if (now->current != &now->outside) fprintf(stderr, ", thread %u", now->current->number);
+        fprintf(stderr, ")");
+    }
+    fprintf(stderr, "\n");
+    _exit(1);
+}

@@ -1,0 +1,56 @@
+// chip.cuh: in the place of src/ops/cuda/chip.cuh, for the emulator (emulator.h). TANDEM_CUDA_EMULATED: 90 or 80, which
+// of the sources' paths is compiled.
+#ifndef TANDEM_TESTS_CHIP_CUH
+#define TANDEM_TESTS_CHIP_CUH
+
+#include "cuda_bf16.h"
+
+#include <stdint.h>
+
+#define HOPPER (TANDEM_CUDA_EMULATED >= 90)
+#define DYNAMIC_SHARED(name) unsigned char *name = emulated_dynamic_shared()
+
+static inline void dependents_may_start() {
+    emulated_pause();
+}
+
+static inline void dependency_wait() {
+    emulated_dependency_wait();
+}
+
+static inline float exp2_fast(float x) {
+    return exp2f(x);
+}
+
+// One order for all callers, ascending k; a chip's own may be another.
+static inline void mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+    const uint32_t a[4] = {a0, a1, a2, a3}, b[2] = {b0, b1};
+    emulated_mma(d, a, b);
+}
+
+#if HOPPER
+static inline void barrier_init(uint64_t *bar) {
+    emulated_barrier_init(bar);
+}
+
+static inline void barrier_expect(uint64_t *bar, uint32_t bytes) {
+    emulated_barrier_expect(bar, bytes);
+}
+
+static inline void barrier_wait(uint64_t *bar, uint32_t parity) {
+    emulated_barrier_wait(bar, parity);
+}
+
+static inline void bulk_copy(void *to, const void *from, uint32_t bytes, uint64_t *bar) {
+    emulated_bulk_copy(to, from, bytes, bar);
+}
+#else
+static inline void barrier_init(uint64_t *) {}
+static inline void barrier_expect(uint64_t *, uint32_t) {}
+static inline void barrier_wait(uint64_t *, uint32_t) {}
+static inline void bulk_copy(void *, const void *, uint32_t, uint64_t *) {}
+#endif
+
+static inline void barrier_fence() {}
+
+#endif

@@ -1,0 +1,83 @@
+#!/usr/bin/env python3
+"""Copies a CUDA source with the mistakes sown in that the emulator must find: each is off until its number is in
+emulator_mistake. A place that is not found exactly once is an error, so that the table follows the sources.
+
+  sow.py SOURCE OUT     the patched source
+  sow.py --list OUT     a C array of their names
+"""
+import re
+import sys
+
+# name, what finds it (PAGES: chunks and pages; SPLIT: contexts of two chunks;
+# TILES: many tokens), then file, before, after; M is its number.
+MISTAKES = [
+    ("no barrier before a product's inputs are read", "PAGES",
+     ("products.cu", "    __syncthreads();\n    barrier_wait(&arrived, 0);",
+      "    if (!M) __syncthreads();\n    barrier_wait(&arrived, 0);")),
+    ("no barrier before a tile's stage is overwritten", "TILES",
+     ("products.cu", "__syncthreads(); // the stage has been read", "if (!M) __syncthreads();")),
+    ("no barrier between pages and their combination", "PAGES",
+     ("attention.cu", "        __syncthreads();\n        if (thread < p.rows) {\n            int n = row_blocks",
+      "        if (!M) __syncthreads();\n        if (thread < p.rows) {\n            int n = row_blocks")),
+    ("no wait among lanes after this step's K is patched in", "PAGES",
+     ("attention.cu", "sh->fresh[0][c];\n        __syncwarp();", "sh->fresh[0][c];\n        if (!M) __syncwarp();")),
+    ("a page's unused slots not cleared", "PAGES",
+     ("attention.cu", "if (n < ATTN_BLOCK) {", "if (n < ATTN_BLOCK && !M) {")),
+    ("V not waited for", "PAGES",
+     ("attention.cu", "    barrier_wait(&sh->v_arrived[warp], parity);",
+      "    if (!M) barrier_wait(&sh->v_arrived[warp], parity);")),
+    ("split contexts combined in descending order", "SPLIT",
+     ("attention.cu", "const float *from = all + k * size;",
+      "const float *from = all + (M ? n_chunks - 1 - k : k) * size;")),
+    ("arrivals not set back to zero", "SPLIT",
+     ("attention.cu", "if (thread == 0) p.arrivals[tile] = 0;", "if (thread == 0 && !M) p.arrivals[tile] = 0;")),
+    ("a context's length recorded with the graph", "PAGES",
+     ("attention.cu", "int limit = __ldcg(p.b.position + end - 1) + 1,",
+      "int limit = M && FUSED ? p.max_chunks : __ldcg(p.b.position + end - 1) + 1,"),
+     ("attention.cu", "    p.max_chunks = (int)most_chunks(a->batch);",
+      "    p.max_chunks = M ? a->batch->host->position[0] + 1 : (int)most_chunks(a->batch);")),
+    ("inputs read before the kernel before has ended", "PAGES",
+     ("products.cu", "    dependency_wait();\n    const float *x = input_row(p, 0);",
+      "    if (!M) dependency_wait();\n    const float *x = input_row(p, 0);"),
+     ("products.cu", "    float r = 1.0f;\n    if (NORM) {\n        float s = 0; // as norm_partial",
+      "    if (M) dependency_wait();\n    float r = 1.0f;\n    if (NORM) {\n        float s = 0;")),
+    ("rows of padding written", "PAGES",
+     ("products.cu", "if (row >= p.n_out[segment] || token >= p.n_tokens) return;",
+      "if (row >= p.n_out[segment] || (token >= p.n_tokens && !M)) return;")),
+    ("pages read in their order in memory", "PAGES",
+     ("attention.cu", "size_t at = head_page(p.kv, __ldcg(pages + index), kv_head);",
+      "size_t at = head_page(p.kv, M ? index : __ldcg(pages + index), kv_head);")),
+    ("a slice's tail of columns not zero", "PAGES",
+     ("products.cu", "if (real && k < p.n_in) v =", "if (real && (k < p.n_in || M)) v =")),
+    ("a recorded sequence for another batch", "PAGES",
+     ("device.c", "if (s->recordings[i].key != key) continue;", "if (s->recordings[i].key != key && !M) continue;")),
+]
+
+
+def sow(path):
+    with open(path) as f:
+        text = f.read()
+    for number, (name, _, *places) in enumerate(MISTAKES, 1):
+        for file, before, after in places:
+            if not path.endswith("/" + file):
+                continue
+            if text.count(before) != 1:
+                sys.exit(f"sow.py: {path}: {name}: {text.count(before)} places read {before!r}, 1 is expected")
+            text = text.replace(before, re.sub(r"\bM\b", "MISTAKE(%d)" % number, after))
+    return '#include "mistake.h"\n#line 1 "%s"\n%s' % (path, text)
+
+
+def listing():
+    lines = ["static const struct mistake mistakes[] = {"]
+    lines += ['    {"%s", %s},' % (name, where) for name, where, *_ in MISTAKES]
+    return "\n".join(lines) + "\n};\n"
+
+
+def main():
+    source, out = sys.argv[1:]
+    text = listing() if source == "--list" else sow(source)
+    with open(out, "w") as f:
+        f.write(text)
+
+
+main()

@@ -1,0 +1,432 @@
+// cuda_ways.c: the ways (cuda_ways.h), and the comparison with the oracles.
+#include "cuda_ways.h"
+
+#include "base/clock.h"
+#include "base/size.h"
+#include "model/oracle.h"
+#include "model/synthetic.h"
+
+#include <math.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+enum { MAX_ROWS = 512, KEEP_EVERY = 37 };
+
+const struct ops *cuda;
+struct pool *pool;
+
+static void *checked(size_t count, size_t item) {
+    void *p = size_alloc_zero(count, item);
+    assert_non_null(p);
+    return p;
+}
+
+uint32_t all_fused(void) {
+    uint32_t mask;
+    assert_true(fusion_parse("on", &mask, NULL));
+    return mask;
+}
+
+// ---- Running a sequence one way
+// --------------------------------------------------------------------------------------
+
+struct way {
+    char name[128];
+    uint32_t fusion;
+    size_t lead, chunk, n_seqs;
+    bool backwards; // pages
+};
+
+static int32_t id_at(const struct model *m, size_t seq, size_t position) {
+    return (int32_t)((position * 7919 + seq * 104729 + position * position * 31 + 17) % m->config.n_vocab);
+}
+
+static bool kept(size_t position, size_t length) {
+    return position % KEEP_EVERY == 0 || position + 1 == length;
+}
+
+static size_t n_kept(size_t length) {
+    size_t n = 0;
+    for (size_t i = 0; i < length; i++) n += kept(i, length);
+    return n;
+}
+
+// A watched step is not recorded, and does without the op that both stores K and V and attends.
+static const uint32_t unwatched = 1u << FUSED_STEP | 1u << FUSED_ROPE_ATTENTION;
+
+// Takes attention's results of the wanted tokens: there a difference is seen that rounding to bf16 hides from the
+// logits.
+struct watch {
+    float *attention; // [n_kept, n_layers, width]
+    size_t n_layers, width, at;
+    const struct batch *batch;
+};
+
+static void watch_attention(void *user, const char *name, int layer, const float *data, size_t n_rows,
+                            size_t n_columns) {
+    const struct watch *w = user;
+    (void)n_rows;
+    if (strcmp(name, "attn") != 0) return;
+    for (size_t i = 0; i < w->batch->n_logit_rows; i++)
+        memcpy(w->attention + ((w->at + i) * w->n_layers + (size_t)layer) * w->width,
+               data + (size_t)w->batch->logit_rows[i] * n_columns, n_columns * sizeof *data);
+}
+
+// Logits of sequence 0 at the kept positions: [n_kept, n_vocab], and, where the step is not recorded as a whole, what
+// attention returned there.
+static void run_way(const struct subject *s, const struct way *w, size_t length, float *out, float *attention) {
+    const struct model_config *c = &s->model->config;
+    struct error err = {0};
+    size_t most = (w->chunk > w->lead ? w->chunk : w->lead) * w->n_seqs;
+    size_t per_seq = (length + KV_PAGE_TOKENS - 1) / KV_PAGE_TOKENS, n_pages = per_seq * w->n_seqs;
+    struct run_options o = {.ops = cuda,
+                            .pool = pool,
+                            .fusion = w->fusion,
+                            .max_tokens = most,
+                            .max_logit_rows = most < MAX_ROWS ? most : MAX_ROWS,
+                            .max_positions = length,
+                            .weights = s->weights,
+                            .max_pages = n_pages};
+    struct run *run = run_create(s->model, &o, &err);
+    if (!run) fail_msg("%s", err.text);
+    struct kv_store kv;
+    if (!kv_store_create_on(cuda->device, &kv, c, DTYPE_BF16, n_pages, &err)) fail_msg("%s", err.text);
+    cuda->device->fill(cuda->device, kv.memory, 0xFF, kv.bytes); // NaN
+    int32_t *token = checked(most, 4), *position = checked(most, 4), *seq = checked(most, 4), *rows = checked(most, 4);
+    int32_t *seq_start = checked(w->n_seqs + 1, 4), *page_start = checked(w->n_seqs + 1, 4);
+    int32_t *kv_len = checked(w->n_seqs, 4), *pages = checked(n_pages, 4);
+    for (size_t i = 0; i < n_pages; i++) {
+        size_t page = i % per_seq * w->n_seqs + i / per_seq;
+        pages[i] = (int32_t)(w->backwards ? n_pages - 1 - page : page);
+    }
+    struct watch watch = {.attention = attention, .n_layers = c->n_layers, .width = c->n_heads * c->head_dim};
+    if (!(w->fusion & unwatched)) run_set_tap(run, watch_attention, &watch);
+    for (size_t at = 0, n; at < length; at += n) {
+        n = at == 0 && w->lead ? w->lead : w->chunk;
+        if (n > length - at) n = length - at;
+        struct batch b = {.n_seqs = w->n_seqs,
+                          .token = token,
+                          .position = position,
+                          .seq = seq,
+                          .seq_start = seq_start,
+                          .page_start = page_start,
+                          .pages = pages,
+                          .kv_len = kv_len,
+                          .logit_rows = rows};
+        for (size_t q = 0; q < w->n_seqs; q++) {
+            seq_start[q] = (int32_t)b.n_tokens;
+            page_start[q] = (int32_t)(q * per_seq);
+            kv_len[q] = (int32_t)(at + n);
+            for (size_t i = 0; i < n; i++, b.n_tokens++) {
+                token[b.n_tokens] = id_at(s->model, q, at + i);
+                position[b.n_tokens] = (int32_t)(at + i);
+                seq[b.n_tokens] = (int32_t)q;
+                if (q == 0 && kept(at + i, length)) rows[b.n_logit_rows++] = (int32_t)b.n_tokens;
+            }
+        }
+        seq_start[w->n_seqs] = (int32_t)b.n_tokens;
+        page_start[w->n_seqs] = (int32_t)n_pages;
+        watch.batch = &b;
+        const float *logits = model_forward(s->model, run, &kv, &b);
+        watch.at += b.n_logit_rows;
+        if (!run_error(run, &err)) fail_msg("%s: %s", w->name, err.text);
+        memcpy(out, logits, b.n_logit_rows * c->n_vocab * sizeof *out);
+        out += b.n_logit_rows * c->n_vocab;
+    }
+    int32_t *all[] = {token, position, seq, rows, seq_start, page_start, kv_len, pages};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
+    kv_store_free(&kv);
+    run_free(run);
+}
+
+struct ways {
+    struct way list[80];
+    size_t n, lead;
+};
+
+static void add_way(struct ways *all, uint32_t fusion, size_t chunk, size_t n_seqs, bool backwards) {
+    char text[256];
+    assert_true(all->n < sizeof all->list / sizeof all->list[0]);
+    struct way *w = &all->list[all->n++];
+    *w = (struct way){.fusion = fusion, .lead = all->lead, .chunk = chunk, .n_seqs = n_seqs, .backwards = backwards};
+    snprintf(w->name, sizeof w->name, "fusion %.30s, chunk %zu, %zu sequences%s",
+             fusion_text(fusion, text, sizeof text), chunk, n_seqs, backwards ? ", pages backwards" : "");
+}
+
+static void plan_ways(struct ways *all, const struct plan *p) {
+    const uint32_t on = all_fused(), step = 1u << FUSED_STEP;
+    *all = (struct ways){.lead = p->lead};
+    add_way(all, 0, p->standard_chunk, 1, false);
+    all->list[0].lead = 0;
+    if (p->singly) add_way(all, 0, 1, 1, false);
+    add_way(all, on, 1, 1, false);
+    add_way(all, on & ~step, 1, 1, true);
+    add_way(all, on & ~(1u << FUSED_ROPE_ATTENTION), 1, 1, false);
+    add_way(all, on & ~unwatched, 1, 1, true);
+    for (int op = 0; p->each_op && op < FUSED_STEP; op++) {
+        add_way(all, 1u << op, 1, 3, true);
+        add_way(all, 1u << op, 50, 1, false);
+    }
+    for (size_t i = 0; i < p->n_chunks; i++)
+        if (p->chunks[i] <= p->length) add_way(all, on, p->chunks[i], 1, i % 2);
+    if (p->whole) add_way(all, on, p->length, 1, true);
+    if (p->whole) add_way(all, 0, p->length, 1, true);
+    for (size_t i = 0; i < p->n_neighbours; i++) add_way(all, on, 1, p->neighbours[i], i % 2);
+    if (p->n_ragged) add_way(all, on, 13, p->n_ragged, true);
+    if (p->n_crowd) add_way(all, on & ~step, 1, p->n_crowd, true);
+}
+
+// How many of n numbers differ in a bit; `first`: the first of them.
+static size_t n_different(const float *expected, const float *found, size_t n, size_t *first) {
+    size_t wrong = 0;
+    for (size_t k = 0; k < n; k++)
+        if (memcmp(&expected[k], &found[k], sizeof *found) != 0 && wrong++ == 0) *first = k;
+    return wrong;
+}
+
+size_t compare_ways(const struct subject *s, const char *name, const struct plan *p, size_t *n_ways) {
+    struct ways *all = checked(1, sizeof *all);
+    plan_ways(all, p);
+    const struct model_config *c = &s->model->config;
+    size_t rows = n_kept(p->length), floats = rows * c->n_vocab, different = 0;
+    size_t watched = rows * c->n_layers * c->n_heads * c->head_dim;
+    float *expected = checked(floats + watched, sizeof *expected), *found = checked(floats + watched, sizeof *found);
+    for (size_t i = 0; i < all->n; i++) {
+        const struct way *w = &all->list[i];
+        double start = clock_seconds();
+        size_t first = 0, wrong, compared = w->fusion & unwatched ? floats : floats + watched;
+        for (size_t k = 0; k < floats + watched; k++) found[k] = NAN;
+        run_way(s, w, p->length, i == 0 ? expected : found, (i == 0 ? expected : found) + floats);
+        for (size_t k = 0; i == 0 && k < floats + watched; k++)
+            if (!isfinite(expected[k])) fail_msg("%s: %s: no number at %zu", name, w->name, k);
+        wrong = i == 0 ? 0 : n_different(expected, found, compared, &first);
+        if (wrong) {
+            bool of_logits = first < floats;
+            size_t width = of_logits ? c->n_vocab : c->n_heads * c->head_dim, at = of_logits ? first : first - floats;
+            print_message("%s: %s: %zu of %zu numbers differ, the first in %s, row %zu, %zu: %.9g, not %.9g\n", name,
+                          w->name, wrong, compared, of_logits ? "logits" : "attention", at / width, at % width,
+                          (double)found[first], (double)expected[first]);
+            different++;
+        } else if (clock_seconds() - start > 2) {
+            print_message("%s: %s: %.1f s\n", name, w->name, clock_seconds() - start);
+        }
+    }
+    if (n_ways) *n_ways = all->n;
+    free(expected);
+    free(found);
+    free(all);
+    return different;
+}
+
+static const size_t chunks_of_plan[] = {2,  3,  4,  5,  7,  8,  9,   15,  16,  17,  24, 31,
+                                        32, 33, 48, 63, 64, 65, 100, 128, 129, 200, 300};
+static const size_t neighbours_of_plan[] = {2, 3, 4, 5, 8, 9, 16, 17, 32, 33, 64, 100, 256};
+
+const struct plan long_plan = {.standard_chunk = 97,
+                               .singly = true,
+                               .whole = true,
+                               .n_ragged = 7,
+                               .n_crowd = 32,
+                               .each_op = true,
+                               .chunks = chunks_of_plan,
+                               .n_chunks = sizeof chunks_of_plan / sizeof chunks_of_plan[0],
+                               .neighbours = neighbours_of_plan,
+                               .n_neighbours = sizeof neighbours_of_plan / sizeof neighbours_of_plan[0]};
+
+static void load_subject(struct subject *s, const char *model) {
+    struct error err = {0};
+    *s = (struct subject){0};
+    struct model_load_options load = {.pool = pool};
+    s->model = strncmp(model, "synthetic:", 10) == 0 ? model_synthetic(model, pool, NULL, &err)
+                                                     : model_load(MODEL_FOLDER, model, &load, &err);
+    if (!s->model) fail_msg("%s", err.text);
+}
+
+static void upload_subject(struct subject *s) {
+    struct error err = {0};
+    if (!model_runs_on(s->model, cuda->device, &err)) fail_msg("%s", err.text);
+    s->weights = weights_upload(s->model, cuda->device, NULL, &err);
+    if (!s->weights) fail_msg("%s", err.text);
+}
+
+void open_subject(struct subject *s, const char *model) {
+    load_subject(s, model);
+    upload_subject(s);
+}
+
+// Fewer of what a model has: rows and columns of its matrices go unused.
+void open_part(struct subject *s, const char *model, const struct part *part) {
+    load_subject(s, model);
+    struct model *m = s->model;
+    struct model_config *c = &m->config;
+    assert_true(part->n_layers <= c->n_layers && part->n_vocab <= c->n_vocab && part->n_ff <= c->n_ff &&
+                part->head_dim <= c->head_dim && part->n_heads * part->head_dim <= c->n_heads * c->head_dim &&
+                part->n_kv_heads * part->head_dim <= c->n_kv_heads * c->head_dim);
+    if (part->n_layers) c->n_layers = part->n_layers;
+    if (part->n_vocab) c->n_vocab = m->embed.n_out = m->head.n_out = part->n_vocab;
+    if (part->n_ff) c->n_ff = part->n_ff;
+    if (part->n_heads) {
+        c->n_heads = part->n_heads;
+        c->n_kv_heads = part->n_kv_heads;
+        c->head_dim = part->head_dim;
+    }
+    for (size_t i = 0; i < c->n_layers; i++) {
+        struct layer_weights *w = &m->layers[i];
+        w->wq.n_out = w->wo.n_in = c->n_heads * c->head_dim;
+        w->wk.n_out = w->wv.n_out = c->n_kv_heads * c->head_dim;
+        w->w_gate.n_out = w->w_up.n_out = w->w_down.n_in = c->n_ff;
+    }
+    upload_subject(s);
+}
+
+void close_subject(struct subject *s) {
+    weights_free(s->weights);
+    model_free(s->model);
+}
+
+// ---- Against the oracle
+// ----------------------------------------------------------------------------------------------
+
+enum { ORACLE_TOKENS = 70 };
+
+// One recorded activation of one path.
+struct record {
+    char name[32];
+    int layer;
+    size_t n;
+    double *data;
+};
+
+struct records {
+    struct record *list;
+    size_t n;
+};
+
+static struct record *add_record(struct records *r, const char *name, int layer, size_t n) {
+    r->list = realloc(r->list, (r->n + 1) * sizeof *r->list);
+    assert_non_null(r->list);
+    struct record *x = &r->list[r->n++];
+    snprintf(x->name, sizeof x->name, "%s", name);
+    x->layer = layer;
+    x->n = n;
+    x->data = checked(n, sizeof *x->data);
+    return x;
+}
+
+static void record_oracle(void *user, const char *name, int layer, const double *data, size_t n_rows,
+                          size_t n_columns) {
+    memcpy(add_record(user, name, layer, n_rows * n_columns)->data, data, n_rows * n_columns * sizeof *data);
+}
+
+static void record_run(void *user, const char *name, int layer, const float *data, size_t n_rows, size_t n_columns) {
+    struct record *r = add_record(user, name, layer, n_rows * n_columns);
+    for (size_t i = 0; i < r->n; i++) r->data[i] = (double)data[i];
+}
+
+static void free_records(struct records *r) {
+    for (size_t i = 0; i < r->n; i++) free(r->list[i].data);
+    free(r->list);
+}
+
+static const struct record *find_record(const struct records *r, const char *name, int layer) {
+    for (size_t i = 0; i < r->n; i++)
+        if (r->list[i].layer == layer && strcmp(r->list[i].name, name) == 0) return &r->list[i];
+    return NULL;
+}
+
+static double distance(const struct record *a, const struct record *b) {
+    double sum = 0;
+    for (size_t i = 0; i < a->n; i++) sum += (a->data[i] - b->data[i]) * (a->data[i] - b->data[i]);
+    return sqrt(sum / (double)a->n);
+}
+
+static void run_oracle(const struct subject *s, enum oracle_kind kind, struct records *out) {
+    struct error err = {0};
+    int32_t ids[ORACLE_TOKENS];
+    size_t rows[ORACLE_TOKENS];
+    for (size_t i = 0; i < ORACLE_TOKENS; i++) ids[i] = id_at(s->model, 0, i), rows[i] = i;
+    struct oracle *o = oracle_create(s->model, kind, pool, ORACLE_TOKENS, &err);
+    double *logits = checked(ORACLE_TOKENS * s->model->config.n_vocab, sizeof *logits);
+    struct oracle_step step = {.ids = ids,
+                               .n = ORACLE_TOKENS,
+                               .tap = record_oracle,
+                               .tap_user = out,
+                               .logit_rows = rows,
+                               .n_logit_rows = ORACLE_TOKENS};
+    if (!o || !oracle_run(o, &step, logits, &err)) fail_msg("%s", err.text);
+    free(logits);
+    oracle_free(o);
+}
+
+static void run_device(const struct subject *s, uint32_t fusion, struct records *out) {
+    struct error err = {0};
+    int32_t ids[ORACLE_TOKENS], position[ORACLE_TOKENS], seq[ORACLE_TOKENS] = {0};
+    int32_t seq_start[] = {0, ORACLE_TOKENS}, page_start[] = {0, 3}, pages[] = {2, 0, 1}, kv_len[] = {ORACLE_TOKENS};
+    for (int32_t i = 0; i < ORACLE_TOKENS; i++) ids[i] = id_at(s->model, 0, (size_t)i), position[i] = i;
+    struct run_options o = {.ops = cuda,
+                            .pool = pool,
+                            .fusion = fusion,
+                            .max_tokens = ORACLE_TOKENS,
+                            .max_logit_rows = ORACLE_TOKENS,
+                            .max_positions = ORACLE_TOKENS,
+                            .weights = s->weights};
+    struct run *run = run_create(s->model, &o, &err);
+    struct kv_store kv;
+    if (!run || !kv_store_create_on(cuda->device, &kv, &s->model->config, DTYPE_BF16, 3, &err))
+        fail_msg("%s", err.text);
+    struct batch b = {.n_tokens = ORACLE_TOKENS,
+                      .n_seqs = 1,
+                      .n_logit_rows = ORACLE_TOKENS,
+                      .token = ids,
+                      .position = position,
+                      .seq = seq,
+                      .seq_start = seq_start,
+                      .page_start = page_start,
+                      .pages = pages,
+                      .kv_len = kv_len,
+                      .logit_rows = position};
+    run_set_tap(run, record_run, out);
+    model_forward(s->model, run, &kv, &b);
+    if (!run_error(run, &err)) fail_msg("%s", err.text);
+    kv_store_free(&kv);
+    run_free(run);
+}
+
+size_t judge_results(const struct subject *s, const char *model, double logits_limit) {
+    struct records t = {0}, h = {0};
+    run_oracle(s, ORACLE_T, &t);
+    run_oracle(s, ORACLE_H, &h);
+    size_t bad = 0;
+    for (int fused = 0; fused < 2; fused++) {
+        struct records found = {0};
+        double worst = 0, logits = -1;
+        run_device(s, fused ? all_fused() : 0, &found);
+        assert_true(found.n > 0);
+        for (size_t i = 0; i < found.n; i++) {
+            const struct record *r = &found.list[i], *exact = find_record(&t, r->name, r->layer),
+                                *hf = find_record(&h, r->name, r->layer);
+            if (!exact || !hf || exact->n != r->n)
+                fail_msg("%s: no oracle for %s of layer %d", model, r->name, r->layer);
+            double mine = distance(r, exact), theirs = distance(hf, exact);
+            double ratio = theirs > 0 ? mine / theirs : mine > 0 ? INFINITY : 0;
+            bool is_logits = strcmp(r->name, "logits") == 0;
+            if (is_logits) logits = ratio;
+            else if (ratio > worst) worst = ratio;
+            if (ratio <= (is_logits ? logits_limit : 2.0)) continue;
+            if (bad++ < 20)
+                print_message("%s: %s of layer %d: error %.4g, Hugging Face's %.4g\n", model, r->name, r->layer, mine,
+                              theirs);
+        }
+        print_message("%s, %s: error over Hugging Face's: logits %.3f, worst activation %.3f\n", model,
+                      fused ? "fused" : "standard", logits, worst);
+        free_records(&found);
+    }
+    free_records(&t);
+    free_records(&h);
+    return bad;
+}

@@ -1,0 +1,53 @@
+// cuda_ways.h: whole models on a CUDA device in every way that there is to run them, for the tests on a GPU
+// (test_cuda.c) and on the emulated one (tests/cuda_emulator). Failures that are not a difference of results end the
+// test.
+#ifndef TANDEM_TESTS_CUDA_WAYS_H
+#define TANDEM_TESTS_CUDA_WAYS_H
+
+#include "model/model.h"
+#include "ops/ops.h"
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+extern const struct ops *cuda; // NULL: no GPU
+extern struct pool *pool;
+
+struct subject {
+    struct model *model;
+    struct device_weights *weights;
+};
+void open_subject(struct subject *s, const char *model); // "synthetic:NAME" or a folder
+// The same with parts of its matrices: 0s leave a size as it is.
+struct part {
+    size_t n_layers, n_vocab, n_ff, n_heads, n_kv_heads, head_dim; // the last three together
+};
+void open_part(struct subject *s, const char *model, const struct part *part);
+void close_subject(struct subject *s);
+
+// What is run: `length` positions of a sequence, the first `lead` of them in one chunk and the rest in the way's.
+struct plan {
+    size_t length, lead;
+    size_t standard_chunk; // of the run that the others are compared with: no op fused
+    bool singly;           // also one token at a time without fused ops
+    bool whole;            // also in one chunk, fused and not
+    bool each_op;          // each fused op alone
+    const size_t *chunks;  // [n_chunks] all fused
+    size_t n_chunks;
+    const size_t *neighbours; // [n_neighbours] sequences side by side, a token each
+    size_t n_neighbours;
+    size_t n_ragged, n_crowd; // sequences in chunks of 13; side by side, not recorded; 0: neither
+};
+extern const struct plan long_plan; // a GPU's, but for length
+
+// How many ways return other bytes of logits than the standard path. Says which.
+size_t compare_ways(const struct subject *s, const char *name, const struct plan *plan, size_t *n_ways);
+
+// How many results of one step of 70 tokens are further from T than twice H is, or logits than `logits_limit` of it; by
+// the standard path and fused.
+size_t judge_results(const struct subject *s, const char *name, double logits_limit);
+
+uint32_t all_fused(void);
+
+#endif
