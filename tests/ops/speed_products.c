@@ -3,9 +3,11 @@
 // once, so that a busy neighbour slows them alike; printed are medians.
 //
 //   speed_products [--isa avx2,portable] [--threads N] [--types bf16,q8_0] [--tokens 1,8,64] [--rounds N]
-//                  [--columns 1024] [--mib 96] [--attention 512,4096] [--clock wall|cpu]
+//                  [--columns 1024] [--mib 96] [--attention 512,4096] [--kv bf16,q8_0]
+//                  [--clock wall|cpu]
 #include "base/clock.h"
 #include "base/size.h"
+#include "ops/kv_page.h"
 #include "ops/ops.h"
 
 #include <inttypes.h>
@@ -99,7 +101,8 @@ static double run_product(const struct op_ctx *ctx, float *y, const float *x, co
 
 enum { HEADS = 16, KV_HEADS = 8, HEAD_DIM = 128 };
 
-static double run_attention(const struct op_ctx *ctx, float *out, const float *q, const void *memory, size_t depth) {
+static double run_attention(const struct op_ctx *ctx, float *out, const float *q, const void *memory, size_t depth,
+                            enum dtype type) {
     enum { MAX_PAGES = 4096 };
     static int32_t pages[MAX_PAGES];
     size_t n_pages = (depth + KV_PAGE_TOKENS - 1) / KV_PAGE_TOKENS;
@@ -108,8 +111,8 @@ static double run_attention(const struct op_ctx *ctx, float *out, const float *q
     int32_t position = (int32_t)(depth - 1), seq = 0, page_start[] = {0, (int32_t)n_pages};
     struct batch b = {
         .n_tokens = 1, .n_seqs = 1, .position = &position, .seq = &seq, .page_start = page_start, .pages = pages};
-    size_t bytes = n_pages * KV_HEADS * KV_PAGE_TOKENS * HEAD_DIM * 2;
-    struct kv_layer kv = {.type = DTYPE_BF16,
+    size_t bytes = n_pages * KV_HEADS * KV_PAGE_TOKENS * kv_bytes(type, HEAD_DIM);
+    struct kv_layer kv = {.type = type,
                           .k = (void *)(uintptr_t)memory,
                           .v = (char *)(uintptr_t)memory + bytes,
                           .n_pages = n_pages,
@@ -130,7 +133,7 @@ static double run_attention(const struct op_ctx *ctx, float *out, const float *q
 
 int main(int argc, char **argv) {
     struct list isas = split("auto"), types = split("bf16,q8_0,q4_0,q4_k,q6_k"), tokens = split("1,2,4,8,16,64,256"),
-                depths = split("");
+                depths = split(""), kvs = split("bf16");
     int n_threads = 0;
     size_t n_rounds = 5, n_in = 1024, mib = 96;
     for (int i = 1; i + 1 < argc; i += 2) {
@@ -138,6 +141,7 @@ int main(int argc, char **argv) {
         else if (strcmp(argv[i], "--types") == 0) types = split(argv[i + 1]);
         else if (strcmp(argv[i], "--tokens") == 0) tokens = split(argv[i + 1]);
         else if (strcmp(argv[i], "--attention") == 0) depths = split(argv[i + 1]);
+        else if (strcmp(argv[i], "--kv") == 0) kvs = split(argv[i + 1]);
         else if (strcmp(argv[i], "--threads") == 0) n_threads = atoi(argv[i + 1]);
         else if (strcmp(argv[i], "--rounds") == 0) n_rounds = strtoul(argv[i + 1], NULL, 10);
         else if (strcmp(argv[i], "--columns") == 0) n_in = strtoul(argv[i + 1], NULL, 10);
@@ -154,9 +158,11 @@ int main(int argc, char **argv) {
     static struct measured cases[MAX_CASES];
     size_t n_cases = 0;
     for (size_t i = 0; i < isas.n; i++) {
-        for (size_t d = 0; d < depths.n && n_cases < MAX_CASES; d++) {
-            size_t depth = strtoul(depths.text[d], NULL, 10);
-            cases[n_cases++] = (struct measured){.isa = isas.text[i], .n_tokens = 1, .depth = depth};
+        for (size_t d = 0; d < depths.n * kvs.n && n_cases < MAX_CASES; d++) {
+            size_t depth = strtoul(depths.text[d / kvs.n], NULL, 10);
+            enum dtype type;
+            if (!kv_type_parse(kvs.text[d % kvs.n], &type, &err)) return fprintf(stderr, "%s\n", err.text), 2;
+            cases[n_cases++] = (struct measured){.isa = isas.text[i], .type = type, .n_tokens = 1, .depth = depth};
             if (depth > max_depth) max_depth = depth;
         }
         for (size_t t = 0; t < types.n; t++) {
@@ -192,7 +198,7 @@ int main(int argc, char **argv) {
         for (size_t c = 0; c < n_cases; c++) {
             ctx.ops = ops_cpu(cases[c].isa, &err);
             if (!ctx.ops) continue;
-            cases[c].seconds[r] = cases[c].depth ? run_attention(&ctx, y, x, memory, cases[c].depth)
+            cases[c].seconds[r] = cases[c].depth ? run_attention(&ctx, y, x, memory, cases[c].depth, cases[c].type)
                                                  : run_product(&ctx, y, x, &cases[c].w, cases[c].n_tokens);
         }
     }
@@ -207,9 +213,9 @@ int main(int argc, char **argv) {
         }
         double s = median(m->seconds, n_rounds);
         if (m->depth) {
-            double kv = 2.0 * (double)m->depth * KV_HEADS * HEAD_DIM * 2;
-            printf("%-12s attention, depth %5zu %9.3f ms  %6.1f GB/s  %5.1f%% of bandwidth\n", m->isa, m->depth,
-                   s * 1e3, kv / s * 1e-9, 100 * kv / s / bandwidth);
+            double kv = 2.0 * (double)m->depth * KV_HEADS * (double)kv_bytes(m->type, HEAD_DIM);
+            printf("%-12s %-5s attention, depth %5zu %9.3f ms  %6.1f GB/s  %5.1f%% of bandwidth\n", m->isa,
+                   dtype_info(m->type)->name, m->depth, s * 1e3, kv / s * 1e-9, 100 * kv / s / bandwidth);
             continue;
         }
         double weights = (double)m->w.n_out * (double)m->w.row_bytes;
