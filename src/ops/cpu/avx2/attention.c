@@ -39,53 +39,83 @@ INLINE void load_32(enum dtype type, const unsigned char *row, size_t c, __m256 
     }
 }
 
-// s[r * ATTN_BLOCK + j] = dot16(q[r], k_j) * scale for R rows and the first n positions of a block at k.
-INLINE void scores(enum dtype type, float *s, const float *const *q, const unsigned char *k, size_t n, size_t head_dim,
-                   float scale, const size_t R) {
+// Asks for row j of the block that comes next.
+INLINE void fetch_row(const unsigned char *next, size_t j, size_t row_bytes) {
+    for (size_t at = 0; at < row_bytes; at += 64) _mm_prefetch((const char *)next + j * row_bytes + at, _MM_HINT_T0);
+}
+
+// The last two steps of dot16_reduce for four sums at once.
+INLINE __m128 reduce_four(const __m128 a[4]) {
+    __m128 u = _mm_add_ps(_mm_movelh_ps(a[0], a[1]), _mm_movehl_ps(a[1], a[0]));
+    __m128 v = _mm_add_ps(_mm_movelh_ps(a[2], a[3]), _mm_movehl_ps(a[3], a[2]));
+    return _mm_add_ps(_mm_shuffle_ps(u, v, 0x88), _mm_shuffle_ps(u, v, 0xDD));
+}
+
+// s[r * ATTN_BLOCK + j] = dot16(q[r], k_j) * scale for R rows and J positions, R * J <= 4, at k; sums [r * J + j].
+INLINE void scores_at(enum dtype type, float *s, const float *const *q, const unsigned char *k, size_t head_dim,
+                      float scale, const size_t R, const size_t J) {
     const size_t row_bytes = kv_bytes(type, head_dim);
-    for (size_t j = 0; j < n; j++, k += row_bytes) {
-        __m256 low[4], high[4], x[4];
-        for (size_t r = 0; r < R; r++) low[r] = high[r] = _mm256_setzero_ps();
-        size_t c = 0;
-        for (; c + 2 * DOT_LANES <= head_dim; c += 2 * DOT_LANES) {
-            load_32(type, k, c, x);
+    __m256 low[4], high[4], x[4];
+    for (size_t i = 0; i < 4; i++) low[i] = high[i] = _mm256_setzero_ps();
+    size_t c = 0;
+    for (; c + 2 * DOT_LANES <= head_dim; c += 2 * DOT_LANES) {
+        for (size_t j = 0; j < J; j++) {
+            load_32(type, k + j * row_bytes, c, x);
             for (size_t r = 0; r < R; r++) {
-                low[r] = _mm256_fmadd_ps(_mm256_loadu_ps(q[r] + c), x[0], low[r]);
-                high[r] = _mm256_fmadd_ps(_mm256_loadu_ps(q[r] + c + 8), x[1], high[r]);
-                low[r] = _mm256_fmadd_ps(_mm256_loadu_ps(q[r] + c + 16), x[2], low[r]);
-                high[r] = _mm256_fmadd_ps(_mm256_loadu_ps(q[r] + c + 24), x[3], high[r]);
+                size_t i = r * J + j;
+                low[i] = _mm256_fmadd_ps(_mm256_loadu_ps(q[r] + c), x[0], low[i]);
+                high[i] = _mm256_fmadd_ps(_mm256_loadu_ps(q[r] + c + 8), x[1], high[i]);
+                low[i] = _mm256_fmadd_ps(_mm256_loadu_ps(q[r] + c + 16), x[2], low[i]);
+                high[i] = _mm256_fmadd_ps(_mm256_loadu_ps(q[r] + c + 24), x[3], high[i]);
             }
-        }
-        for (size_t r = 0; r < R; r++) {
-            if (c == head_dim) {
-                s[r * ATTN_BLOCK + j] = dot16_reduce_2(low[r], high[r]) * scale;
-                continue;
-            }
-            float acc[DOT_LANES];
-            _mm256_storeu_ps(acc, low[r]);
-            _mm256_storeu_ps(acc + 8, high[r]);
-            for (size_t l = 0; c + l < head_dim; l++)
-                acc[l % DOT_LANES] = fmaf(q[r][c + l], kv_channel(type, k, c + l), acc[l % DOT_LANES]);
-            s[r * ATTN_BLOCK + j] = dot16_reduce_at(acc) * scale;
         }
     }
+    for (size_t i = 0; c < head_dim && i < R * J; i++) {
+        const float *row = q[i / J];
+        float acc[DOT_LANES];
+        _mm256_storeu_ps(acc, low[i]);
+        _mm256_storeu_ps(acc + 8, high[i]);
+        for (size_t l = 0; c + l < head_dim; l++)
+            acc[l % DOT_LANES] = fmaf(row[c + l], kv_channel(type, k + i % J * row_bytes, c + l), acc[l % DOT_LANES]);
+        low[i] = _mm256_loadu_ps(acc);
+        high[i] = _mm256_loadu_ps(acc + 8);
+    }
+    __m128 sums[4];
+    float out[4];
+    for (size_t i = 0; i < 4; i++) sums[i] = reduce_to_4(low[i], high[i]);
+    _mm_storeu_ps(out, _mm_mul_ps(reduce_four(sums), _mm_set1_ps(scale)));
+    for (size_t r = 0; r < R; r++) memcpy(s + r * ATTN_BLOCK, out + r * J, J * sizeof *s);
+}
+
+// The same for the first n positions of a block; `next`: the block after it.
+INLINE void scores(enum dtype type, float *s, const float *const *q, const unsigned char *k, size_t n, size_t head_dim,
+                   float scale, const unsigned char *next, const size_t R) {
+    const size_t row_bytes = kv_bytes(type, head_dim), J = 4 / R;
+    size_t j = 0;
+    for (; j + J <= n; j += J) {
+        for (size_t i = 0; next && i < J; i++) fetch_row(next, j + i, row_bytes);
+        scores_at(type, s + j, q, k + j * row_bytes, head_dim, scale, R, J);
+    }
+    for (; J > 1 && j < n; j++) scores_at(type, s + j, q, k + j * row_bytes, head_dim, scale, R, 1);
 }
 
 INLINE void scores_rows_of(enum dtype type, float *s, const float *const *q, size_t n_rows, const unsigned char *k,
-                           size_t n, size_t head_dim, float scale) {
+                           size_t n, size_t head_dim, float scale, const unsigned char *next) {
     size_t r = 0;
-    for (; r + 4 <= n_rows; r += 4) scores(type, s + r * ATTN_BLOCK, q + r, k, n, head_dim, scale, 4);
-    for (; r + 2 <= n_rows; r += 2) scores(type, s + r * ATTN_BLOCK, q + r, k, n, head_dim, scale, 2);
-    for (; r < n_rows; r++) scores(type, s + r * ATTN_BLOCK, q + r, k, n, head_dim, scale, 1);
+    for (; r + 4 <= n_rows; r += 4, next = NULL)
+        scores(type, s + r * ATTN_BLOCK, q + r, k, n, head_dim, scale, next, 4);
+    for (; r + 2 <= n_rows; r += 2, next = NULL)
+        scores(type, s + r * ATTN_BLOCK, q + r, k, n, head_dim, scale, next, 2);
+    for (; r < n_rows; r++, next = NULL) scores(type, s + r * ATTN_BLOCK, q + r, k, n, head_dim, scale, next, 1);
 }
 
 static void scores_rows(const struct kv_layer *kv, float *s, const float *const *q, size_t n_rows,
-                        const unsigned char *k, size_t n, float scale) {
+                        const unsigned char *k, size_t n, float scale, const unsigned char *next) {
     switch (kv->type) {
-    case DTYPE_F32: scores_rows_of(DTYPE_F32, s, q, n_rows, k, n, kv->head_dim, scale); break;
-    case DTYPE_F16: scores_rows_of(DTYPE_F16, s, q, n_rows, k, n, kv->head_dim, scale); break;
-    case DTYPE_Q8_0: scores_rows_of(DTYPE_Q8_0, s, q, n_rows, k, n, kv->head_dim, scale); break;
-    default: scores_rows_of(DTYPE_BF16, s, q, n_rows, k, n, kv->head_dim, scale);
+    case DTYPE_F32: scores_rows_of(DTYPE_F32, s, q, n_rows, k, n, kv->head_dim, scale, next); break;
+    case DTYPE_F16: scores_rows_of(DTYPE_F16, s, q, n_rows, k, n, kv->head_dim, scale, next); break;
+    case DTYPE_Q8_0: scores_rows_of(DTYPE_Q8_0, s, q, n_rows, k, n, kv->head_dim, scale, next); break;
+    default: scores_rows_of(DTYPE_BF16, s, q, n_rows, k, n, kv->head_dim, scale, next);
     }
 }
 
@@ -115,13 +145,15 @@ struct joint {
 
 // V lanes of 8 channels each at channel c, for R rows; p[r] holds the block's first n probabilities.
 INLINE void values_at(enum dtype type, float *const *out, const float *const *p, const struct joint *joint,
-                      const unsigned char *v, size_t n, size_t head_dim, size_t c, const size_t R, const size_t V) {
+                      const unsigned char *v, size_t n, size_t head_dim, size_t c, const unsigned char *next,
+                      const size_t R, const size_t V) {
     const size_t row_bytes = kv_bytes(type, head_dim);
     __m256 o[2][4];
     for (size_t r = 0; r < R; r++)
         for (size_t i = 0; i < V; i++) o[r][i] = _mm256_setzero_ps();
     for (size_t j = 0; j < n; j++) {
         __m256 x[4];
+        if (next) fetch_row(next, j, row_bytes);
         if (V == 4) load_32(type, v + j * row_bytes, c, x);
         else x[0] = load_8(type, v + j * row_bytes, c);
         for (size_t r = 0; r < R; r++) {
@@ -140,11 +172,11 @@ INLINE void values_at(enum dtype type, float *const *out, const float *const *p,
 }
 
 INLINE void values(enum dtype type, float *const *out, const float *const *p, const struct joint *joint,
-                   const unsigned char *v, size_t n, size_t head_dim, const size_t R) {
+                   const unsigned char *v, size_t n, size_t head_dim, const unsigned char *next, const size_t R) {
     size_t c = 0;
-    for (; c + 32 <= head_dim; c += 32) values_at(type, out, p, joint, v, n, head_dim, c, R, 4);
+    for (; c + 32 <= head_dim; c += 32, next = NULL) values_at(type, out, p, joint, v, n, head_dim, c, next, R, 4);
     if (type == DTYPE_Q8_0) return; // whole blocks
-    for (; c + 8 <= head_dim; c += 8) values_at(type, out, p, joint, v, n, head_dim, c, R, 1);
+    for (; c + 8 <= head_dim; c += 8) values_at(type, out, p, joint, v, n, head_dim, c, NULL, R, 1);
     for (; c < head_dim; c++) {
         for (size_t r = 0; r < R; r++) {
             float o = 0.0f;
@@ -155,18 +187,19 @@ INLINE void values(enum dtype type, float *const *out, const float *const *p, co
 }
 
 INLINE void values_rows_of(enum dtype type, float *const *out, const float *const *p, const struct joint *joint,
-                           size_t n_rows, const unsigned char *v, size_t n, size_t head_dim) {
-    if (n_rows == 2) values(type, out, p, joint, v, n, head_dim, 2);
-    else values(type, out, p, joint, v, n, head_dim, 1);
+                           size_t n_rows, const unsigned char *v, size_t n, size_t head_dim,
+                           const unsigned char *next) {
+    if (n_rows == 2) values(type, out, p, joint, v, n, head_dim, next, 2);
+    else values(type, out, p, joint, v, n, head_dim, next, 1);
 }
 
 static void values_rows(const struct kv_layer *kv, float *const *out, const float *const *p, const struct joint *joint,
-                        size_t n_rows, const unsigned char *v, size_t n) {
+                        size_t n_rows, const unsigned char *v, size_t n, const unsigned char *next) {
     switch (kv->type) {
-    case DTYPE_F32: values_rows_of(DTYPE_F32, out, p, joint, n_rows, v, n, kv->head_dim); break;
-    case DTYPE_F16: values_rows_of(DTYPE_F16, out, p, joint, n_rows, v, n, kv->head_dim); break;
-    case DTYPE_Q8_0: values_rows_of(DTYPE_Q8_0, out, p, joint, n_rows, v, n, kv->head_dim); break;
-    default: values_rows_of(DTYPE_BF16, out, p, joint, n_rows, v, n, kv->head_dim);
+    case DTYPE_F32: values_rows_of(DTYPE_F32, out, p, joint, n_rows, v, n, kv->head_dim, next); break;
+    case DTYPE_F16: values_rows_of(DTYPE_F16, out, p, joint, n_rows, v, n, kv->head_dim, next); break;
+    case DTYPE_Q8_0: values_rows_of(DTYPE_Q8_0, out, p, joint, n_rows, v, n, kv->head_dim, next); break;
+    default: values_rows_of(DTYPE_BF16, out, p, joint, n_rows, v, n, kv->head_dim, next);
     }
 }
 
@@ -182,7 +215,7 @@ static void attn_scores(const struct op_ctx *ctx, float *s, const float *q, cons
     (void)ctx;
     for (size_t j = 0; j < n_kv; j += ATTN_BLOCK) {
         const unsigned char *k = block_at(kv, kv->k, (size_t)pages[j / KV_PAGE_TOKENS], kv_head);
-        scores_rows(kv, s + j, &q, 1, k, in_block(n_kv, j), scale);
+        scores_rows(kv, s + j, &q, 1, k, in_block(n_kv, j), scale, NULL);
     }
 }
 
@@ -198,7 +231,7 @@ static void attn_values(const struct op_ctx *ctx, float *o, const float *p, cons
     const struct joint joint = {.first = true};
     for (size_t j = 0; j < n_kv; j += ATTN_BLOCK, o += kv->head_dim, p += ATTN_BLOCK) {
         const unsigned char *v = block_at(kv, kv->v, (size_t)pages[j / KV_PAGE_TOKENS], kv_head);
-        values_rows(kv, &o, &p, &joint, 1, v, in_block(n_kv, j));
+        values_rows(kv, &o, &p, &joint, 1, v, in_block(n_kv, j), NULL);
     }
 }
 
@@ -249,7 +282,7 @@ struct rows {
 
 // One block for rows [r, r + n) of a tile, n <= 2; s: their scores.
 static void add_block(const struct attention_args *a, struct rows *rows, size_t r, size_t n_rows, float *s,
-                      size_t begin, const unsigned char *v) {
+                      size_t begin, const unsigned char *v, const unsigned char *next) {
     struct joint joint[2];
     const float *p[2];
     size_t n[2] = {0, 0};
@@ -268,11 +301,11 @@ static void add_block(const struct attention_args *a, struct rows *rows, size_t 
         }
     }
     if (n_rows == 2 && n[0] == n[1] && n[0] > 0) {
-        values_rows(a->kv, rows->out + r, p, joint, 2, v, n[0]);
+        values_rows(a->kv, rows->out + r, p, joint, 2, v, n[0], next);
         return;
     }
     for (size_t i = 0; i < n_rows; i++)
-        if (n[i] > 0) values_rows(a->kv, rows->out + r + i, p + i, joint + i, 1, v, n[i]);
+        if (n[i] > 0) values_rows(a->kv, rows->out + r + i, p + i, joint + i, 1, v, n[i], next);
 }
 
 static void attend(const struct attention_args *a, struct rows *rows, const int32_t *pages, size_t kv_head) {
@@ -281,11 +314,14 @@ static void attend(const struct attention_args *a, struct rows *rows, const int3
     for (size_t r = 0; r < rows->n; r++) longest = rows->n_kv[r] > longest ? rows->n_kv[r] : longest;
     for (size_t begin = 0; begin < longest; begin += ATTN_BLOCK) {
         size_t page = (size_t)pages[begin / KV_PAGE_TOKENS];
+        size_t next = begin + ATTN_BLOCK < longest ? (size_t)pages[begin / KV_PAGE_TOKENS + 1] : page;
         const unsigned char *k = block_at(a->kv, a->kv->k, page, kv_head),
                             *v = block_at(a->kv, a->kv->v, page, kv_head);
-        scores_rows(a->kv, s, rows->q, rows->n, k, in_block(longest, begin), a->scale);
-        for (size_t r = 0; r < rows->n; r += 2)
-            add_block(a, rows, r, rows->n - r < 2 ? 1 : 2, s + r * ATTN_BLOCK, begin, v);
+        const unsigned char *next_v = block_at(a->kv, a->kv->v, next, kv_head);
+        scores_rows(a->kv, s, rows->q, rows->n, k, in_block(longest, begin), a->scale,
+                    block_at(a->kv, a->kv->k, next, kv_head));
+        for (size_t r = 0; r < rows->n; r += 2, next_v = NULL)
+            add_block(a, rows, r, rows->n - r < 2 ? 1 : 2, s + r * ATTN_BLOCK, begin, v, next_v);
     }
     for (size_t r = 0; r < rows->n; r++) divide(rows->out[r], rows->l[r], a->head_dim);
 }
@@ -362,7 +398,9 @@ static void split_heads(const struct split_job *j, size_t t, size_t head, size_t
         size_t page = (size_t)pages[b * ATTN_BLOCK / KV_PAGE_TOKENS], n = in_block(n_kv, b * ATTN_BLOCK);
         const unsigned char *k = block_at(a->kv, a->kv->k, page, kv_head),
                             *v = block_at(a->kv, a->kv->v, page, kv_head);
-        scores_rows(a->kv, s, q, n_rows, k, n, a->scale);
+        size_t next = (b + 1) * ATTN_BLOCK < n_kv ? (size_t)pages[(b + 1) * ATTN_BLOCK / KV_PAGE_TOKENS] : page;
+        const unsigned char *next_v = block_at(a->kv, a->kv->v, next, kv_head);
+        scores_rows(a->kv, s, q, n_rows, k, n, a->scale, block_at(a->kv, a->kv->k, next, kv_head));
         for (size_t r = 0; r < n_rows; r += 2) {
             size_t pair = n_rows - r < 2 ? 1 : 2;
             const float *p[2];
@@ -372,7 +410,8 @@ static void split_heads(const struct split_job *j, size_t t, size_t head, size_t
                 out[i] = row[r + i] + 2 * j->n_blocks + b * a->head_dim;
                 softmax_block(s + (r + i) * ATTN_BLOCK, n, row[r + i] + b, row[r + i] + j->n_blocks + b);
             }
-            values_rows(a->kv, out, p, joint, pair, v, n);
+            values_rows(a->kv, out, p, joint, pair, v, n, next_v);
+            next_v = NULL;
         }
     }
 }
