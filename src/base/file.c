@@ -159,15 +159,97 @@ done:
     return ok;
 }
 
-static bool write_all(int fd, const char *bytes, size_t n) {
-    while (n > 0) {
-        ssize_t done = write(fd, bytes, n);
+// ---- Writing ------------------------------------------------------------------------------------------------------
+
+// The temporaries that a signal handler removes: it can reach only global state. A slot is claimed and left with
+// atomics.
+enum { MAX_TEMPORARIES = 8 };
+static _Atomic(const char *) temporaries[MAX_TEMPORARIES];
+
+static int note_temporary(const char *path) {
+    for (int i = 0; i < MAX_TEMPORARIES; i++) {
+        const char *none = NULL;
+        if (atomic_compare_exchange_strong(&temporaries[i], &none, path)) return i;
+    }
+    return -1;
+}
+
+void file_remove_temporaries(void) {
+    for (int i = 0; i < MAX_TEMPORARIES; i++) {
+        const char *path = atomic_load(&temporaries[i]);
+        if (path) unlink(path);
+    }
+}
+
+static bool cannot_write(const struct file_output *f, struct error *err) {
+    return error_set(err, "cannot write %s: %s", f->path.data, strerror(errno));
+}
+
+static bool open_temporary(struct file_output *f, struct error *err) {
+    if (!buffer_printf(&f->temporary, "%s.XXXXXX", f->path.data)) return error_set(err, "out of memory");
+    f->slot = note_temporary(f->temporary.data); // before the file is there: mkostemp writes its name into this text
+    f->fd = mkostemp(f->temporary.data, O_CLOEXEC);
+    f->open = f->fd >= 0;
+    if (!f->open) {
+        cannot_write(f, err);
+        buffer_clear(&f->temporary); // nothing to remove
+        return false;
+    }
+    mode_t mask = umask(0);
+    umask(mask);
+    return fchmod(f->fd, 0666 & ~mask) == 0 || cannot_write(f, err);
+}
+
+bool file_output_open(struct file_output *f, const char *path, struct error *err) {
+    *f = (struct file_output){.slot = -1};
+    struct stat st;
+    bool there = stat(path, &st) == 0;
+    char *real = there && S_ISREG(st.st_mode) ? realpath(path, NULL) : NULL;
+    bool ok = buffer_append_text(&f->path, real ? real : path) || error_set(err, "out of memory");
+    free(real);
+    if (ok && there && !S_ISREG(st.st_mode) && !S_ISDIR(st.st_mode)) {
+        f->fd = open(path, O_WRONLY | O_CLOEXEC | O_NOCTTY);
+        f->open = f->fd >= 0;
+        ok = f->open || cannot_write(f, err);
+    } else if (ok && there && S_ISDIR(st.st_mode)) {
+        errno = EISDIR;
+        ok = cannot_write(f, err);
+    } else if (ok) {
+        ok = open_temporary(f, err);
+    }
+    if (!ok) file_output_close(f);
+    return ok;
+}
+
+bool file_output_write(struct file_output *f, const void *bytes, size_t n, struct error *err) {
+    for (const char *at = bytes; n > 0;) {
+        ssize_t done = write(f->fd, at, n);
         if (done < 0 && errno == EINTR) continue;
-        if (done < 0) return false;
-        bytes += done;
+        if (done < 0) return cannot_write(f, err);
+        at += done;
         n -= (size_t)done;
     }
     return true;
+}
+
+bool file_output_finish(struct file_output *f, struct error *err) {
+    bool in_place = f->temporary.len == 0;
+    bool ok = in_place || fsync(f->fd) == 0 || errno == EINVAL || errno == ENOTSUP;
+    ok = close(f->fd) == 0 && ok;
+    f->open = false;
+    ok = ok && (in_place || rename(f->temporary.data, f->path.data) == 0);
+    if (!ok) cannot_write(f, err);
+    else buffer_clear(&f->temporary); // there is nothing to remove
+    return ok;
+}
+
+void file_output_close(struct file_output *f) {
+    if (f->open) close(f->fd);
+    if (f->temporary.len) unlink(f->temporary.data);
+    if (f->temporary.data && f->slot >= 0) atomic_store(&temporaries[f->slot], NULL);
+    buffer_free(&f->path);
+    buffer_free(&f->temporary);
+    *f = (struct file_output){.slot = -1};
 }
 
 bool file_write(const char *path, const void *bytes, size_t n, struct error *err) {
@@ -175,26 +257,12 @@ bool file_write(const char *path, const void *bytes, size_t n, struct error *err
 }
 
 bool file_write_parts(const char *path, const struct file_part *parts, size_t n_parts, struct error *err) {
-    struct buffer temporary = {0};
-    bool ok = false;
-    if (!buffer_printf(&temporary, "%s.XXXXXX", path)) return error_set(err, "out of memory");
-    int fd = mkostemp(temporary.data, O_CLOEXEC);
-    if (fd < 0) {
-        error_set(err, "cannot write %s: %s", path, strerror(errno));
-        goto done;
-    }
-    mode_t mask = umask(0);
-    umask(mask);
-    ok = fchmod(fd, 0666 & ~mask) == 0;
-    for (size_t i = 0; ok && i < n_parts; i++) ok = write_all(fd, parts[i].bytes, parts[i].n);
-    ok = close(fd) == 0 && ok;
-    if (!ok || rename(temporary.data, path) != 0) {
-        error_set(err, "cannot write %s: %s", path, strerror(errno));
-        unlink(temporary.data);
-        ok = false;
-    }
-done:
-    buffer_free(&temporary);
+    struct file_output f;
+    if (!file_output_open(&f, path, err)) return false;
+    bool ok = true;
+    for (size_t i = 0; ok && i < n_parts; i++) ok = file_output_write(&f, parts[i].bytes, parts[i].n, err);
+    ok = ok && file_output_finish(&f, err);
+    file_output_close(&f);
     return ok;
 }
 

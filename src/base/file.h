@@ -25,11 +25,25 @@ bool file_map_memory(struct file_map *map, size_t size, unsigned char **writable
 // Reads a whole file of at most `max_bytes` into `out` (appended). Errors: missing, not a regular file, too large, I/O.
 bool file_read(const char *path, size_t max_bytes, struct buffer *out, struct error *err);
 
-// Writes a file by way of a temporary neighbour and a rename, so that a crash leaves either the old file or the new
-// one.
-bool file_write(const char *path, const void *bytes, size_t n, struct error *err);
+// A file that is written piece by piece. The pieces go to a temporary neighbour, which takes the file's place when all
+// is written: a crash or a full disk leaves what was there before. What a symbolic link leads to is replaced, not the
+// link; a device or a pipe (/dev/stdout) is written as it is.
+struct file_output {
+    int fd;
+    bool open;
+    struct buffer path, temporary; // temporary is empty: written in place
+    int slot;                      // of the list for file_remove_temporaries; -1: none
+};
+bool file_output_open(struct file_output *f, const char *path, struct error *err);
+bool file_output_write(struct file_output *f, const void *bytes, size_t n, struct error *err);
+bool file_output_finish(struct file_output *f, struct error *err); // the bytes are on the disk when it returns
+void file_output_close(struct file_output *f); // removes what is unfinished; always called; all zero is fine
 
-// The same for several pieces, written one after the other without joining them in memory first.
+// Removes every temporary that this process has begun; for a signal handler that is about to end the process.
+void file_remove_temporaries(void);
+
+// The same for bytes that are there already, one piece or several.
+bool file_write(const char *path, const void *bytes, size_t n, struct error *err);
 struct file_part {
     const void *bytes; // [n]
     size_t n;

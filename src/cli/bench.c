@@ -32,7 +32,7 @@ struct request {
 
 // What is told at the end.
 struct report {
-    bool json, csv;
+    bool json, csv, has_header;
     json_t *results;
     char device[64], cpu[128];
     int threads;
@@ -224,13 +224,17 @@ static void add_result(struct report *rep, const char *model, const char *type, 
     fflush(stdout);
 }
 
-static void print_header(const struct report *rep) {
+// Once, before the first row.
+static void print_header(struct report *rep) {
+    if (rep->has_header) return;
+    rep->has_header = true;
     if (rep->csv)
         printf("device,kind,model,type,batch,depth,n_tokens,repeats,fusion,tps_median,tps_min,tps_max,gbs,"
                "bandwidth_share,gflops,logits_hash\n");
     else if (!rep->json)
         printf("%-34s %9s  %9s %9s  %7s  %6s  %8s  %s\n", "", "tok/s", "min", "max", "GB/s", "share", "GFLOP/s",
                "logits hash");
+    fflush(stdout); // rows take their time
 }
 
 static bool finish_report(struct report *rep) {
@@ -251,12 +255,13 @@ static bool finish_report(struct report *rep) {
 // ---- Running
 
 static void show_repeat(void *user, size_t done, size_t total) {
-    if (isatty(STDERR_FILENO)) fprintf(stderr, "\r\033[K%s: repeat %zu of %zu ", (const char *)user, done, total);
+    if (cli_can_redraw()) fprintf(stderr, "\r\033[K%s: repeat %zu of %zu ", (const char *)user, done, total);
 }
 
 static bool run_cases(const struct request *r, struct report *rep, struct bench *b, const char *model, const char *type,
                       const bool *runs) {
     double prefill_tps = 0;
+    print_header(rep);
     for (size_t i = 0; i < r->n_cases; i++) {
         const struct bench_case *c = &r->cases[i];
         struct bench_outcome out;
@@ -270,10 +275,11 @@ static bool run_cases(const struct request *r, struct report *rep, struct bench 
         }
         show_repeat((void *)(uintptr_t)(c->kind == BENCH_PREFILL ? "prefill" : "decode"), 0, r->n_repeats);
         bool ok = bench_measure(b, c, &out, &err);
-        if (isatty(STDERR_FILENO)) fprintf(stderr, "\r\033[K");
+        if (cli_can_redraw()) fprintf(stderr, "\r\033[K");
         if (!ok) return cli_fail("%s: %s", model, err.text) == 0;
         if (c->kind == BENCH_PREFILL) prefill_tps = out.variants[0].tps.median;
         add_result(rep, model, type, c, &out, r->n_fusions);
+        if (ferror(stdout)) return false; // nobody reads on
         if (r->n_fusions > 1 && out.variants[0].hash != out.variants[1].hash)
             return cli_fail("%s: the logits of --fusion on and off differ: `tandem check %s` finds where", model,
                             model) == 0;
@@ -346,7 +352,7 @@ static bool run_workload(const struct cli_options *o, const struct request *r, s
         if (ok && i > 0 && out.tokens_hash != hash) ok = error_set(&err, "repeat %zu gave other tokens", i + 1);
         tps[i] = (double)out.n_output / out.seconds;
     }
-    if (isatty(STDERR_FILENO)) fprintf(stderr, "\r\033[K");
+    if (cli_can_redraw()) fprintf(stderr, "\r\033[K");
     if (!ok) cli_fail("%s: %s", model, err.text);
     rep->threads = pool_size(e->pool);
     snprintf(rep->device, sizeof rep->device, "%s", e->ops->name);
@@ -363,6 +369,7 @@ static bool run_workload(const struct cli_options *o, const struct request *r, s
                                         "repeats", (json_int_t)n_repeats, "fusion",
                                         fusion_text(e->fusion, fusion, sizeof fusion), "tps", spread_json(s), "gbs",
                                         "bandwidth_share", "gflops", "logits_hash", "tokens_hash", hash));
+    if (ok && rep->csv) print_header(rep);
     if (ok && rep->csv)
         printf("%s,workload,\"%s\",%s,%zu,0,%zu,%zu,\"%s\",%.4f,%.4f,%.4f,,,,\n", rep->device, model, type, batch,
                out.n_output, n_repeats, fusion_text(e->fusion, fusion, sizeof fusion), s.median, s.min, s.max);
@@ -385,7 +392,6 @@ static int run(const struct cli_options *o) {
         if (!o->given[OPT_WORKLOAD] || rep.csv) {
             const struct ops *ops = ops_cpu(o->text[OPT_ISA], NULL);
             snprintf(rep.device, sizeof rep.device, "%s", ops ? ops->name : "");
-            print_header(&rep);
         }
         for (size_t i = 0; ok && i < r->n_models; i++)
             ok = o->given[OPT_WORKLOAD] ? run_workload(o, r, &rep, r->models[i]) : run_model(o, r, &rep, r->models[i]);

@@ -44,7 +44,8 @@ static void on_interrupt(int signal_number) {
 static void dim(struct chat *c, bool on) {
     if (c->dimmed == on) return;
     c->dimmed = on;
-    fputs(on ? "\033[2m" : "\033[0m\n\n", stdout);
+    bool color = cli_can_color(STDOUT_FILENO);
+    fputs(on ? (color ? "\033[2m" : "") : color ? "\033[0m\n\n" : "\n\n", stdout);
 }
 
 static void show(void *user, enum stream_part part, const char *text, size_t n) {
@@ -79,7 +80,7 @@ static int generate(struct chat *c, char *err, size_t err_size) {
         size_t n;
         const char *bytes = tokenizer_token_bytes(c->engine->tokenizer, token.id, &n);
         if (bytes) stream_feed(stream, bytes, n, show, c);
-        if (stream_stopped(stream)) break;
+        if (stream_stopped(stream) || ferror(stdout)) break;
     }
     stream_finish(stream, show, c);
     stream_free(stream);
@@ -338,7 +339,7 @@ static int talk_by_pipe(struct chat *c) {
     char *line = NULL;
     size_t size = 0;
     bool good = true, leave = false;
-    while (!leave && getline(&line, &size, stdin) >= 0) good = handle(c, line, &leave) && good;
+    while (!leave && !ferror(stdout) && getline(&line, &size, stdin) >= 0) good = handle(c, line, &leave) && good;
     free(line);
     return good ? EXIT_GOOD : EXIT_FAULT;
 }

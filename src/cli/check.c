@@ -15,7 +15,7 @@ static const char *const verdicts[] = {[VERDICT_SKIPPED] = "skipped", [VERDICT_O
 // ---- For people ----------------------------------------------------------------------------------------------------
 
 static const char *color(const char *code) {
-    return isatty(STDOUT_FILENO) ? code : "";
+    return cli_can_color(STDOUT_FILENO) ? code : "";
 }
 
 static void print_lines(const char *label, const char *text) {

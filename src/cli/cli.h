@@ -154,6 +154,13 @@ const char *cli_model(const struct cli_options *o);
 const char *cli_default_model(void); // main.c: NULL when not found
 const char *cli_history_path(void);  // main.c: NULL when there is no home folder
 bool cli_can_redraw(void);           // main.c: is stderr a terminal on which a line can be drawn again?
+bool cli_can_color(int fd);          // main.c: is it a terminal with colours, and NO_COLOR not set?
+
+// Ctrl-C. cli_die, which main installs, removes what is unfinished and lets the signal end the program, so that a
+// shell's loop ends, too. A subcommand that ends in order puts its own handler in its place (NULL: cli_die again), sets
+// that handler to cli_die when it has been called, and returns EXIT_INTERRUPTED. Not for a process that ignores SIGINT.
+void cli_on_interrupt(void (*handler)(int));
+void cli_die(int signal_number);
 
 // Messages and a progress bar on stderr, for what takes a struct log. All zero is a bar that was never shown.
 struct cli_bar {

@@ -4,12 +4,15 @@
 #include "base/clock.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <jansson.h>
+#include <poll.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/random.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 static const char *command_name = ""; // set once by main, before anything else runs
@@ -19,7 +22,9 @@ void cli_set_command(const char *name) {
 }
 
 static void complain(const char *format, va_list args) {
+    int saved = errno; // of which cli_flush may tell later
     fflush(stdout);
+    errno = saved;
     fprintf(stderr, "tandem: %s%s", command_name, *command_name ? ": " : "");
     vfprintf(stderr, format, args);
     fputc('\n', stderr);
@@ -223,22 +228,33 @@ json_t *cli_sampling_json(const struct cli_sampling *s) {
 // ---- Input and output
 // ------------------------------------------------------------------------------------------------
 
-bool cli_read(const char *path, struct buffer *out) {
-    struct error err = {0};
-    if (path && strcmp(path, "-") != 0) {
-        if (file_read(path, (size_t)1 << 30, out, &err)) return true;
-        cli_fail("%s", err.text);
-        return false;
-    }
+static bool read_stream(int fd, const char *name, struct buffer *out) {
     char piece[65536];
-    for (ssize_t n; (n = read(STDIN_FILENO, piece, sizeof piece)) != 0;) {
+    for (ssize_t n; (n = read(fd, piece, sizeof piece)) != 0;) {
         if (n < 0 && errno == EINTR) continue;
-        if (n < 0 || !buffer_append(out, piece, (size_t)n)) {
-            cli_fail("cannot read standard input: %s", n < 0 ? strerror(errno) : "out of memory");
-            return false;
-        }
+        if (n < 0 || !buffer_append(out, piece, (size_t)n))
+            return cli_fail("cannot read %s: %s", name, n < 0 ? strerror(errno) : "out of memory") == 0;
     }
     return true;
+}
+
+// A file that the user names may be a pipe, as in -f <(command).
+bool cli_read(const char *path, struct buffer *out) {
+    struct error err = {0};
+    struct stat st;
+    if (!path || strcmp(path, "-") == 0) {
+        if (isatty(STDIN_FILENO))
+            fprintf(stderr, "tandem: %s: reading from the terminal; Ctrl-D ends it\n", command_name);
+        return read_stream(STDIN_FILENO, "standard input", out);
+    }
+    if (stat(path, &st) == 0 && (S_ISFIFO(st.st_mode) || S_ISCHR(st.st_mode))) {
+        int fd = open(path, O_RDONLY | O_CLOEXEC | O_NOCTTY);
+        if (fd < 0) return cli_fail("cannot open %s: %s", path, strerror(errno)) == 0;
+        bool ok = read_stream(fd, path, out);
+        close(fd);
+        return ok;
+    }
+    return file_read(path, (size_t)1 << 30, out, &err) || cli_fail("%s", err.text) == 0;
 }
 
 bool cli_parse_ids(const char *text, struct token_ids *out) {
@@ -264,9 +280,17 @@ bool cli_parse_ids(const char *text, struct token_ids *out) {
     return true;
 }
 
+// Whoever closes a pipe, as head does, knows.
+static bool reader_is_gone(void) {
+    struct pollfd out = {.fd = STDOUT_FILENO, .events = POLLOUT};
+    return poll(&out, 1, 0) == 1 && (out.revents & (POLLERR | POLLHUP)) != 0;
+}
+
 bool cli_flush(void) {
+    static bool reported;
     if (fflush(stdout) == 0 && !ferror(stdout)) return true;
-    cli_fail("cannot write to standard output: %s", strerror(errno));
+    if (!reported && !reader_is_gone()) cli_fail("cannot write to standard output: %s", strerror(errno));
+    reported = true;
     return false;
 }
 

@@ -74,11 +74,38 @@ bool cli_can_redraw(void) {
     return isatty(STDERR_FILENO) && terminal && strcmp(terminal, "dumb") != 0;
 }
 
-int main(int argc, char **argv) {
-    setlocale(LC_CTYPE, "");
+bool cli_can_color(int fd) {
+    const char *terminal = getenv("TERM"), *plain = getenv("NO_COLOR");
+    return isatty(fd) && terminal && strcmp(terminal, "dumb") != 0 && !(plain && *plain);
+}
+
+void cli_die(int signal_number) {
+    file_remove_temporaries();
+    signal(signal_number, SIG_DFL);
+    raise(signal_number);
+}
+
+static bool ignores_interrupt; // as nohup and a script's & have it
+
+void cli_on_interrupt(void (*handler)(int)) {
+    if (!ignores_interrupt) signal(SIGINT, handler ? handler : cli_die);
+}
+
+static void install_handlers(void) {
+    static const int ends[] = {SIGINT, SIGTERM, SIGHUP};
+    for (size_t i = 0; i < sizeof ends / sizeof *ends; i++)
+        if (signal(ends[i], cli_die) == SIG_IGN) {
+            signal(ends[i], SIG_IGN);
+            if (ends[i] == SIGINT) ignores_interrupt = true;
+        }
     signal(SIGPIPE, SIG_IGN); // writing says so, and what was begun is put in order
     signal(SIGXFSZ, SIG_IGN);
     file_guard_install();
+}
+
+int main(int argc, char **argv) {
+    setlocale(LC_CTYPE, "");
+    install_handlers();
     if (argc < 2) {
         print_usage(stderr);
         return EXIT_USAGE;
@@ -86,21 +113,23 @@ int main(int argc, char **argv) {
     const char *name = argv[1];
     if (strcmp(name, "--version") == 0) {
         printf("tandem %s\n", tandem_version());
-        return EXIT_GOOD;
+        return cli_flush() ? EXIT_GOOD : EXIT_FAULT;
     }
     if (strcmp(name, "--help") == 0 || strcmp(name, "-h") == 0 || strcmp(name, "help") == 0) {
         print_usage(stdout);
-        return EXIT_GOOD;
+        return cli_flush() ? EXIT_GOOD : EXIT_FAULT;
     }
     for (int i = 0; i < N_COMMANDS; i++) {
         if (strcmp(name, commands[i]->name) != 0) continue;
         cli_set_command(name);
         static struct cli_options options;
         int status;
-        if (!cli_parse(commands[i], argc - 1, argv + 1, &options, &status)) return status;
+        if (!cli_parse(commands[i], argc - 1, argv + 1, &options, &status)) return cli_flush() ? status : EXIT_FAULT;
         status = commands[i]->run(&options);
         if (status == EXIT_FAULT && cli_usage_was_wrong()) status = EXIT_USAGE;
-        if (!cli_flush()) return EXIT_FAULT;
+        bool flushed = cli_flush();
+        if (status == EXIT_INTERRUPTED) cli_die(SIGINT);
+        if (!flushed) return EXIT_FAULT;
         if (file_guard_tripped() && status == EXIT_GOOD)
             return cli_fail("a model file was truncated while it was in use: the result is not to be trusted");
         return status;

@@ -211,8 +211,8 @@ bool cli_parse(const struct command *c, int argc, char **argv, struct cli_option
         return false;
     }
     if (optind < argc) {
-        *status =
-            cli_usage("expected %s, found also \"%s\"", c->two_operands ? "two arguments" : "one MODEL", argv[optind]);
+        const char *wanted = c->two_operands ? "two arguments" : c->usage[0] == '[' ? "one MODEL" : "one argument";
+        *status = cli_usage("expected %s, found also \"%s\"", wanted, argv[optind]);
         return false;
     }
     return true;

@@ -34,8 +34,7 @@ struct job {
     struct run *run;
     struct kv_store kv;
     // Saved logits, written or compared with.
-    FILE *save;
-    struct buffer temporary;
+    struct file_output save;
     struct tensor_set base;
     const float *base_logits; // [n_scored, n_vocab]; NULL: no comparison
 };
@@ -142,8 +141,9 @@ static bool run_window(struct job *j, size_t w) {
                                 .n_vocab = n_vocab,
                                 .scores = j->scores + row};
         pool_for(j->engine->pool, n_rows, 1, score_rows, &rows);
-        if (j->save && fwrite(logits, n_vocab * sizeof *logits, n_rows, j->save) != n_rows)
-            ok = cli_fail("cannot write the logits: %s", strerror(errno)) == 0;
+        struct error err = {0};
+        if (j->save.open && !file_output_write(&j->save, logits, n_rows * n_vocab * sizeof *logits, &err))
+            ok = cli_fail("%s", err.text) == 0;
     }
     free(ids);
     return ok;
@@ -162,25 +162,20 @@ static bool begin_save(struct job *j, const char *path) {
     while (ok && head.len % 8 != 0) ok = buffer_append_byte(&head, ' ');
     unsigned char size[8];
     for (int i = 0; i < 8; i++) size[i] = (unsigned char)((uint64_t)head.len >> 8 * i);
-    ok = ok && buffer_printf(&j->temporary, "%s.part", path);
-    if (!ok) cli_fail("out of memory");
-    if (ok && !(j->save = fopen(j->temporary.data, "wbe")))
-        ok = cli_fail("cannot write %s: %s", path, strerror(errno)) == 0;
-    if (ok && (fwrite(size, 1, 8, j->save) != 8 || fwrite(head.data, 1, head.len, j->save) != head.len ||
-               fwrite(j->ids.ids, 1, tokens, j->save) != tokens))
-        ok = cli_fail("cannot write %s: %s", path, strerror(errno)) == 0;
+    struct error err = {0};
+    if (!ok) error_set(&err, "out of memory");
+    ok = ok && file_output_open(&j->save, path, &err) && file_output_write(&j->save, size, sizeof size, &err) &&
+         file_output_write(&j->save, head.data, head.len, &err) &&
+         file_output_write(&j->save, j->ids.ids, tokens, &err);
     buffer_free(&head);
-    if (ok) fprintf(stderr, "tandem: perplexity: saving %.1f MB of logits\n", (double)(tokens + logits) / 1e6);
-    return ok;
+    if (!ok) return cli_fail("%s", err.text) == 0;
+    fprintf(stderr, "tandem: perplexity: saving %.1f MB of logits\n", (double)(tokens + logits) / 1e6);
+    return true;
 }
 
-static bool end_save(struct job *j, const char *path) {
-    bool ok = fclose(j->save) == 0;
-    j->save = NULL;
-    if (ok && rename(j->temporary.data, path) == 0) return true;
-    cli_fail("cannot write %s: %s", path, strerror(errno));
-    unlink(j->temporary.data);
-    return false;
+static bool end_save(struct job *j) {
+    struct error err = {0};
+    return file_output_finish(&j->save, &err) || cli_fail("%s", err.text) == 0;
 }
 
 // Opens saved logits; the window is the file's.
@@ -340,7 +335,7 @@ static int measure(const struct cli_options *o, struct job *j) {
         if (!run_window(j, w)) return EXIT_FAULT;
         log_progress(&log, "reading", w + 1, j->n_windows);
     }
-    if (save && !end_save(j, save)) return EXIT_FAULT;
+    if (save && !end_save(j)) return EXIT_FAULT;
     return tell(o, j);
 }
 
@@ -351,15 +346,11 @@ static int run(const struct cli_options *o) {
     j.engine = cli_open_as(o, &(tandem_options){.context = 32});
     if (!j.engine) return EXIT_FAULT;
     int status = measure(o, &j);
-    if (j.save) {
-        fclose(j.save);
-        unlink(j.temporary.data);
-    }
+    file_output_close(&j.save);
     run_free(j.run);
     kv_store_free(&j.kv);
     tensor_set_free(&j.base);
     token_ids_free(&j.ids);
-    buffer_free(&j.temporary);
     free(j.scores);
     tandem_close(j.engine);
     return status;

@@ -6,7 +6,6 @@
 
 #include <jansson.h>
 #include <math.h>
-#include <signal.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -15,7 +14,7 @@ static atomic_bool stop; // what Ctrl-C sets: a signal handler can reach nothing
 static void on_interrupt(int signal_number) {
     (void)signal_number;
     atomic_store(&stop, true);
-    signal(SIGINT, SIG_DFL); // the second one ends the program
+    cli_on_interrupt(NULL); // the second one ends the program
 }
 
 struct display {
@@ -134,9 +133,9 @@ static int run(const struct cli_options *o) {
                                    .progress = show,
                                    .user = &display,
                                    .stop = &stop};
-    signal(SIGINT, on_interrupt);
+    cli_on_interrupt(on_interrupt);
     bool ok = pull_model(&hub, &options, &result, &err);
-    signal(SIGINT, SIG_DFL);
+    cli_on_interrupt(NULL);
     clear_line(&display);
     int status;
     if (ok) status = tell(o, &result, clock_seconds() - display.started);

@@ -6,7 +6,6 @@
 #include "model/convert.h"
 
 #include <jansson.h>
-#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -16,7 +15,7 @@ static atomic_bool stop; // what Ctrl-C sets: a signal handler can reach nothing
 static void on_interrupt(int signal_number) {
     (void)signal_number;
     atomic_store(&stop, true);
-    signal(SIGINT, SIG_DFL); // the second one ends the program
+    cli_on_interrupt(NULL); // the second one ends the program
 }
 
 // Loads IN with all its values checked, and its tokenizer.
@@ -107,14 +106,16 @@ static int quantize(const struct cli_options *o, const struct recipe *recipe, st
                                           .log = &log,
                                           .stop = &stop};
         warn_quantised(s.model);
-        signal(SIGINT, on_interrupt);
+        cli_on_interrupt(on_interrupt);
         if (convert_model(s.model, o->operand_2, &options, &result, &err)) {
             status = tell(o, s.model, recipe, &result, clock_seconds() - start);
             convert_result_free(&result);
+        } else if (atomic_load(&stop)) {
+            status = cli_interrupted("nothing was written");
         } else {
             cli_fail("%s", err.text);
         }
-        signal(SIGINT, SIG_DFL);
+        cli_on_interrupt(NULL);
     }
     tokenizer_free(s.tokenizer);
     model_free(s.model);

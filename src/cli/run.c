@@ -6,7 +6,6 @@
 #include "text/stream.h"
 
 #include <jansson.h>
-#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -34,7 +33,7 @@ static tandem_session *interrupted; // what Ctrl-C cancels: a signal handler can
 static void on_interrupt(int signal_number) {
     (void)signal_number;
     if (interrupted) tandem_session_cancel(interrupted);
-    signal(SIGINT, SIG_DFL); // the second one ends the program
+    cli_on_interrupt(NULL); // the second one ends the program
 }
 
 static void emit(void *user, enum stream_part part, const char *text, size_t n) {
@@ -45,12 +44,19 @@ static void emit(void *user, enum stream_part part, const char *text, size_t n) 
         fwrite(text, 1, n, stdout);
         fflush(stdout);
     } else if (isatty(STDERR_FILENO)) {
-        fprintf(stderr, "\033[2m%.*s\033[0m", (int)n, text);
+        bool color = cli_can_color(STDERR_FILENO);
+        fprintf(stderr, "%s%.*s%s", color ? "\033[2m" : "", (int)n, text, color ? "\033[0m" : "");
     }
 }
 
 // ---- The prompt
 // ------------------------------------------------------------------------------------------------------
+
+// A question of nothing would be answered, too.
+static bool is_no_empty_input(const struct cli_options *o, const struct buffer *text) {
+    return text->len > 0 || cli_fail("the prompt is empty: %s holds nothing; -p TEXT gives one",
+                                     o->given[OPT_FILE] ? o->text[OPT_FILE] : "standard input") == 0;
+}
 
 static bool prompt_from_messages(struct generation *g, bool *opened_thinking) {
     const struct cli_options *o = g->o;
@@ -64,7 +70,7 @@ static bool prompt_from_messages(struct generation *g, bool *opened_thinking) {
         if (ok) doc = template_parse(buffer_text(&text), text.len, o->text[OPT_MESSAGES], &err);
     } else if (ok) {
         if (o->given[OPT_PROMPT]) ok = buffer_append_text(&text, o->text[OPT_PROMPT]);
-        else ok = cli_read(o->text[OPT_FILE], &text);
+        else ok = cli_read(o->text[OPT_FILE], &text) && is_no_empty_input(o, &text);
         doc = ok ? template_document_create(&err) : NULL;
         if (doc && !template_add_message(doc, "user", buffer_text(&text), text.len, NULL, 0, &err)) {
             template_document_free(doc);
@@ -152,6 +158,7 @@ static int generate(struct generation *g) {
             status = TANDEM_END;
             break;
         }
+        if (ferror(stdout)) break; // nobody reads on
     }
     stream_finish(g->stream, emit, g);
     if (status == TANDEM_END) g->finish = "stop";
@@ -245,16 +252,17 @@ static int run(const struct cli_options *o) {
     status = EXIT_FAULT;
     if (prepare(&g)) {
         interrupted = g.session;
-        signal(SIGINT, on_interrupt);
+        cli_on_interrupt(on_interrupt);
         int last = generate(&g);
-        signal(SIGINT, SIG_DFL);
+        cli_on_interrupt(NULL);
         interrupted = NULL;
         bool printed = true;
         if (g.quiet) printed = cli_print_json(result_json(&g));
         else putchar('\n');
         if (o->given[OPT_MANIFEST] && !write_manifest(&g)) printed = false;
         if (last == TANDEM_ERROR) cli_fail("%s", g.err);
-        status = last == TANDEM_ERROR || last == TANDEM_CANCELLED || !printed ? EXIT_FAULT : EXIT_GOOD;
+        if (last == TANDEM_CANCELLED) status = EXIT_INTERRUPTED;
+        else status = last == TANDEM_ERROR || !printed ? EXIT_FAULT : EXIT_GOOD;
     }
     tandem_session_free(g.session);
     stream_free(g.stream);

@@ -2,16 +2,13 @@
 #include "format/gguf_write.h"
 
 #include "base/buffer.h"
+#include "base/file.h"
 #include "base/size.h"
 
-#include <errno.h>
-#include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
 #include <sys/statvfs.h>
-#include <unistd.h>
 
 enum { ALIGNMENT = 32 };
 
@@ -20,28 +17,21 @@ struct gguf_writer {
     uint64_t n_values, n_tensors;
     size_t *sizes; // [n_tensors] bytes of each one's data
     size_t data_bytes;
-    int fd;
-    struct buffer path, temporary;
+    struct file_output file;
     size_t tensor, written; // of which tensor how much data was written
 };
 
 struct gguf_writer *gguf_writer_create(struct error *err) {
     struct gguf_writer *w = size_alloc_zero(1, sizeof *w);
     if (!w) error_set(err, "out of memory");
-    else w->fd = -1;
     return w;
 }
 
 void gguf_writer_free(struct gguf_writer *w) {
     if (!w) return;
-    if (w->fd >= 0) {
-        close(w->fd);
-        unlink(w->temporary.data);
-    }
+    file_output_close(&w->file);
     buffer_free(&w->values);
     buffer_free(&w->infos);
-    buffer_free(&w->path);
-    buffer_free(&w->temporary);
     free(w->sizes);
     free(w);
 }
@@ -192,50 +182,29 @@ size_t gguf_writer_size(const struct gguf_writer *w) {
 
 // ---- The file
 
-static bool cannot_write(const struct gguf_writer *w, struct error *err) {
-    return error_set(err, "cannot write %s: %s", w->path.data, strerror(errno));
-}
-
-static bool write_bytes(struct gguf_writer *w, const void *data, size_t n, struct error *err) {
-    for (const char *at = data; n > 0;) {
-        ssize_t done = write(w->fd, at, n);
-        if (done < 0 && errno == EINTR) continue;
-        if (done < 0) return cannot_write(w, err);
-        at += done;
-        n -= (size_t)done;
-    }
-    return true;
-}
-
 static bool write_padding(struct gguf_writer *w, size_t n, struct error *err) {
     static const char zeros[ALIGNMENT];
-    return write_bytes(w, zeros, (ALIGNMENT - n % ALIGNMENT) % ALIGNMENT, err);
+    return file_output_write(&w->file, zeros, (ALIGNMENT - n % ALIGNMENT) % ALIGNMENT, err);
 }
 
 static bool check_space(const struct gguf_writer *w, struct error *err) {
     struct statvfs disk;
     size_t needed = gguf_writer_size(w);
-    if (fstatvfs(w->fd, &disk) != 0) return true; // write() will tell
+    if (fstatvfs(w->file.fd, &disk) != 0 || w->file.temporary.len == 0) return true; // then writing will tell
     if ((double)disk.f_bavail * (double)disk.f_frsize >= (double)needed) return true;
-    return error_set(err, "cannot write %s: it needs %.1f MB, the disk has %.1f MB left", w->path.data,
+    return error_set(err, "cannot write %s: it needs %.1f MB, the disk has %.1f MB left", w->file.path.data,
                      (double)needed / 1e6, (double)disk.f_bavail * (double)disk.f_frsize / 1e6);
 }
 
 bool gguf_writer_begin(struct gguf_writer *w, const char *path, struct error *err) {
-    if (!buffer_append_text(&w->path, path) || !buffer_printf(&w->temporary, "%s.XXXXXX", path))
-        return error_set(err, "out of memory");
-    w->fd = mkostemp(w->temporary.data, O_CLOEXEC);
-    if (w->fd < 0) return cannot_write(w, err);
-    mode_t mask = umask(0);
-    umask(mask);
+    if (!file_output_open(&w->file, path, err)) return false;
     struct buffer head = {0};
     bool ok = buffer_append(&head, "GGUF", 4) && put(&head, 3, 4) && put(&head, w->n_tensors, 8) &&
               put(&head, w->n_values, 8);
     if (!ok) error_set(err, "out of memory");
-    else if (fchmod(w->fd, 0666 & ~mask) != 0) ok = cannot_write(w, err);
-    ok = ok && check_space(w, err) && write_bytes(w, head.data, head.len, err) &&
-         write_bytes(w, buffer_text(&w->values), w->values.len, err) &&
-         write_bytes(w, buffer_text(&w->infos), w->infos.len, err) &&
+    ok = ok && check_space(w, err) && file_output_write(&w->file, head.data, head.len, err) &&
+         file_output_write(&w->file, buffer_text(&w->values), w->values.len, err) &&
+         file_output_write(&w->file, buffer_text(&w->infos), w->infos.len, err) &&
          write_padding(w, head.len + w->values.len + w->infos.len, err);
     buffer_free(&head);
     return ok;
@@ -243,9 +212,10 @@ bool gguf_writer_begin(struct gguf_writer *w, const char *path, struct error *er
 
 bool gguf_write_data(struct gguf_writer *w, const void *data, size_t n, struct error *err) {
     for (const char *at = data; n > 0;) {
-        if (w->tensor == w->n_tensors) return error_set(err, "more data than the tensors of %s hold", w->path.data);
+        if (w->tensor == w->n_tensors)
+            return error_set(err, "more data than the tensors of %s hold", w->file.path.data);
         size_t left = w->sizes[w->tensor] - w->written, piece = n < left ? n : left;
-        if (!write_bytes(w, at, piece, err)) return false;
+        if (!file_output_write(&w->file, at, piece, err)) return false;
         w->written += piece;
         at += piece;
         n -= piece;
@@ -259,14 +229,7 @@ bool gguf_write_data(struct gguf_writer *w, const void *data, size_t n, struct e
 
 bool gguf_writer_finish(struct gguf_writer *w, struct error *err) {
     if (w->tensor != w->n_tensors)
-        return error_set(err, "the data of %s ends in tensor %zu of %llu", w->path.data, w->tensor + 1,
+        return error_set(err, "the data of %s ends in tensor %zu of %llu", w->file.path.data, w->tensor + 1,
                          (unsigned long long)w->n_tensors);
-    int fd = w->fd;
-    w->fd = -1;
-    bool ok = fsync(fd) == 0;
-    ok = close(fd) == 0 && ok && rename(w->temporary.data, w->path.data) == 0;
-    if (ok) return true;
-    cannot_write(w, err);
-    unlink(w->temporary.data);
-    return false;
+    return file_output_finish(&w->file, err);
 }
