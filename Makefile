@@ -14,7 +14,7 @@ PKG_CFLAGS := $(shell pkg-config --cflags $(PKGS) 2>/dev/null)
 PKG_LIBS := $(shell pkg-config --libs $(PKGS) 2>/dev/null)
 
 # These need nothing installed, or install it themselves and then call make again.
-SELF_SUFFICIENT = help deps chat test test-real test-hf clean debug asan ubsan tsan asan-serve tsan-serve fuzz coverage format lint style uninstall
+SELF_SUFFICIENT = help deps chat test test-real test-hf clean debug asan ubsan tsan asan-serve tsan-serve test-lm-eval load fuzz coverage format lint style uninstall
 ifneq ($(filter-out $(SELF_SUFFICIENT),$(or $(MAKECMDGOALS),all)),)
 MISSING := $(shell tools/deps --missing build 2>/dev/null)
 ifneq ($(MISSING),)
@@ -219,6 +219,23 @@ test-hf:
 	@.venv/bin/python tools/run-tests --pytest tests/e2e/test_hf.py
 
 # What tests would build by themselves, at the same time.
+# lm-eval's own program, a log-likelihood and a generation task, against the server. Installs some 760 MB in build/lm-eval.
+.PHONY: test-lm-eval
+test-lm-eval:
+	@tools/deps test </dev/null
+	@$(MAKE) -s -j$(JOBS) all </dev/null
+	@[ -x build/lm-eval/bin/lm_eval ] || { python3 -m venv build/lm-eval && \
+	    build/lm-eval/bin/python -m pip install -q --disable-pip-version-check 'lm_eval[api]==0.4.13' </dev/null; }
+	@build/lm-eval/bin/python tests/lm_eval/run.py
+
+# The server under load, on the loopback: LOAD="crowd overload --scale 0.1"; docs/SERVING.md has the results.
+.PHONY: load
+load:
+	@tools/deps test </dev/null
+	@tools/test-venv
+	@$(MAKE) -s -j$(JOBS) all </dev/null
+	@.venv/bin/python tests/load/load.py $(LOAD)
+
 .PHONY: programs
 programs: $(TEST_BIN) $(BUILD)/tests/format/dequant_main $(BUILD)/tests/server/schema_texts build/data/qwen3-tokenizer/tokenizer.json
 
@@ -341,6 +358,7 @@ help:
 	@echo 'make deps       install the Debian packages that are missing'
 	@echo 'make install    PREFIX=/usr/local DESTDIR=; make uninstall'
 	@echo 'make debug, asan, ubsan, tsan, coverage    the unit tests in another build, in build/NAME'
+	@echo 'make load, test-lm-eval    the server under load (LOAD="crowd --scale 0.1"), and lm-eval against it'
 	@echo 'make asan-serve, tsan-serve    the server'\''s end-to-end tests on these builds (SERVE_TESTS="serve")'
 	@echo 'make fuzz       every fuzz target for FUZZ_SECONDS=20'
 	@echo 'make gpu-check, gpu-sanitize, gpu-bench    on a machine with a GPU and nvcc'

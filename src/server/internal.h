@@ -186,5 +186,6 @@ void handle_responses(struct exchange *x); // responses.c
 void handle_tokenize(struct exchange *x);  // text.c
 void handle_detokenize(struct exchange *x);
 void handle_apply_template(struct exchange *x);
+void handle_tokenizer_info(struct exchange *x);
 
 #endif

@@ -85,6 +85,7 @@ static const struct route routes[] = {
     {"/v1/responses", "POST", OPENAI, false, true, handle_responses},
     {"/tokenize", "POST", OPENAI, false, false, handle_tokenize},
     {"/detokenize", "POST", OPENAI, false, false, handle_detokenize},
+    {"/tokenizer_info", "GET", OPENAI, false, false, handle_tokenizer_info},
     {"/apply-template", "POST", OPENAI, false, false, handle_apply_template},
 };
 

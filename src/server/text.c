@@ -1,4 +1,4 @@
-// text.c: /tokenize, /detokenize, /apply-template: what the tokenizer and the template make of a text.
+// text.c: /tokenize, /detokenize, /tokenizer_info, /apply-template: what the tokenizer and the template make of a text.
 #include "server/prompt.h"
 
 #include <string.h>
@@ -93,6 +93,31 @@ void handle_detokenize(struct exchange *x) {
     struct fault f = {0};
     answer(x, detokenize(x, &arena, &out, &f), &out, &f);
     arena_free(&arena);
+}
+
+// A special token as text, or null.
+static bool put_token(struct buffer *out, const char *name, const struct tokenizer *tok, int32_t id) {
+    size_t n = 0;
+    const char *bytes = id >= 0 ? tokenizer_token_bytes(tok, id, &n) : NULL;
+    return buffer_printf(out, ", \"%s\": ", name) &&
+           (bytes ? write_string(out, bytes, n) : buffer_append_text(out, "null"));
+}
+
+// What vLLM's route of this name tells, as far as clients (lm-eval) read it.
+void handle_tokenizer_info(struct exchange *x) {
+    const struct tandem_engine *e = x->server->engine;
+    const struct tokenizer *tok = e->tokenizer;
+    const char *template = tokenizer_chat_template(tok);
+    struct buffer out = {0};
+    struct fault f = {0};
+    bool ok =
+        buffer_printf(&out, "{\"tokenizer_class\": \"Qwen2TokenizerFast\", \"model_max_length\": %zu", e->context) &&
+        put_token(&out, "eos_token", tok, tokenizer_eos(tok)) && put_token(&out, "bos_token", tok, tokenizer_bos(tok)) &&
+        put_token(&out, "pad_token", tok, tokenizer_find(tok, "<|endoftext|>")) &&
+        put_token(&out, "unk_token", tok, -1) && buffer_append_text(&out, ", \"chat_template\": ") &&
+        (template ? write_string(&out, template, strlen(template)) : buffer_append_text(&out, "null")) &&
+        buffer_append_byte(&out, '}');
+    answer(x, ok, &out, &f);
 }
 
 static bool apply_template(struct exchange *x, struct arena *arena, struct buffer *out, struct fault *f) {

@@ -213,6 +213,33 @@ def test_echo_with_logprobs_as_lm_eval_reads_it(server):
     assert only["choices"][0]["logprobs"]["token_logprobs"] == logprobs["token_logprobs"][:-1]
 
 
+def test_the_requests_of_lm_eval(server):
+    """What lm-eval 0.4.13 sends with --model local-completions and local-chat-completions; tests/lm_eval runs itself."""
+    info = server.get("/tokenizer_info")
+    assert info["eos_token"] == "<|im_end|>" and info["bos_token"] is None and "im_start" in info["chat_template"]
+    context, choices = "The capital of France is", [" Paris", " Berlin"]
+
+    def encode(text):
+        return server.post("/tokenize", {"prompt": text, "add_special_tokens": False})["tokens"]
+    n_context, both = len(encode(context)), [encode(context + c) for c in choices]
+    assert server.post("/detokenize", {"tokens": both[0]})["prompt"] == context + " Paris"
+    assert all(ids[:n_context] == encode(context) for ids in both)
+    # batch_size=2: as ids, and as texts (tokenized_requests=False)
+    common = {"model": "tandem-tiny", "temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": True}
+    answers = [server.post("/v1/completions", {**common, "prompt": prompt})["choices"] for prompt in (both, [context + c for c in choices])]
+    assert [c["logprobs"] for c in answers[0]] == [c["logprobs"] for c in answers[1]] and [c["index"] for c in answers[0]] == [0, 1]
+    scores = [sum(c["logprobs"]["token_logprobs"][n_context:-1]) for c in answers[0]]
+    assert scores[0] > scores[1]
+    tops = answers[0][0]["logprobs"]["top_logprobs"][n_context:-1]
+    assert answers[0][0]["logprobs"]["token_logprobs"][n_context:-1] == [max(t.values()) for t in tops]  # is_greedy
+    written = server.post("/v1/completions", {"model": "tandem-tiny", "prompt": [encode(context)], "max_tokens": 8, "temperature": 0,
+                                              "stop": ["\n\n", "<|im_end|>"], "seed": 1234})["choices"]
+    assert written[0]["text"].startswith(" Paris")
+    said = server.post("/v1/chat/completions", {"model": "tandem-tiny", "messages": [{"role": "user", "content": QUESTION, "type": "text"}],
+                                                "max_tokens": 40, "temperature": 0, "stop": ["\n\n", "<|im_end|>"], "seed": 1234, **OFF})
+    assert said["choices"][0]["index"] == 0 and said["choices"][0]["message"]["content"] == PARIS
+
+
 # ---- Text
 
 def test_tokenize_and_back(server):

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from serving import Server, TANDEM, chat
+from serving import SLOW, Server, TANDEM, chat
 
 PARIS = "The capital of France is Paris."
 QUESTION = "What is the capital of France?"
@@ -18,7 +18,7 @@ def connect(server, data=b"", receive_buffer=None):
     s = socket.socket()
     if receive_buffer:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-    s.settimeout(30)
+    s.settimeout(30 * SLOW)
     s.connect((server.host, server.port))
     s.sendall(data)
     return s
@@ -51,10 +51,11 @@ def good(server):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_queue(stream):
-    s = Server("--max-running", "1", "--timeouts", "queue=0.5")
+    s = Server("--max-running", "1", "--timeouts", f"queue={0.5 * SLOW:g}")
     try:
         first = connect(s, request_bytes(chat("Go on.", stream=True, ignore_eos=True, max_tokens=1900)))
-        while not s.metric("requests_running"):
+        end = time.time() + 30 * SLOW
+        while not s.metric("requests_running") and time.time() < end:
             time.sleep(0.01)
         if stream:
             lines = s.events("/v1/chat/completions", chat(QUESTION, stream=True))
@@ -62,7 +63,7 @@ def test_queue(stream):
             assert error["code"] == 503
         else:
             error = s.post("/v1/chat/completions", chat(QUESTION), status=503)["error"]
-        assert "0.5 s in the queue (limit: queue)" in error["message"]
+        assert f"{0.5 * SLOW:g} s in the queue (limit: queue)" in error["message"]
         assert timeouts(s, "queue") == 1
         first.close()
         assert s.idle()
@@ -104,12 +105,12 @@ def test_total():
 
 def test_a_stream_that_is_not_read():
     """It is dropped, its computation with it, and the log says why; a slow but steady reader is served."""
-    s = Server("--timeouts", "read=1", "--log-requests")
+    s = Server("--timeouts", f"read={SLOW:g}", "--log-requests")
     try:
         body = chat("Go on.", stream=True, ignore_eos=True, max_tokens=1900, logprobs=True, top_logprobs=20, n=4)
         deaf = connect(s, request_bytes(body), receive_buffer=2048)
         slow = connect(s, request_bytes(chat("Go on.", stream=True, ignore_eos=True, max_tokens=100)), receive_buffer=2048)
-        got, end = b"", time.time() + 60
+        got, end = b"", time.time() + 60 * SLOW
         while timeouts(s, "read") == 0 and time.time() < end:
             got += slow.recv(512)
             time.sleep(0.05)
@@ -128,7 +129,7 @@ def test_a_stream_that_is_not_read():
 
 
 def test_head_body_and_idle():
-    s = Server("--timeouts", "head=1,body=1.5,idle=0.5")
+    s = Server("--timeouts", f"head={SLOW:g},body={1.5 * SLOW:g},idle={0.5 * SLOW:g}")
     try:
         fds = s.n_fds()
         cases = {"head": connect(s, HEAD), "silence": connect(s), "body": connect(s, HEAD + b"Content-Length: 100\r\n\r\n{"),
@@ -141,10 +142,10 @@ def test_head_body_and_idle():
             while dripped < 60:
                 drip.send(b" ")
                 dripped += 1
-                time.sleep(0.1)
+                time.sleep(0.1 * SLOW)
         except OSError:
             pass
-        assert dripped < 40 and time.time() - begin < 6
+        assert dripped < 40 and time.time() - begin < 6 * SLOW
         got = {name: rest_of(c) for name, c in cases.items()}
         assert got["silence"] == b""
         for name, limit in (("head", "head"), ("body", "body"), ("chunk", "body")):
@@ -164,5 +165,5 @@ def test_head_body_and_idle():
 
 def test_bad_limits():
     for text in ("", "x", "queue", "queue=", "queue=0", "queue=-1", "queue=x", "queue=1;read=2", "que=1", "queue=1,", "queue=inf", "queue=nan"):
-        done = subprocess.run([TANDEM, "serve", "--port", "0", "--timeouts", text], capture_output=True, text=True, timeout=60)
+        done = subprocess.run([TANDEM, "serve", "--port", "0", "--timeouts", text], capture_output=True, text=True, timeout=60 * SLOW)
         assert done.returncode == 2 and "--timeouts" in done.stderr, (text, done.stderr)
