@@ -497,7 +497,10 @@ struct automaton *automaton_create(const struct vocabulary *v, struct grammar *g
     if (!ok) error_set(err, "out of memory");
     if (ok && !grammar_needs(&a->g, a->needs)) ok = error_set(err, "%s", TOO_LONG);
     if (ok && a->needs[a->g.start] > MAX_STACK)
-        ok = error_set(err, "nothing can satisfy the schema: what it requires never ends, or excludes itself");
+        ok = error_set(err,
+                       "nothing can satisfy the schema within %d levels: what it requires never ends, or excludes "
+                       "itself",
+                       MAX_STACK);
     for (size_t i = 0; ok && i < 2 * MAX_STATES; i++) a->table[i] = -1;
     if (ok && start_state(a) < 0) ok = error_set(err, "%s", a->failed ? a->failed : TOO_MANY);
     if (ok) return a;

@@ -62,6 +62,7 @@ void grammar_fill(struct grammar *g, uint32_t hole, uint32_t a, uint32_t b) {
 }
 
 uint32_t grammar_call(struct grammar *g, uint32_t part, uint32_t next) {
+    if (!g->full && g->nodes[next].kind == NODE_RETURN) return part; // it returns for both
     return add(g, (struct node){.kind = NODE_CALL, .next = next, .other = part});
 }
 

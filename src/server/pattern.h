@@ -37,7 +37,7 @@ struct language {
 
 // The strings in which `pattern` matches somewhere. NULL: `err` says why; all memory is the arena's. `budget`: of work,
 // which may be shared by many patterns.
-enum { PATTERN_BUDGET = 300000 };
+enum { PATTERN_BUDGET = 150000 };
 const struct language *pattern_language(struct arena *arena, const char *pattern, size_t n, size_t *budget,
                                         struct error *err);
 // All strings but these. NULL: no memory.

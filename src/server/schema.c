@@ -8,7 +8,7 @@
 #include <stdio.h>
 #include <string.h>
 
-enum { MAX_NESTING = 64, MAX_FLAT = 256, MAX_WORK = 60000, MAX_MEMOS = 4096 };
+enum { MAX_NESTING = 64, MAX_FLAT = 256, MAX_WORK = 30000, MAX_MEMOS = 8192 };
 
 struct memo {
     struct schemas key;
@@ -329,17 +329,22 @@ static enum outcome strip(struct compiler *c, const struct schemas *s, struct sc
     return DONE;
 }
 
-static struct memo *find_memo(struct compiler *c, const struct schemas *key) {
-    for (size_t i = 0; i < c->n_memos; i++)
-        if (c->memos[i].key.n == key->n &&
-            (key->n == 0 || memcmp(c->memos[i].key.list, key->list, key->n * sizeof *key->list) == 0))
-            return &c->memos[i];
-    return NULL;
+// Where the memo of these schemas is in the table, or would be.
+static uint32_t *find_memo(struct compiler *c, const struct schemas *key) {
+    uint64_t h = key->n;
+    for (size_t i = 0; i < key->n; i++) h = (h ^ (uintptr_t)key->list[i]) * 0x9E3779B97F4A7C15u, h ^= h >> 29;
+    size_t slot = h % (2 * MAX_MEMOS);
+    for (; c->memo_table[slot]; slot = (slot + 1) % (2 * MAX_MEMOS)) {
+        const struct memo *m = &c->memos[c->memo_table[slot] - 1];
+        if (m->key.n == key->n && memcmp(m->key.list, key->list, key->n * sizeof *key->list) == 0) break;
+    }
+    return &c->memo_table[slot];
 }
 
 static enum outcome compile_memo(struct compiler *c, const struct schemas *key, uint32_t *part) {
-    const struct memo *known = find_memo(c, key);
-    if (known) {
+    uint32_t *slot = find_memo(c, key);
+    if (*slot) {
+        const struct memo *known = &c->memos[*slot - 1];
         if (known->busy && known->nesting == c->nesting) return refuse(c, "$ref", "this leads to itself");
         *part = known->node;
         return known->outcome;
@@ -349,6 +354,7 @@ static enum outcome compile_memo(struct compiler *c, const struct schemas *key, 
     if (!memos) return REFUSED;
     c->memos = memos;
     size_t index = c->n_memos++;
+    *slot = (uint32_t)c->n_memos;
     uint32_t hole = grammar_hole(c->g), body;
     memos[index] = (struct memo){*key, hole, c->nesting, true, DONE};
     enum outcome result = compile_body(c, key, grammar_return(c->g), &body);
@@ -380,7 +386,9 @@ bool schema_compile(struct grammar *g, const struct pyjson *schema, const char *
         .g = g, .arena = &arena, .root = schema, .where = where, .pattern_budget = PATTERN_BUDGET, .err = err};
     struct schemas root = {0};
     uint32_t part = 0;
-    enum outcome result = schemas_add(&c, &root, schema) ? compile_part(&c, &root, NULL, &part) : REFUSED;
+    c.memo_table = arena_alloc_zero(&arena, 2 * MAX_MEMOS, sizeof *c.memo_table);
+    enum outcome result = c.memo_table ? DONE : no_memory(&c);
+    if (result == DONE) result = schemas_add(&c, &root, schema) ? compile_part(&c, &root, NULL, &part) : REFUSED;
     if (result == NEVER) {
         const char *key = schema->type == PYJSON_OBJECT && schema->first ? schema->first->key : "false";
         refuse(&c, key, "nothing can satisfy this schema");

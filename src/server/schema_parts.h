@@ -43,6 +43,7 @@ struct compiler {
     char path[256];     // of the schema in hand, for messages
     struct memo *memos; // [n_memos] the arena's
     size_t n_memos, cap_memos;
+    uint32_t *memo_table; // by hash, plus one; 0: empty
     struct error *err;
 };
 

@@ -1,10 +1,10 @@
 // schema_values.c: values of one type after the other: null, booleans, numbers, strings, and those that are listed.
-#include "base/utf8.h"
+#include "base/buffer.h"
 #include "server/fields.h"
 #include "server/schema_parts.h"
 
 #include <math.h>
-#include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 enum {
@@ -200,6 +200,25 @@ static enum outcome add_pattern(struct compiler *c, const char *key, const char 
     return DONE;
 }
 
+// ^(?!^[...]*$) in front, as Pydantic writes for decimals, says that some other character is in the text: a language of
+// its own, before the rest of the pattern.
+static enum outcome add_patterns(struct compiler *c, const struct pyjson *pattern, struct text_form *f) {
+    static const char begin[] = "^(?!^[", end[] = "]*$)";
+    const char *text = pattern->text, *set = text + sizeof begin - 1;
+    bool excludes = strncmp(text, begin, sizeof begin - 1) == 0 && strlen(text) == pattern->n_text;
+    size_t n = excludes ? strcspn(set, "]\\[^") : 0;
+    if (!excludes || n == 0 || strncmp(set + n, end, sizeof end - 1) != 0)
+        return add_pattern(c, "pattern", text, pattern->n_text, f);
+    struct buffer other = {0}, rest = {0};
+    bool ok = buffer_append_text(&other, "[^") && buffer_append(&other, set, n) && buffer_append_byte(&other, ']') &&
+              buffer_append_byte(&rest, '^') && buffer_append_text(&rest, set + n + sizeof end - 1);
+    enum outcome result = ok ? add_pattern(c, "pattern", other.data, other.len, f) : no_memory(c);
+    if (result == DONE) result = add_pattern(c, "pattern", rest.data, rest.len, f);
+    buffer_free(&other);
+    buffer_free(&rest);
+    return result;
+}
+
 enum outcome read_text_form(struct compiler *c, const struct items *items, struct text_form *f) {
     bool formatted = false, there;
     enum outcome result = DONE;
@@ -215,7 +234,7 @@ enum outcome read_text_form(struct compiler *c, const struct items *items, struc
         if (pattern && pattern->type != PYJSON_STRING) return refuse(c, "pattern", "expected a string");
         if (format && format->type != PYJSON_STRING) return refuse(c, "format", "expected a string");
         const char *form = format ? pattern_of_format(format->text) : NULL;
-        if (pattern) result = add_pattern(c, "pattern", pattern->text, pattern->n_text, f);
+        if (pattern) result = add_patterns(c, pattern, f);
         if (result == DONE && form) result = add_pattern(c, "format", form, strlen(form), f);
         formatted = formatted || form;
     }
@@ -234,9 +253,10 @@ static enum outcome compile_text(struct compiler *c, const struct items *items, 
 
 // ---- Values that are listed
 
-static bool one_of_values(const struct pyjson *schema, const struct pyjson *v) {
+// `own`: the list that v is from.
+static bool one_of_values(const struct pyjson *schema, const struct pyjson *own, const struct pyjson *v) {
     const struct pyjson *list = pyjson_get(schema, "enum"), *only = pyjson_get(schema, "const");
-    bool found = !list;
+    bool found = !list || list == own;
     for (const struct pyjson *e = list ? list->first : NULL; e && !found; e = e->next) found = json_equal(e, v);
     return found && (!only || json_equal(only, v));
 }
@@ -253,11 +273,12 @@ static const char *about_inside(const struct items *items, unsigned type) {
     return NULL;
 }
 
-static enum outcome satisfies(struct compiler *c, const struct items *items, unsigned types, const struct pyjson *v) {
+static enum outcome satisfies(struct compiler *c, const struct items *items, unsigned types, const struct pyjson *own,
+                              const struct pyjson *v) {
     unsigned type = type_of(v);
     if (!(type & types)) return NEVER;
     for (size_t i = 0; i < items->n; i++)
-        if (!one_of_values(items->list[i].schema, v)) return NEVER;
+        if (!one_of_values(items->list[i].schema, own, v)) return NEVER;
     if (type == IS_STRING) {
         struct text_form f;
         enum outcome result = read_text_form(c, items, &f);
@@ -293,12 +314,59 @@ enum outcome read_values(struct compiler *c, const struct items *items, struct s
     if (!has_type) types = IS_ANY;
     for (const struct pyjson *v = only ? only : list->first; v; v = only ? NULL : v->next) {
         bool known = false;
-        result = satisfies(c, items, types, v);
+        result = satisfies(c, items, types, only ? NULL : list, v);
         if (result == REFUSED) return REFUSED;
         for (size_t i = 0; values->n <= 64 && i < values->n; i++) known = known || json_equal(values->list[i], v);
         if (result == DONE && !known && !schemas_add(c, values, v)) return REFUSED;
     }
     return values->n ? DONE : NEVER;
+}
+
+// ---- Their texts, as a tree
+
+static int compare_texts(const void *a, const void *b) {
+    const struct buffer *x = a, *y = b;
+    int order = memcmp(x->data, y->data, x->len < y->len ? x->len : y->len);
+    return order ? order : (x->len > y->len) - (x->len < y->len);
+}
+
+// The texts from `at` on; all n, in order and not equal, are the same before it. A value's text is never the beginning
+// of another's but for numbers.
+static uint32_t put_tree(struct grammar *g, const struct buffer *texts, size_t n, size_t at, uint32_t next) {
+    const struct buffer *first = &texts[0], *last = &texts[n - 1];
+    size_t common = at, most = first->len < last->len ? first->len : last->len;
+    while (common < most && first->data[common] == last->data[common]) common++;
+    bool any = false;
+    uint32_t all = next;
+    for (size_t from = 0, to; from < n && !g->full; from = to, any = true) {
+        uint32_t one = next;
+        to = from + 1;
+        if (texts[from].len > common) {
+            while (to < n && texts[to].data[common] == texts[from].data[common]) to++;
+            one = to - from > 1 ? put_tree(g, texts + from, to - from, common, next)
+                                : grammar_text(g, texts[from].data + common, texts[from].len - common, next);
+        }
+        all = any ? grammar_split(g, all, one) : one;
+    }
+    return grammar_text(g, first->data + at, common - at, all);
+}
+
+static bool put_values(struct compiler *c, const struct schemas *values, uint32_t next, uint32_t *out) {
+    struct buffer *texts = arena_alloc_zero(c->arena, values->n, sizeof *texts);
+    bool ok = texts != NULL;
+    for (size_t i = 0; ok && i < values->n; i++) ok = pyjson_write_portable(values->list[i], &texts[i]);
+    if (!ok) no_memory(c);
+    size_t n = 0;
+    if (ok) qsort(texts, values->n, sizeof *texts, compare_texts);
+    for (size_t i = 0; ok && i < values->n; i++) {
+        if (n && compare_texts(&texts[n - 1], &texts[i]) == 0) continue;
+        struct buffer swap = texts[n];
+        texts[n++] = texts[i];
+        texts[i] = swap;
+    }
+    if (ok) *out = put_tree(c->g, texts, n, 0, next);
+    for (size_t i = 0; texts && i < values->n; i++) buffer_free(&texts[i]);
+    return ok;
 }
 
 // ---- All types
@@ -326,11 +394,7 @@ enum outcome compile_values(struct compiler *c, const struct items *items, uint3
     uint32_t one;
     enum outcome result = read_values(c, items, &values, &given);
     if (result != DONE) return result;
-    for (size_t i = 0; given && i < values.n; i++) {
-        if (!literal(c, values.list[i], next, &one)) return REFUSED;
-        *out = i ? grammar_split(c->g, *out, one) : one;
-    }
-    if (given) return DONE;
+    if (given) return put_values(c, &values, next, out) ? DONE : REFUSED;
     result = read_types(c, items, &types, &given);
     if (result != DONE) return result;
     if (!given && types == IS_ANY) {

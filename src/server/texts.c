@@ -6,7 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { MAX_PRODUCT = 60000, MAX_STEPS = 1000000, MAX_BOTH = 600 };
+enum { MAX_PRODUCT = 60000, MAX_STEPS = 250000, MAX_BOTH = 600 };
 
 struct text_part {
     const struct code_range *ranges; // [n]
