@@ -54,16 +54,24 @@ static void dots(const struct cpu_kernels *k, float *out, const struct matrix *w
 static void write_tile(const struct part *p, const float *out, size_t row, size_t n_rows, size_t t0, size_t n_tokens) {
     for (size_t t = 0; t < n_tokens; t++) {
         float *y = p->y + (t0 + t) * p->w->n_out + row;
-        for (size_t r = 0; r < n_rows; r++) {
-            float v = out[t * TILE_ROWS + r];
-            if (p->bias) v += p->bias[row + r];
-            y[r] = p->add ? y[r] + v : v;
+        const float *v = out + t * TILE_ROWS;
+        size_t r = 0;
+        for (; r + 8 <= n_rows; r += 8) {
+            __m256 x = _mm256_load_ps(v + r);
+            if (p->bias) x = _mm256_add_ps(x, _mm256_loadu_ps(p->bias + row + r));
+            if (p->add) x = _mm256_add_ps(_mm256_loadu_ps(y + r), x);
+            _mm256_storeu_ps(y + r, x);
+        }
+        for (; r < n_rows; r++) {
+            float x = p->bias ? v[r] + p->bias[row + r] : v[r];
+            y[r] = p->add ? y[r] + x : x;
         }
     }
 }
 
 static void run_tile(const struct product *product, const struct part *p, size_t tile) {
-    float out[TILE_ROWS * TILE_TOKENS], up[TILE_ROWS * TILE_TOKENS];
+    float out[TILE_ROWS * TILE_TOKENS] __attribute__((aligned(64)));
+    float up[TILE_ROWS * TILE_TOKENS] __attribute__((aligned(64)));
     size_t row = tile * TILE_ROWS, n_rows = p->w->n_out - row < TILE_ROWS ? p->w->n_out - row : TILE_ROWS;
     for (size_t t0 = 0; t0 < product->n_tokens; t0 += TILE_TOKENS) {
         size_t n = product->n_tokens - t0 < TILE_TOKENS ? product->n_tokens - t0 : TILE_TOKENS;
@@ -75,7 +83,7 @@ static void run_tile(const struct product *product, const struct part *p, size_t
                 float *g = out + t * TILE_ROWS, *u = up + t * TILE_ROWS;
                 size_t r = 0;
                 for (; r + 8 <= n_rows; r += 8)
-                    _mm256_storeu_ps(g + r, silu_mul_8(_mm256_loadu_ps(g + r), _mm256_loadu_ps(u + r)));
+                    _mm256_storeu_ps(g + r, silu_mul_8(_mm256_load_ps(g + r), _mm256_load_ps(u + r)));
                 for (; r < n_rows; r++) g[r] = g[r] / (1.0f + exp32(-g[r])) * u[r];
             }
         }
