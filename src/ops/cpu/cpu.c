@@ -22,9 +22,18 @@ static struct isa_info infos[ISA_COUNT] = {
     [AVX512BF16] = {"avx512bf16", "the same and BF16", false, "this CPU lacks it"},
 };
 static struct ops tables[ISA_COUNT];
+static size_t automatic; // what "auto" takes
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 
 #if defined(__x86_64__)
+// Intel's cores do as many products a cycle with two plain fmas as with vdpbf16ps, and measured a third more
+// (docs/SPEED.md). AMD's do twice as many with vdpbf16ps. The bits are the same.
+static bool plain_is_faster(void) {
+    uint32_t a, b, c, d;
+    return __get_cpuid(0, &a, &b, &c, &d) && b == signature_INTEL_ebx && c == signature_INTEL_ecx &&
+           d == signature_INTEL_edx;
+}
+
 static bool bits(uint32_t word, uint32_t mask) {
     return (word & mask) == mask;
 }
@@ -58,11 +67,16 @@ static void fill(void) {
         [AVX2] = avx2_fill, [AVX512] = avx512_fill, [AVX512VNNI] = avx512vnni_fill, [AVX512BF16] = avx512bf16_fill};
 #if defined(__x86_64__)
     ask_cpu();
+    const bool skips_bf16 = plain_is_faster();
+#else
+    const bool skips_bf16 = false;
 #endif
     for (size_t i = AVX2; i < ISA_COUNT; i++) {
         tables[i] = tables[i - 1];
         fills[i](&tables[i]);
-        if (infos[i].available) infos[i].why_not = NULL;
+        if (!infos[i].available) continue;
+        infos[i].why_not = NULL;
+        if (i != AVX512BF16 || !skips_bf16) automatic = i;
     }
 }
 
@@ -75,15 +89,13 @@ const struct isa_info *ops_cpu_isas(size_t *n) {
 const struct ops *ops_cpu(const char *isa, struct error *err) {
     pthread_once(&once, fill);
     char known[128] = "auto";
-    size_t best = PORTABLE;
     for (size_t i = 0; i < ISA_COUNT; i++) {
         if (isa && strcmp(isa, infos[i].name) == 0 && infos[i].available) return &tables[i];
         if (!infos[i].available) continue;
-        best = i;
         size_t used = strlen(known);
         snprintf(known + used, sizeof known - used, ", %s", infos[i].name);
     }
-    if (!isa || strcmp(isa, "auto") == 0) return &tables[best];
+    if (!isa || strcmp(isa, "auto") == 0) return &tables[automatic];
     for (size_t i = 0; i < ISA_COUNT; i++) {
         if (strcmp(isa, infos[i].name) != 0) continue;
         error_set(err, "instruction set '%s': %s; expected one of %s", isa, infos[i].why_not, known);
