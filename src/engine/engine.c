@@ -160,6 +160,10 @@ static bool open_text(tandem_engine *e, const tandem_options *o, struct error *e
         snprintf(e->tokenizer_error, sizeof e->tokenizer_error, "%.500s", why.text);
         if (e->model->kind != MODEL_SYNTHETIC) log_warn(&e->log, "no tokenizer: %s", why.text);
     }
+    if (e->tokenizer && e->model->kind == MODEL_GGUF && !gguf_find(&e->model->gguf, "tokenizer.ggml.pre"))
+        log_warn(&e->log,
+                 "the file names no pre-tokeniser (tokenizer.ggml.pre): text is cut as llama.cpp's \"default\" "
+                 "does, which may not be how the model was trained");
     if (o->chat_template && !template_from_name(o->chat_template, &e->template_kind))
         return error_set(err, "unknown chat template \"%s\"; expected one of %s", o->chat_template, template_names());
     if (!o->chat_template && e->tokenizer) e->template_kind = template_recognise(tokenizer_chat_template(e->tokenizer));

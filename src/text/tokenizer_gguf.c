@@ -15,6 +15,7 @@ struct family {
     const char *name; // tokenizer.ggml.pre
     enum pretokenizer_style style;
     bool digits_first, nfc, ignore_merges, adds_bos;
+    bool four_stages; // llama.cpp's "default", which no other tokenizer has
 };
 
 static const struct family families[] = {
@@ -26,11 +27,20 @@ static const struct family families[] = {
     {.name = "smollm", .style = PRETOKENIZER_GPT2, .digits_first = true},
     {.name = "gpt-2", .style = PRETOKENIZER_GPT2},
     {.name = "gpt2", .style = PRETOKENIZER_GPT2},
-    {.name = "default", .style = PRETOKENIZER_GPT2},
+    {.name = "default", .four_stages = true},
 };
 
 static int shown(struct gguf_string s) {
     return s.len < 60 ? (int)s.len : 60;
+}
+
+// llama.cpp's "default": punctuation and some symbols, GPT-2's pattern, numbers, and those three digits at a time; each
+// cuts what the one before it left. llama.cpp takes it, too, for files that name no pre-tokeniser.
+static bool add_four_stages(struct pretokenizer *p, struct error *err) {
+    static const char punctuation[] = "[\\p{P}$+<=>^~|]+", three_digits[] = "[0-9]{3}";
+    return pretokenizer_add_pattern(p, punctuation, sizeof punctuation - 1, err) &&
+           pretokenizer_add(p, PRETOKENIZER_GPT2, err) && pretokenizer_add(p, PRETOKENIZER_DIGITS_CONTIGUOUS, err) &&
+           pretokenizer_add_pattern(p, three_digits, sizeof three_digits - 1, err);
 }
 
 static bool read_family(struct tokenizer *tok, const struct gguf *g, const struct family **out, struct error *err) {
@@ -48,11 +58,12 @@ static bool read_family(struct tokenizer *tok, const struct gguf *g, const struc
         *out = f;
         tok->nfc = f->nfc;
         tok->adds_bos = f->adds_bos;
+        if (f->four_stages) return add_four_stages(tok->pre, err);
         return (!f->digits_first || pretokenizer_add(tok->pre, PRETOKENIZER_DIGITS, err)) &&
                pretokenizer_add(tok->pre, f->style, err);
     }
-    return error_set(err, "tokenizer.ggml.pre is \"%.*s\"; tandem knows qwen2, llama-bpe, smollm and gpt-2", shown(pre),
-                     pre.data);
+    return error_set(err, "tokenizer.ggml.pre is \"%.*s\"; tandem knows qwen2, llama-bpe, smollm, gpt-2 and default",
+                     shown(pre), pre.data);
 }
 
 static const struct gguf_value *find_strings(const struct gguf *g, const char *key, struct error *err) {

@@ -1,5 +1,5 @@
 """Vocabularies in GGUF metadata, written as converters write them, give the ids of the library `tokenizers` for the
-tokenizer.json that they came from: the families qwen2, llama-bpe, smollm and gpt-2."""
+tokenizer.json that they came from: the families qwen2, llama-bpe, smollm, gpt-2 and llama.cpp's "default"."""
 import functools
 import json
 import pathlib
@@ -8,7 +8,7 @@ import subprocess
 import gguf
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from tokenizer_texts import LLAMA3, SMOLLM, TANDEM, code_points, compare, compare_joined, generated, run_one
+from tokenizer_texts import DEFAULT, LLAMA3, SMOLLM, TANDEM, code_points, compare, compare_joined, generated, run_one
 
 QWEN3 = "build/data/qwen3-tokenizer/tokenizer.json"
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
@@ -42,6 +42,7 @@ FAMILIES = {
     "llama-bpe": lambda: train(LLAMA3, ignore_merges=True, special=LLAMA3_WORDS),
     "smollm": lambda: train(SMOLLM),
     "gpt-2": lambda: train(pre_tokenizers.ByteLevel(add_prefix_space=False)),
+    "default": lambda: train(DEFAULT),
 }
 
 
@@ -56,7 +57,8 @@ def write_gguf(path, tok, pre, n_padding=3, bos=None):
         by_id.setdefault(i, (f"[PAD{i}]", gguf.TokenType.UNUSED))
     writer = gguf.GGUFWriter(path, "llama" if pre == "llama-bpe" else "qwen2")
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
+    if pre:
+        writer.add_tokenizer_pre(pre)
     writer.add_token_list([by_id[i][0] for i in range(n + n_padding)])
     writer.add_token_types([by_id[i][1] for i in range(n + n_padding)])
     writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in root["model"]["merges"]])
@@ -125,8 +127,18 @@ def test_qwen2_normalises(tmp_path):
     assert run_one(tmp_path / "g.gguf", "e\u0301", False) != run_one(tmp_path / "g.gguf", "\u00e9", False)
 
 
+def test_default_is_not_gpt2(tmp_path):
+    """By name, and where no name is given: punctuation stands apart from the space before it."""
+    for name, pre in [("default", "default"), ("none", None), ("gpt-2", "gpt-2")]:
+        write_gguf(tmp_path / name, small(), pre)
+    texts = ["a (b)", "x == y", "don't"]
+    ids = {name: [run_one(tmp_path / name, t, False) for t in texts] for name in ("default", "none", "gpt-2")}
+    assert ids["default"] == ids["none"]
+    assert all(a != b for a, b in zip(ids["default"], ids["gpt-2"]))
+
+
 @pytest.mark.parametrize("pre, bos, words", [
-    ("tekken", None, ["tekken", "qwen2, llama-bpe, smollm and gpt-2"]),
+    ("tekken", None, ["tekken", "qwen2, llama-bpe, smollm, gpt-2 and default"]),
     ("llama-bpe", None, ["bos_token_id"]),
 ])
 def test_refused(pre, bos, words, tmp_path):

@@ -25,6 +25,11 @@ def split(pattern):
 
 
 LLAMA3 = split(CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + TAIL)
+# llama.cpp's "default"; its patterns, checked against llama-cpp-python 0.3.36 on the texts of test_gguf_vocab.py.
+DEFAULT = pre_tokenizers.Sequence(
+    [pre_tokenizers.Split(Regex(p), "isolated") for p in (
+        r"[\p{P}\$\+<=>\^~\|]+", r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)", r"\p{N}+",
+        r"[0-9][0-9][0-9]")] + [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 SMOLLM = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
                                   pre_tokenizers.ByteLevel(add_prefix_space=False)])
 
