@@ -148,14 +148,14 @@ INLINE void values_at(enum dtype type, float *const *out, const float *const *p,
                       const unsigned char *v, size_t n, size_t head_dim, size_t c, const unsigned char *next,
                       const size_t R, const size_t V) {
     const size_t row_bytes = kv_bytes(type, head_dim);
-    __m256 o[2][4];
+    __m256 o[4][4];
     for (size_t r = 0; r < R; r++)
         for (size_t i = 0; i < V; i++) o[r][i] = _mm256_setzero_ps();
     for (size_t j = 0; j < n; j++) {
         __m256 x[4];
         if (next) fetch_row(next, j, row_bytes);
         if (V == 4) load_32(type, v + j * row_bytes, c, x);
-        else x[0] = load_8(type, v + j * row_bytes, c);
+        for (size_t i = 0; V < 4 && i < V; i++) x[i] = load_8(type, v + j * row_bytes, c + 8 * i);
         for (size_t r = 0; r < R; r++) {
             __m256 p8 = _mm256_broadcast_ss(p[r] + j);
             for (size_t i = 0; i < V; i++) o[r][i] = _mm256_fmadd_ps(p8, x[i], o[r][i]);
@@ -280,6 +280,16 @@ struct rows {
     float m[MAX_ROWS], l[MAX_ROWS];
 };
 
+// A block's scores s[n] of row r to p, and its part in the row's maximum and sum.
+static struct joint add_weights(struct rows *rows, size_t r, float *s, size_t n, size_t begin) {
+    float max, sum;
+    softmax_block(s, n, &max, &sum);
+    if (begin > 0) return join(&rows->m[r], &rows->l[r], max, sum);
+    rows->m[r] = max;
+    rows->l[r] = sum;
+    return (struct joint){.first = true};
+}
+
 // One block for rows [r, r + n) of a tile, n <= 2; s: their scores.
 static void add_block(const struct attention_args *a, struct rows *rows, size_t r, size_t n_rows, float *s,
                       size_t begin, const unsigned char *v, const unsigned char *next) {
@@ -287,18 +297,10 @@ static void add_block(const struct attention_args *a, struct rows *rows, size_t 
     const float *p[2];
     size_t n[2] = {0, 0};
     for (size_t i = 0; i < n_rows; i++) {
-        float max, sum;
         p[i] = s + i * ATTN_BLOCK;
         n[i] = in_block(rows->n_kv[r + i], begin);
         if (n[i] == 0) continue;
-        softmax_block(s + i * ATTN_BLOCK, n[i], &max, &sum);
-        if (begin == 0) {
-            joint[i] = (struct joint){.first = true};
-            rows->m[r + i] = max;
-            rows->l[r + i] = sum;
-        } else {
-            joint[i] = join(&rows->m[r + i], &rows->l[r + i], max, sum);
-        }
+        joint[i] = add_weights(rows, r + i, s + i * ATTN_BLOCK, n[i], begin);
     }
     if (n_rows == 2 && n[0] == n[1] && n[0] > 0) {
         values_rows(a->kv, rows->out + r, p, joint, 2, v, n[0], next);
@@ -326,10 +328,118 @@ static void attend(const struct attention_args *a, struct rows *rows, const int3
     for (size_t r = 0; r < rows->n; r++) divide(rows->out[r], rows->l[r], a->head_dim);
 }
 
+// ---- Many query rows: K and V of a block are widened once
+// ------------------------------------------------------------
+
+enum { WIDE_ROWS = 6, WIDE_HEAD = 256 }; // from so many rows on; the widest head
+
+// n rows of K or V as f32, and zeros up to a multiple of four. head_dim is a multiple of 32.
+INLINE void widen_of(enum dtype type, float *to, const unsigned char *from, size_t n, size_t head_dim) {
+    for (size_t j = 0; j < n; j++, to += head_dim, from += kv_bytes(type, head_dim)) {
+        for (size_t c = 0; c < head_dim; c += 32) {
+            __m256 x[4];
+            load_32(type, from, c, x);
+            for (size_t i = 0; i < 4; i++) _mm256_store_ps(to + c + 8 * i, x[i]);
+        }
+    }
+    memset(to, 0, (ATTN_BLOCK - n) % 4 * head_dim * sizeof *to);
+}
+
+static void widen(const struct kv_layer *kv, float *to, const unsigned char *from, size_t n) {
+    switch (kv->type) {
+    case DTYPE_F32: widen_of(DTYPE_F32, to, from, n, kv->head_dim); break;
+    case DTYPE_F16: widen_of(DTYPE_F16, to, from, n, kv->head_dim); break;
+    case DTYPE_Q8_0: widen_of(DTYPE_Q8_0, to, from, n, kv->head_dim); break;
+    default: widen_of(DTYPE_BF16, to, from, n, kv->head_dim);
+    }
+}
+
+// Eight lanes of dot16 (0: the low ones, 8: the high ones) of two query rows and four K vectors: sum[2 * vector + row].
+INLINE void wide_half(__m256 *sum, const float *q0, const float *q1, const float *k, size_t head_dim, size_t lanes) {
+    for (size_t i = 0; i < 8; i++) sum[i] = _mm256_setzero_ps();
+    for (size_t c = lanes; c < head_dim; c += DOT_LANES) {
+        __m256 a = _mm256_loadu_ps(q0 + c), b = _mm256_loadu_ps(q1 + c);
+        for (size_t i = 0; i < 4; i++) {
+            __m256 x = _mm256_load_ps(k + i * head_dim + c);
+            sum[2 * i] = _mm256_fmadd_ps(x, a, sum[2 * i]);
+            sum[2 * i + 1] = _mm256_fmadd_ps(x, b, sum[2 * i + 1]);
+        }
+    }
+}
+
+// The first n scores of a block, rounded up to four, of every row: two rows and four vectors of K at a time.
+static void wide_scores(float *s, const struct rows *rows, const float *k, size_t n, size_t head_dim, float scale) {
+    for (size_t r = 0; r < rows->n; r += 2) {
+        const float *q0 = rows->q[r], *q1 = rows->q[r + 1 < rows->n ? r + 1 : r];
+        for (size_t j = 0; j < n; j += 4) {
+            __m256 low[8], high[8], a[4], b[2];
+            wide_half(low, q0, q1, k + j * head_dim, head_dim, 0);
+            wide_half(high, q0, q1, k + j * head_dim, head_dim, 8);
+            // dot16's tree for eight dot products at once: lanes l + 8, l + 4, l + 2, l + 1.
+            for (size_t i = 0; i < 8; i++) low[i] = _mm256_add_ps(low[i], high[i]);
+            for (size_t i = 0; i < 4; i++)
+                a[i] = _mm256_add_ps(_mm256_permute2f128_ps(low[2 * i], low[2 * i + 1], 0x20),
+                                     _mm256_permute2f128_ps(low[2 * i], low[2 * i + 1], 0x31));
+            for (size_t i = 0; i < 2; i++)
+                b[i] = _mm256_add_ps(_mm256_shuffle_ps(a[2 * i], a[2 * i + 1], 0x44),
+                                     _mm256_shuffle_ps(a[2 * i], a[2 * i + 1], 0xEE));
+            __m256 v = _mm256_add_ps(_mm256_shuffle_ps(b[0], b[1], 0x88), _mm256_shuffle_ps(b[0], b[1], 0xDD));
+            v = _mm256_mul_ps(v, _mm256_set1_ps(scale));
+            _mm_storeu_ps(s + r * ATTN_BLOCK + j, _mm256_castps256_ps128(v));
+            _mm_storeu_ps(s + (r + 1) * ATTN_BLOCK + j, _mm256_extractf128_ps(v, 1));
+        }
+    }
+}
+
+// Adds a block's widened V to rows [r, r + n_rows), n_rows <= 4, of which neighbours with as many positions go
+// together.
+static void add_wide(const struct attention_args *a, struct rows *rows, size_t r, size_t n_rows, float *s, size_t begin,
+                     const float *v) {
+    struct joint joint[4];
+    const float *p[4];
+    size_t n[4] = {0}, head_dim = a->head_dim;
+    for (size_t i = 0; i < n_rows; i++) {
+        p[i] = s + i * ATTN_BLOCK;
+        n[i] = in_block(rows->n_kv[r + i], begin);
+        if (n[i] > 0) joint[i] = add_weights(rows, r + i, s + i * ATTN_BLOCK, n[i], begin);
+    }
+    const unsigned char *bytes = (const unsigned char *)v;
+    if (n_rows == 4 && n[0] > 0 && n[0] == n[1] && n[1] == n[2] && n[2] == n[3]) {
+        for (size_t c = 0; c < head_dim; c += 16)
+            values_at(DTYPE_F32, rows->out + r, p, joint, bytes, n[0], head_dim, c, NULL, 4, 2);
+        return;
+    }
+    for (size_t i = 0; i < n_rows;) {
+        size_t m = i + 1 < n_rows && n[i] == n[i + 1] ? 2 : 1;
+        if (n[i] > 0) values_rows_of(DTYPE_F32, rows->out + r + i, p + i, joint + i, m, bytes, n[i], head_dim, NULL);
+        i += m;
+    }
+}
+
+static void attend_wide(const struct attention_args *a, struct rows *rows, const int32_t *pages, size_t kv_head) {
+    float s[MAX_ROWS * ATTN_BLOCK], wide[ATTN_BLOCK * WIDE_HEAD] __attribute__((aligned(32)));
+    size_t longest = 0;
+    for (size_t r = 0; r < rows->n; r++) longest = rows->n_kv[r] > longest ? rows->n_kv[r] : longest;
+    for (size_t begin = 0; begin < longest; begin += ATTN_BLOCK) {
+        size_t page = (size_t)pages[begin / KV_PAGE_TOKENS], n = in_block(longest, begin);
+        widen(a->kv, wide, block_at(a->kv, a->kv->k, page, kv_head), n);
+        wide_scores(s, rows, wide, n, a->head_dim, a->scale);
+        widen(a->kv, wide, block_at(a->kv, a->kv->v, page, kv_head), n);
+        for (size_t r = 0; r < rows->n; r += 4)
+            add_wide(a, rows, r, rows->n - r < 4 ? rows->n - r : 4, s + r * ATTN_BLOCK, begin, wide);
+    }
+    for (size_t r = 0; r < rows->n; r++) divide(rows->out[r], rows->l[r], a->head_dim);
+}
+
 struct attention_job {
     const struct attention_args *a;
     size_t group, tile; // query heads of a KV head; tokens of a tile
 };
+
+static void attend_any(const struct attention_args *a, struct rows *rows, const int32_t *pages, size_t kv_head) {
+    if (rows->n >= WIDE_ROWS && a->head_dim % 32 == 0 && a->head_dim <= WIDE_HEAD) attend_wide(a, rows, pages, kv_head);
+    else attend(a, rows, pages, kv_head);
+}
 
 // Tokens [t0, t1) of sequence `seq`, one KV head.
 static void attend_run(const struct attention_job *j, size_t t0, size_t t1, size_t kv_head) {
@@ -343,11 +453,11 @@ static void attend_run(const struct attention_job *j, size_t t0, size_t t1, size
             rows.out[rows.n] = a->out + at;
             rows.n_kv[rows.n++] = (size_t)a->batch->position[t] + 1;
             if (rows.n < MAX_ROWS) continue;
-            attend(a, &rows, pages, kv_head);
+            attend_any(a, &rows, pages, kv_head);
             rows.n = 0;
         }
     }
-    if (rows.n) attend(a, &rows, pages, kv_head);
+    if (rows.n) attend_any(a, &rows, pages, kv_head);
 }
 
 static void attention_piece(void *user, size_t begin, size_t end, int thread) {
