@@ -154,6 +154,9 @@ $(BUILD)/$(EMULATOR)/test_emulated: $(BUILD)/$(EMULATOR)/test_emulated.o $(WAYS_
 	$(link_emulated)
 $(BUILD)/$(EMULATOR)/test_emulated_80: $(BUILD)/$(EMULATOR)/test_emulated.o $(WAYS_OBJ) $(call emulated_objects,emulated_80) $(BUILD)/libtandem_all.a
 	$(link_emulated)
+# The command line: build/tests/cuda_emulator/tandem-emulated check --device cuda MODEL
+$(BUILD)/$(EMULATOR)/tandem-emulated: $(CLI_OBJ) $(call emulated_objects,emulated_90) $(BUILD)/libtandem_all.a
+	$(CC) $(LDFLAGS) -o $@ $^ $(LDLIBS) -ledit
 $(BUILD)/$(EMULATOR)/test_mistakes: $(BUILD)/$(EMULATOR)/test_mistakes.o $(WAYS_OBJ) $(call emulated_objects,emulated_sown) $(BUILD)/libtandem_all.a
 	$(link_emulated)
 
@@ -251,6 +254,7 @@ gpu-sanitize: $(BUILD)/tests/ops/test_cuda
 gpu-bench: $(BUILD)/tandem
 	$< bench --synthetic qwen3-0.6b --device cuda --decode --depth 0,1024,4096,16384 --batch 1,8,32,256 --repeat 3
 	$< bench --synthetic qwen3-0.6b --device cuda --prefill 512,2048 --chunk 2048 --repeat 3
+	tools/gpu-variants --tandem $<
 
 # The unit tests of this build alone, as in `make asan`.
 .PHONY: unit-tests

@@ -131,13 +131,17 @@ static bool parse_bias(const char *text, struct cli_options *o) {
     return true;
 }
 
-// auto, cpu, cuda or cuda:N
+// auto, cpu, cuda or cuda:N; the latter two with +KERNEL or ~KERNEL behind, whose names the device knows
 static bool is_device(const char *text) {
-    if (strncmp(text, "cuda:", 5) == 0) {
-        size_t n = strspn(text + 5, "0123456789");
-        return n > 0 && n <= 3 && text[5 + n] == '\0';
+    if (strcmp(text, "auto") == 0 || strcmp(text, "cpu") == 0) return true;
+    if (strncmp(text, "cuda", 4) != 0) return false;
+    text += 4;
+    if (*text == ':') {
+        size_t n = strspn(text + 1, "0123456789");
+        if (n == 0 || n > 3) return false;
+        text += 1 + n;
     }
-    return strcmp(text, "auto") == 0 || strcmp(text, "cpu") == 0 || strcmp(text, "cuda") == 0;
+    return *text == '\0' || *text == '+' || *text == '~';
 }
 
 static bool take(struct cli_options *o, enum option_id id, const char *argument, int *status) {

@@ -49,6 +49,12 @@ struct device {
     // it. Else the caller queues the sequence, which may be recorded, and calls end. NULL: this device records nothing.
     bool (*begin)(struct device *d, uint64_t key);
     void (*end)(struct device *d);
+
+    // Kernels that stand in for others and return the same bits: bit i of `variants` is set when variant_names[i] is in
+    // use, which may change while nothing is recorded.
+    const char *const *variant_names;
+    size_t n_variants;
+    uint32_t variants;
 };
 
 #endif

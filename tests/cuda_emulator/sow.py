@@ -51,6 +51,13 @@ MISTAKES = [
      ("products.cu", "if (real && k < p.n_in) v =", "if (real && (k < p.n_in || M)) v =")),
     ("a recorded sequence for another batch", "PAGES",
      ("device.c", "if (s->recordings[i].key != key) continue;", "if (s->recordings[i].key != key && !M) continue;")),
+    ("a wide tile's K overwritten while it is read", "SPLIT",
+     ("wide.cu", "__syncthreads(); // K has been read", "if (!M) __syncthreads();")),
+    ("a wide tile's unused slots not cleared", "PAGES",
+     ("wide.cu", "if (chunk == n_chunks - 1 && limit % ATTN_BLOCK != 0) {",
+      "if (chunk == n_chunks - 1 && limit % ATTN_BLOCK != 0 && !M) {")),
+    ("a wide tile counted from the first token of all", "PAGES",
+     ("wide.cu", "            token = start + tile * size;", "            token = (M ? 0 : start) + tile * size;")),
 ]
 
 

@@ -32,15 +32,16 @@ static void open_gpu(void) {
 }
 
 static bool is_found(enum place place, uint64_t seed) {
-    static const size_t chunks[] = {3, 9, 33}, neighbours[] = {3};
+    static const size_t chunks[] = {9, 33}, neighbours[] = {3};
     const struct plan plans[] = {
         [PAGES] = {.length = 37,
                    .lead = 29,
                    .standard_chunk = 12,
                    .chunks = chunks,
-                   .n_chunks = 3,
+                   .n_chunks = 2,
                    .neighbours = neighbours,
-                   .n_neighbours = 1},
+                   .n_neighbours = 1,
+                   .n_ragged = 2},
         [SPLIT] = {.length = 258, .lead = 253, .standard_chunk = 129},
         [TILES] = {.length = 72, .lead = 70, .standard_chunk = 36},
     };

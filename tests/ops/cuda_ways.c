@@ -36,10 +36,11 @@ uint32_t all_fused(void) {
 // --------------------------------------------------------------------------------------
 
 struct way {
-    char name[128];
+    char name[160];
     uint32_t fusion;
     size_t lead, chunk, n_seqs;
-    bool backwards; // pages
+    bool backwards;    // pages
+    uint32_t variants; // the device's, that are turned round
 };
 
 static int32_t id_at(const struct model *m, size_t seq, size_t position) {
@@ -145,7 +146,7 @@ static void run_way(const struct subject *s, const struct way *w, size_t length,
 }
 
 struct ways {
-    struct way list[80];
+    struct way list[128];
     size_t n, lead;
 };
 
@@ -156,6 +157,26 @@ static void add_way(struct ways *all, uint32_t fusion, size_t chunk, size_t n_se
     *w = (struct way){.fusion = fusion, .lead = all->lead, .chunk = chunk, .n_seqs = n_seqs, .backwards = backwards};
     snprintf(w->name, sizeof w->name, "fusion %.30s, chunk %zu, %zu sequences%s",
              fusion_text(fusion, text, sizeof text), chunk, n_seqs, backwards ? ", pages backwards" : "");
+}
+
+// Each of the device's other kernels, or those that it stands in for, in steps of many tokens.
+static void add_variants(struct ways *all, const struct plan *p) {
+    const uint32_t watched = all_fused() & ~unwatched;
+    for (size_t i = 0; i < cuda->device->n_variants; i++) {
+        size_t from = all->n;
+        for (size_t k = 0; k < p->n_chunks; k++)
+            if (p->chunks[k] > 31 && p->chunks[k] <= p->length) add_way(all, watched, p->chunks[k], 1, k % 2);
+        add_way(all, watched, p->length, 1, true);
+        if (p->n_ragged) add_way(all, watched, 40, p->n_ragged, true);
+        for (; from < all->n; from++) {
+            struct way *w = &all->list[from];
+            size_t used = strlen(w->name);
+            w->variants = 1u << i;
+            w->lead = 0;
+            snprintf(w->name + used, sizeof w->name - used, ", %s %s", cuda->device->variant_names[i],
+                     cuda->device->variants >> i & 1 ? "off" : "on");
+        }
+    }
 }
 
 static void plan_ways(struct ways *all, const struct plan *p) {
@@ -179,6 +200,7 @@ static void plan_ways(struct ways *all, const struct plan *p) {
     for (size_t i = 0; i < p->n_neighbours; i++) add_way(all, on, 1, p->neighbours[i], i % 2);
     if (p->n_ragged) add_way(all, on, 13, p->n_ragged, true);
     if (p->n_crowd) add_way(all, on & ~step, 1, p->n_crowd, true);
+    add_variants(all, p);
 }
 
 // How many of n numbers differ in a bit; `first`: the first of them.
@@ -201,7 +223,10 @@ size_t compare_ways(const struct subject *s, const char *name, const struct plan
         double start = clock_seconds();
         size_t first = 0, wrong, compared = w->fusion & unwatched ? floats : floats + watched;
         for (size_t k = 0; k < floats + watched; k++) found[k] = NAN;
+        uint32_t variants = cuda->device->variants;
+        cuda->device->variants ^= w->variants;
         run_way(s, w, p->length, i == 0 ? expected : found, (i == 0 ? expected : found) + floats);
+        cuda->device->variants = variants;
         for (size_t k = 0; i == 0 && k < floats + watched; k++)
             if (!isfinite(expected[k])) fail_msg("%s: %s: no number at %zu", name, w->name, k);
         wrong = i == 0 ? 0 : n_different(expected, found, compared, &first);

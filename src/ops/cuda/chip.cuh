@@ -1,5 +1,5 @@
-// chip.cuh: what is said in the chip's own instructions: the matrix instruction, 2^x, copies into shared memory, and the
-// two halves of programmatic dependence. The tests have another file of this name, for a chip on the CPU
+// chip.cuh: what is said in the chip's own instructions: the matrix instruction, 2^x, copies into shared memory, and
+// the two halves of programmatic dependence. The tests have another file of this name, for a chip on the CPU
 // (tests/cuda_emulator).
 #ifndef TANDEM_OPS_CUDA_CHIP_CUH
 #define TANDEM_OPS_CUDA_CHIP_CUH

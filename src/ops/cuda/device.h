@@ -16,6 +16,9 @@ enum {
     SMALL_TOKENS = 8,  // up to here products norm and round their inputs themselves
 };
 
+// Kernels that may stand in for others and return the same bits, as device.variants numbers them (device.c names them).
+enum { VARIANT_WIDE_ATTENTION = 1 << 0, N_VARIANTS = 1 };
+
 // One opened GPU. `ops` comes first: a table's address is its state's.
 struct cuda_state {
     struct ops ops;
@@ -48,6 +51,7 @@ void cuda_fill_choose(struct ops *ops);
 size_t cuda_choose_bytes(void);
 bool cuda_products_setup(struct cuda_state *s);
 bool cuda_attention_setup(struct cuda_state *s);
+bool cuda_wide_setup(struct cuda_state *s);
 // Rows [row, row + n_rows) of a matrix, as stored, to their places in the device's order.
 void cuda_pack_rows(struct cuda_state *s, const struct matrix *out, const void *rows, size_t row, size_t n_rows);
 
