@@ -1,6 +1,9 @@
 // inspect.c: `tandem inspect`: what a model is, what it would take to run it, and what its weights look like.
 #include "cli/cli.h"
 
+#include "ops/kv_page.h"
+
+#include <ctype.h>
 #include <jansson.h>
 #include <math.h>
 #include <stdio.h>
@@ -80,28 +83,74 @@ static double largest(const float *v, size_t n) {
     return max;
 }
 
-static size_t kv_bytes_per_token(const struct model_config *c) {
-    return 2 * c->n_layers * c->n_kv_heads * c->head_dim * 2;
+static size_t kv_bytes_per_token(const struct model_config *c, enum dtype type) {
+    return 2 * c->n_layers * c->n_kv_heads * kv_bytes(type, c->head_dim);
 }
 
-static json_t *model_json(const struct model *m, const struct tokenizer *tok, enum template_kind kind) {
+// The plan for these options, as `tandem run` would make it; --batch: so many whole contexts side by side.
+static bool make_plan(const struct cli_options *o, struct model *m, struct engine_plan *plan) {
+    struct error err = {0};
+    size_t threads = 0, context = 0, batch = 0;
+    if (!cli_size(o, OPT_THREADS, 1, 1024, &threads) || !cli_size(o, OPT_CTX, 1, (size_t)1 << 24, &context) ||
+        !cli_size(o, OPT_BATCH, 1, 1024, &batch))
+        return false;
+    tandem_options options = {.threads = (int)threads,
+                              .context = context,
+                              .max_batch = batch,
+                              .kv_type = o->text[OPT_KV_TYPE],
+                              .isa = o->text[OPT_ISA],
+                              .device = o->text[OPT_DEVICE]};
+    bool ok = engine_plan(m, &options, plan, &err);
+    options.context = plan->context;
+    options.kv_tokens = plan->context * batch;
+    if (ok && batch) ok = engine_plan(m, &options, plan, &err);
+    if (!ok) cli_fail("%s", err.text);
+    return ok;
+}
+
+static size_t plan_total(const struct engine_plan *p) {
+    return p->memory.weights + p->memory.kv + p->memory.activations;
+}
+
+static json_t *plan_json(const struct engine_plan *p) {
+    return json_pack("{s:I,s:I,s:I,s:I,s:I,s:I,s:s,s:s}", "weights", (json_int_t)p->memory.weights, "kv",
+                     (json_int_t)p->memory.kv, "activations", (json_int_t)p->memory.activations, "total",
+                     (json_int_t)plan_total(p), "context", (json_int_t)p->context, "batch", (json_int_t)p->max_batch,
+                     "kv_type", dtype_info(p->kv_type)->name, "device", p->ops);
+}
+
+static json_t *model_json(const struct model *m, const struct tokenizer *tok, enum template_kind kind,
+                          const struct engine_plan *plan) {
     const struct model_config *c = &m->config;
     static const char *const formats[] = {
         [MODEL_FOLDER] = "safetensors", [MODEL_GGUF] = "gguf", [MODEL_SYNTHETIC] = "synthetic"};
     json_t *eos = json_array();
     for (size_t i = 0; i < c->n_eos; i++) json_array_append_new(eos, json_integer(c->eos[i]));
-    return json_pack("{s:s,s:s,s:s,s:{s:I,s:I,s:I,s:I,s:I,s:I,s:I,s:I,s:f,s:f,s:b,s:b,s:b,s:o},s:I,s:I,s:s?,s:s}",
+    return json_pack("{s:s,s:s,s:s,s:{s:I,s:I,s:I,s:I,s:I,s:I,s:I,s:I,s:f,s:f,s:b,s:b,s:b,s:o},s:I,s:I,s:o,s:s?,s:s}",
                      "path", m->path, "format", formats[m->kind], "architecture", arch_name(c->arch), "config",
                      "n_layers", (json_int_t)c->n_layers, "hidden", (json_int_t)c->hidden, "n_heads",
                      (json_int_t)c->n_heads, "n_kv_heads", (json_int_t)c->n_kv_heads, "head_dim",
                      (json_int_t)c->head_dim, "n_ff", (json_int_t)c->n_ff, "n_vocab", (json_int_t)c->n_vocab, "context",
                      (json_int_t)c->context, "rms_eps", c->rms_eps, "rope_theta", c->rope.theta, "qk_norm", c->qk_norm,
                      "qkv_bias", c->qkv_bias, "tied", c->tied, "eos", eos, "weight_bytes", (json_int_t)m->weight_bytes,
-                     "kv_bytes_per_token", (json_int_t)kv_bytes_per_token(c), "tokenizer",
-                     tok ? tokenizer_describe(tok) : NULL, "chat_template", template_name(kind));
+                     "kv_bytes_per_token", (json_int_t)kv_bytes_per_token(c, plan->kv_type), "memory", plan_json(plan),
+                     "tokenizer", tok ? tokenizer_describe(tok) : NULL, "chat_template", template_name(kind));
 }
 
-static void print_model(const struct model *m, const struct tokenizer *tok, const char *why, enum template_kind kind) {
+static void print_plan(const struct model *m, const struct engine_plan *p) {
+    char type[16];
+    snprintf(type, sizeof type, "%s", dtype_info(p->kv_type)->name);
+    for (char *at = type; *at; at++) *at = (char)tolower((unsigned char)*at);
+    printf("memory plan    %s, a context of %zu, up to %zu sequences a step\n", p->ops, p->context, p->max_batch);
+    printf("  weights      %9.1f MB\n", (double)p->memory.weights / 1e6);
+    printf("  KV           %9.1f MB  %zu tokens in %s, %.1f KB each\n", (double)p->memory.kv / 1e6,
+           p->n_pages * KV_PAGE_TOKENS, type, (double)kv_bytes_per_token(&m->config, p->kv_type) / 1e3);
+    printf("  activations  %9.1f MB  with logits, sampling and scratch\n", (double)p->memory.activations / 1e6);
+    printf("  total        %9.1f MB\n", (double)plan_total(p) / 1e6);
+}
+
+static void print_model(const struct model *m, const struct tokenizer *tok, const char *why, enum template_kind kind,
+                        const struct engine_plan *plan) {
     const struct model_config *c = &m->config;
     printf("model          %s\n", m->path);
     printf("architecture   %s (%s): %zu layers, hidden %zu, %zu query heads, %zu KV heads, head_dim %zu, MLP %zu\n",
@@ -113,9 +162,7 @@ static void print_model(const struct model *m, const struct tokenizer *tok, cons
     printf("positions      %zu, RoPE theta %g, scaling %s\n", c->context, c->rope.theta, scaling[c->rope.scaling]);
     printf("tokenizer      %s\n", tok ? tokenizer_describe(tok) : why);
     printf("chat template  %s\n", template_name(kind));
-    printf("memory         weights %.1f MB (mapped), KV %.1f KB a token, %.1f MB for a context of %zu (bf16)\n",
-           (double)m->weight_bytes / 1e6, (double)kv_bytes_per_token(c) / 1e3,
-           (double)kv_bytes_per_token(c) * (double)c->context / 1e6, c->context);
+    print_plan(m, plan);
 }
 
 static void tell_norms(const struct model *m, json_t *out) {
@@ -163,15 +210,17 @@ static void warn(void *user, enum log_level level, const char *text) {
     fprintf(stderr, "tandem: inspect: %s%s\n", level == LOG_WARN ? "warning: " : "", text);
 }
 
-static int inspect_model(const struct cli_options *o, const struct model *m) {
+static int inspect_model(const struct cli_options *o, struct model *m) {
     struct error why = {0};
+    struct engine_plan plan = {0};
+    if (!make_plan(o, m, &plan)) return EXIT_FAULT;
     bool json = o->given[OPT_JSON], bad = false;
     struct tokenizer *tok = NULL;
     if (m->kind == MODEL_SYNTHETIC) error_set(&why, "none: the model is synthetic");
     else tok = m->kind == MODEL_GGUF ? tokenizer_open_gguf(&m->gguf, &why) : tokenizer_open_folder(m->path, &why);
     enum template_kind kind = template_recognise(tok ? tokenizer_chat_template(tok) : NULL);
-    json_t *out = json ? model_json(m, tok, kind) : NULL;
-    if (!json) print_model(m, tok, why.text, kind);
+    json_t *out = json ? model_json(m, tok, kind, &plan) : NULL;
+    if (!json) print_model(m, tok, why.text, kind, &plan);
     if (o->given[OPT_STATS]) tell_norms(m, out);
     if (o->given[OPT_TENSORS] || o->given[OPT_STATS]) {
         json_t *list = json ? json_array() : NULL;
@@ -201,13 +250,16 @@ static int run(const struct cli_options *o) {
     return status;
 }
 
-static const enum option_id options[] = {OPT_TENSORS, OPT_STATS, OPT_MACHINE, OPT_JSON, OPT_HELP};
+static const enum option_id options[] = {OPT_TENSORS, OPT_STATS,  OPT_MACHINE, OPT_CTX,  OPT_BATCH, OPT_KV_TYPE,
+                                         OPT_THREADS, OPT_DEVICE, OPT_ISA,     OPT_JSON, OPT_HELP};
 
 const struct command command_inspect = {
     .name = "inspect",
     .summary = "what a model is: config, tensors, statistics, memory",
-    .usage = "[MODEL] [--tensors] [--stats] [--machine] [--json]",
-    .details = "Reads headers only, and fails on whatever `tandem run` would refuse; --stats reads every value.\n",
+    .usage = "[MODEL] [--tensors] [--stats] [--machine] [--ctx N] [--batch N] [--kv-type TYPE] [--json]",
+    .details =
+        "Reads headers only, and fails on whatever `tandem run` would refuse; --stats reads every value. The memory\n"
+        "plan is the one that `tandem run` makes with the same options; with --batch, for so many whole contexts.\n",
     .options = options,
     .n_options = sizeof options / sizeof options[0],
     .run = run,

@@ -88,28 +88,42 @@ static bool place_weights(tandem_engine *e, const struct run_options *run, size_
     struct device *d = e->ops->device;
     const struct model_config *c = &e->model->config;
     if (!d) return true;
-    size_t weights = weights_device_bytes(e->model, d, err), kv, page;
-    if (!weights) return false;
-    if (!size_mul(c->n_kv_heads * c->head_dim * 2 * 2, KV_PAGE_TOKENS * c->n_layers, &page) ||
-        !size_mul(page, n_pages, &kv))
-        kv = SIZE_MAX;
-    if (!check_device_memory(e, weights, kv, run_bytes(e->model, run), err)) return false;
+    size_t weights = weights_device_bytes(e->model, d, err), kv = kv_store_bytes(c, e->kv_type, n_pages);
+    if (!weights || !check_device_memory(e, weights, kv, run_bytes(e->model, run), err)) return false;
     e->weights = weights_upload(e->model, d, &e->log, err);
     return e->weights != NULL;
 }
 
-static bool plan_memory(tandem_engine *e, const tandem_options *o, struct error *err) {
-    size_t per_session = (e->context + KV_PAGE_TOKENS - 1) / KV_PAGE_TOKENS;
+static size_t session_pages(const tandem_engine *e) {
+    return (e->context + KV_PAGE_TOKENS - 1) / KV_PAGE_TOKENS;
+}
+
+// KV pages of all sessions: at least a whole context.
+static size_t all_pages(const tandem_engine *e, const tandem_options *o) {
     size_t kv_tokens = o->kv_tokens ? o->kv_tokens : e->context;
-    size_t n_pages = kv_tokens / KV_PAGE_TOKENS + (kv_tokens % KV_PAGE_TOKENS != 0), step_pages;
-    if (n_pages < per_session) n_pages = per_session;
-    struct run_options run = {.ops = e->ops,
-                              .pool = e->pool,
-                              .fusion = e->fusion,
-                              .max_tokens = e->max_step_tokens,
-                              .max_logit_rows = e->max_batch,
-                              .max_positions = e->context,
-                              .max_pages = per_session * e->max_batch};
+    size_t n_pages = kv_tokens / KV_PAGE_TOKENS + (kv_tokens % KV_PAGE_TOKENS != 0);
+    return n_pages < session_pages(e) ? session_pages(e) : n_pages;
+}
+
+static struct run_options step_options(const tandem_engine *e) {
+    return (struct run_options){.ops = e->ops,
+                                .pool = e->pool,
+                                .fusion = e->fusion,
+                                .max_tokens = e->max_step_tokens,
+                                .max_logit_rows = e->max_batch,
+                                .max_positions = e->context,
+                                .max_pages = session_pages(e) * e->max_batch};
+}
+
+static tandem_memory memory_of(const tandem_engine *e, const struct run_options *run, size_t n_pages, size_t weights) {
+    return (tandem_memory){.weights = weights,
+                           .kv = kv_store_bytes(&e->model->config, e->kv_type, n_pages),
+                           .activations = run_bytes(e->model, run) + sampler_bytes(e->model->config.n_vocab)};
+}
+
+static bool plan_memory(tandem_engine *e, const tandem_options *o, struct error *err) {
+    size_t per_session = session_pages(e), n_pages = all_pages(e, o), step_pages;
+    struct run_options run = step_options(e);
     size_t n_vocab = e->model->config.n_vocab;
     struct step_arrays *s = &e->step;
     if (!place_weights(e, &run, n_pages, err)) return false;
@@ -132,9 +146,7 @@ static bool plan_memory(tandem_engine *e, const tandem_options *o, struct error 
         !s->pages)
         return error_set(err, "out of memory for batches of %zu sessions", e->max_batch);
     if (!requests_create(e, o, err)) return false;
-    e->memory = (tandem_memory){.weights = e->weights ? e->weights->bytes : e->model->weight_bytes,
-                                .kv = e->kv.bytes,
-                                .activations = run_bytes(e->model, &run) + sampler_bytes(n_vocab)};
+    e->memory = memory_of(e, &run, n_pages, e->weights ? e->weights->bytes : e->model->weight_bytes);
     return true;
 }
 
@@ -208,6 +220,31 @@ static bool open_parts(tandem_engine *e, const tandem_options *o, struct error *
     }
     buffer_free(&path);
     e->log = (struct log){0}; // the options are the caller's: nothing is said after this call
+    return ok;
+}
+
+bool engine_plan(struct model *model, const tandem_options *o, struct engine_plan *out, struct error *err) {
+    tandem_engine *e = size_alloc_zero(1, sizeof *e);
+    if (!e) return error_set(err, "out of memory");
+    e->model = model;
+    e->ops = ops_open(o->device, o->isa, NULL, err);
+    bool ok = e->ops && settle_device(e, o, err) && choose_limits(e, o, err);
+    size_t weights = model->weight_bytes;
+    if (ok && e->ops->device) ok = (weights = weights_device_bytes(model, e->ops->device, err)) != 0;
+    if (ok) {
+        struct run_options run = step_options(e);
+        run.n_threads = o->threads > 0 ? o->threads : pool_usable_cpus();
+        *out = (struct engine_plan){.context = e->context,
+                                    .max_batch = e->max_batch,
+                                    .n_pages = all_pages(e, o),
+                                    .kv_type = e->kv_type,
+                                    .memory = memory_of(e, &run, all_pages(e, o), weights)};
+        snprintf(out->ops, sizeof out->ops, "%s", e->ops->name);
+        if (out->memory.kv == SIZE_MAX || run_bytes(model, &run) == SIZE_MAX)
+            ok = error_set(err, "the plan for a context of %zu is beyond what can be addressed", e->context);
+    }
+    ops_close(e->ops);
+    free(e);
     return ok;
 }
 

@@ -102,6 +102,16 @@ struct sampling_sources {
 void sampling_defaults(const tandem_engine *engine, bool thinking, tandem_sampling *out,
                        struct sampling_sources *sources);
 
+// What an engine with these options would take, without opening one (tandem_memory_plan's figures). The model is only
+// read. False with what tandem_open would say.
+struct engine_plan {
+    tandem_memory memory;
+    size_t context, max_batch, n_pages;
+    enum dtype kv_type;
+    char ops[64]; // their name
+};
+bool engine_plan(struct model *model, const tandem_options *options, struct engine_plan *out, struct error *err);
+
 bool engine_is_end(const tandem_engine *engine, int32_t id);
 
 // The prompt's ids of a chat document. `err` as everywhere inside.

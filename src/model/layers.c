@@ -57,7 +57,9 @@ static size_t lay_out(const struct model_config *c, const struct run_options *o,
                                 .max_width = width > q ? width : q,
                                 .n_heads = c->n_heads,
                                 .head_dim = c->head_dim,
-                                .n_threads = o->ops->device ? 1 : pool_size(o->pool)};
+                                .n_threads = o->ops->device ? 1
+                                             : o->pool      ? pool_size(o->pool)
+                                                            : o->n_threads};
     size_t scratch;
     if (!ops_scratch_floats(&limits, &scratch)) return SIZE_MAX;
     size_t own = 0; // what the backend wants beside
@@ -419,12 +421,18 @@ const float *model_forward(const struct model *m, struct run *r, struct kv_store
 // ---- KV
 // --------------------------------------------------------------------------------------------------------------
 
+size_t kv_store_bytes(const struct model_config *c, enum dtype type, size_t n_pages) {
+    size_t n, row = 2 * kv_bytes(type, c->head_dim) * KV_PAGE_TOKENS;
+    return size_mul(row, c->n_kv_heads * c->n_layers, &n) && size_mul(n, n_pages, &n) ? n : SIZE_MAX;
+}
+
 bool kv_store_create_on(struct device *d, struct kv_store *kv, const struct model_config *c, enum dtype type,
                         size_t n_pages, struct error *err) {
     *kv = (struct kv_store){.n_layers = c->n_layers, .n_pages = n_pages, .device = d};
-    size_t per_layer = 0, page = c->n_kv_heads * KV_PAGE_TOKENS * kv_bytes(type, c->head_dim);
     if (!kv_type_fits(type, c->head_dim, err)) return false;
-    bool fits = size_mul(page, n_pages, &per_layer) && size_mul(per_layer, 2 * c->n_layers, &kv->bytes);
+    kv->bytes = kv_store_bytes(c, type, n_pages);
+    size_t per_layer = kv->bytes / (2 * c->n_layers);
+    bool fits = kv->bytes != SIZE_MAX;
     kv->layers = size_alloc_zero(c->n_layers, sizeof *kv->layers);
     // Not cleared: a slot is written before it is read, and `tandem check` proves it with poison.
     if (fits && kv->layers) kv->memory = d ? d->alloc(d, kv->bytes, "KV pages", err) : size_alloc_aligned(kv->bytes, 1);

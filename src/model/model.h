@@ -83,6 +83,7 @@ struct run;
 struct run_options {
     const struct ops *ops;
     struct pool *pool;
+    int n_threads; // for run_bytes without a pool
     uint32_t fusion;
     size_t max_tokens, max_logit_rows, max_positions;
     const struct device_weights *weights; // on the ops' device; NULL for the host's ops
@@ -105,6 +106,7 @@ struct kv_store {
     size_t bytes;
     struct device *device; // whose memory it is; NULL: the host's
 };
+size_t kv_store_bytes(const struct model_config *config, enum dtype type, size_t n_pages); // SIZE_MAX on overflow
 bool kv_store_create(struct kv_store *kv, const struct model_config *config, enum dtype type, size_t n_pages,
                      struct error *err);
 bool kv_store_create_on(struct device *device, struct kv_store *kv, const struct model_config *config, enum dtype type,
