@@ -12,6 +12,7 @@ import time
 
 TANDEM = os.environ.get("TANDEM", "build/tandem")
 SLOW = float(os.environ.get("TANDEM_SLOW", "1"))  # of a sanitizer's build: how much longer tests wait
+PATIENCE = 4 * SLOW  # of what must come: only a failure takes that long, or a machine that does much else
 
 
 class Server:
@@ -34,7 +35,7 @@ class Server:
 
         self.reader = threading.Thread(target=read, daemon=True)
         self.reader.start()
-        assert ready.wait(wait * SLOW) and self.url, self.log
+        assert ready.wait(wait * PATIENCE) and self.url, self.log
         self.host, port = re.match(r"https?://(.*):(\d+)$", self.url).groups()
         self.port = int(port)
 
@@ -42,7 +43,7 @@ class Server:
         if self.process.poll() is None:
             self.process.send_signal(number)
         try:
-            return self.process.wait(wait * SLOW)
+            return self.process.wait(wait * PATIENCE)
         finally:
             if self.process.poll() is None:
                 self.process.kill()
@@ -59,7 +60,7 @@ class Server:
 
     def request(self, method, path, body=None, headers=None, timeout=60):
         """(status, headers, bytes). `body`: an object for JSON, or bytes."""
-        connection = http.client.HTTPConnection(self.host, self.port, timeout=timeout * SLOW)
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=timeout * PATIENCE)
         try:
             data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
             connection.request(method, path, data, {"Content-Type": "application/json", **(headers or {})})
@@ -80,7 +81,7 @@ class Server:
 
     def events(self, path, body, timeout=60):
         """The lines of a stream of events, without the empty ones."""
-        connection = http.client.HTTPConnection(self.host, self.port, timeout=timeout * SLOW)
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=timeout * PATIENCE)
         try:
             connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
             answer = connection.getresponse()
@@ -110,7 +111,7 @@ class Server:
 
     def idle(self, wait=10):
         """Waits until nothing runs and no KV page is held."""
-        end = time.time() + wait * SLOW
+        end = time.time() + wait * PATIENCE
         while time.time() < end:
             if not (self.metric("requests_running") or self.metric("requests_waiting") or self.metric("kv_pages_used")):
                 return True

@@ -3,7 +3,7 @@ import anthropic
 import openai
 import pytest
 
-from serving import SLOW, Server
+from serving import PATIENCE, Server
 
 PARIS = "The capital of France is Paris."
 QUESTION = "What is the capital of France?"
@@ -22,7 +22,7 @@ def server():
 
 @pytest.fixture(scope="module")
 def claude(server):
-    return anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0, timeout=60 * SLOW)
+    return anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0, timeout=60 * PATIENCE)
 
 
 def message(claude, content=QUESTION, **more):
@@ -115,7 +115,7 @@ def test_anthropic_errors(claude):
 
 @pytest.fixture(scope="module")
 def client(server):
-    return openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0, timeout=60 * SLOW)
+    return openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0, timeout=60 * PATIENCE)
 
 
 OFF = {"reasoning": {"effort": "none"}}
