@@ -124,7 +124,7 @@ enum outcome are_apart(struct compiler *c, const struct items *a, const struct i
         c->work += x.n * y.n / 16;
         for (size_t i = 0; i < x.n; i++)
             for (size_t k = 0; k < y.n; k++)
-                if (json_equal(x.list[i], y.list[k])) return DONE;
+                if (value_equal(x.list[i], y.list[k])) return DONE;
         *apart = true;
         return DONE;
     }

@@ -59,7 +59,7 @@ bool literal(struct compiler *c, const struct pyjson *v, uint32_t next, uint32_t
 // schema_values.c: one type after the other
 enum outcome read_types(struct compiler *c, const struct items *items, unsigned *types, bool *given);
 unsigned type_of(const struct pyjson *v);
-bool json_equal(const struct pyjson *a, const struct pyjson *b);
+bool value_equal(const struct pyjson *a, const struct pyjson *b);
 enum outcome read_text_form(struct compiler *c, const struct items *items, struct text_form *f);
 enum outcome read_number_form(struct compiler *c, const struct items *items, bool integer, struct number_form *f);
 enum outcome read_count(struct compiler *c, const struct pyjson *schema, const char *key, uint32_t *out, bool *there);

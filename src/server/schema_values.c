@@ -37,7 +37,7 @@ static const struct pyjson *member(const struct pyjson *object, const struct pyj
     return NULL;
 }
 
-bool json_equal(const struct pyjson *a, const struct pyjson *b) {
+bool value_equal(const struct pyjson *a, const struct pyjson *b) {
     unsigned type = type_of(a);
     if (type != type_of(b)) return false;
     if (type & IS_NUMBER) {
@@ -50,7 +50,7 @@ bool json_equal(const struct pyjson *a, const struct pyjson *b) {
     if (a->n != b->n) return false;
     for (const struct pyjson *x = a->first, *y = b->first; x; x = x->next, y = y ? y->next : NULL) {
         const struct pyjson *other = type == IS_ARRAY ? y : member(b, x);
-        if (!other || !json_equal(x, other)) return false;
+        if (!other || !value_equal(x, other)) return false;
     }
     return true;
 }
@@ -257,8 +257,8 @@ static enum outcome compile_text(struct compiler *c, const struct items *items, 
 static bool one_of_values(const struct pyjson *schema, const struct pyjson *own, const struct pyjson *v) {
     const struct pyjson *list = pyjson_get(schema, "enum"), *only = pyjson_get(schema, "const");
     bool found = !list || list == own;
-    for (const struct pyjson *e = list ? list->first : NULL; e && !found; e = e->next) found = json_equal(e, v);
-    return found && (!only || json_equal(only, v));
+    for (const struct pyjson *e = list ? list->first : NULL; e && !found; e = e->next) found = value_equal(e, v);
+    return found && (!only || value_equal(only, v));
 }
 
 // Is a keyword about arrays or objects there, which values are not examined by?
@@ -316,7 +316,7 @@ enum outcome read_values(struct compiler *c, const struct items *items, struct s
         bool known = false;
         result = satisfies(c, items, types, only ? NULL : list, v);
         if (result == REFUSED) return REFUSED;
-        for (size_t i = 0; values->n <= 64 && i < values->n; i++) known = known || json_equal(values->list[i], v);
+        for (size_t i = 0; values->n <= 64 && i < values->n; i++) known = known || value_equal(values->list[i], v);
         if (result == DONE && !known && !schemas_add(c, values, v)) return REFUSED;
     }
     return values->n ? DONE : NEVER;

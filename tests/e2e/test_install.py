@@ -69,3 +69,19 @@ def test_uninstall(make, tmp_path):
     for verb in ("install", "uninstall"):
         make(verb, f"DESTDIR={tmp_path}", "PREFIX=/opt/tandem")
     assert [p for p in tmp_path.rglob("*") if p.is_file() or p.is_symlink()] == []
+
+
+def test_no_function_takes_the_place_of_a_librarys():
+    """A global name that a linked library has, too, would be called by whoever means the library's."""
+    def names(*command):
+        output = subprocess.run(["nm", *command], check=True, capture_output=True, text=True).stdout
+        return {line.split()[2].split("@")[0] for line in output.splitlines() if len(line.split()) == 3}
+    program = os.environ.get("TANDEM", "build/tandem")
+    ours = names("-g", "--defined-only", "build/libtandem_all.a")
+    assert "tandem_open" in ours
+    needed = subprocess.run(["readelf", "-d", program], check=True, capture_output=True, text=True).stdout
+    loaded = subprocess.run(["ldd", program], check=True, capture_output=True, text=True).stdout
+    paths = [line.split()[2] for line in loaded.splitlines() if "=>" in line and f"[{line.split()[0]}]" in needed]
+    assert any("jansson" in p for p in paths) and any("libc.so" in p for p in paths)
+    for path in paths:
+        assert not ours & names("-D", "-g", "--defined-only", path), path
