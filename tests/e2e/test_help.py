@@ -66,3 +66,32 @@ def test_completion():
 def test_man_page_has_no_warnings():
     done = subprocess.run(["groff", "-man", "-ww", "-Tutf8", "packaging/tandem.1"], check=True, capture_output=True, text=True)
     assert done.stderr == "" and "--device" in re.sub("\x1b\\[[0-9;]*m|.\b", "", done.stdout)
+
+
+DOCS = [p for p in (pathlib.Path("README.md"), *sorted(pathlib.Path("docs").glob("*.md")), pathlib.Path("CONTRIBUTING.md"))]
+
+
+@pytest.mark.parametrize("path", DOCS, ids=str)
+def test_documents_show_what_there_is(path):
+    """Every command line of tandem's, in a block or between backquotes: its subcommand and its options exist."""
+    text = path.read_text(encoding="utf-8")
+    lines = re.findall(r"^ {4,}(?:\$ )?((?:build/)?tandem [^\n]*)", text, re.M) + re.findall(r"`((?:build/)?tandem [^`]*)`", text)
+    for line in lines:
+        words = re.split(r"\s+[|#>]|\s{3,}", line)[0].split()[1:]
+        if not words or not re.fullmatch(r"[a-z]+", words[0]):
+            continue  # SUBCOMMAND, --version
+        assert words[0] in COMMANDS or words[0] == "help", line
+        known = options(words[0])
+        unknown = [w for w in words[1:] if re.match(r"--[a-z]", w) and re.match(r"--[a-z-]+", w)[0] not in known]
+        assert not unknown, (line, unknown)
+    for target in re.findall(r"^ {4}make ([a-z-]+)", text, re.M):
+        assert re.search(rf"^{target}:|^\.PHONY:.*\b{target}\b", pathlib.Path("Makefile").read_text(encoding="utf-8"), re.M), target
+
+
+@pytest.mark.parametrize("path", DOCS, ids=str)
+def test_documents_name_files_that_exist(path):
+    text = path.read_text(encoding="utf-8")
+    for name in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
+        assert (path.parent / name).exists(), name
+    for name in re.findall(r"`((?:src|tests|tools|docs|include|examples|models|packaging)/[\w./-]+)`", text):
+        assert pathlib.Path(name.rstrip(".")).exists(), name
