@@ -3,6 +3,7 @@
 #include "model/model.h"
 
 #include "base/size.h"
+#include "format/finite.h"
 #include "format/json.h"
 #include "format/safetensors.h"
 #include "model/names.h"
@@ -209,12 +210,10 @@ static void scan_rows(void *ctx, size_t begin, size_t end, int thread) {
     const struct dtype_info *info = dtype_info(s->m->type);
     for (size_t row = begin; row < end; row++) {
         const unsigned char *data = (const unsigned char *)s->m->data + row * s->m->row_bytes;
+        if (dtype_is_finite(s->m->type, data, s->m->n_in)) continue;
         for (size_t column = 0; column < s->m->n_in; column += CHUNK) {
             size_t n = s->m->n_in - column < CHUNK ? s->m->n_in - column : CHUNK;
             dtype_to_f32(s->m->type, data + column / info->block_len * info->block_bytes, v, n);
-            float sum = 0; // v * 0 is 0 for a finite v and NaN for any other
-            for (size_t i = 0; i < n; i++) sum += v[i] * 0.0f;
-            if (sum == 0) continue;
             for (size_t i = 0; i < n; i++) {
                 if (isfinite(v[i])) continue;
                 size_t at = row * s->m->n_in + column + i, seen = atomic_load(&s->first_bad);

@@ -1,6 +1,7 @@
 // test_dtype.c: the table of element types and the conversions to and from half precision. Whole blocks are compared
 // with another implementation in tests/e2e/test_quant.py.
 #include "format/dtype.h"
+#include "format/finite.h"
 #include "format/groups.h"
 
 #include <math.h>
@@ -14,6 +15,32 @@ static uint32_t bits_of(float f) {
     uint32_t u;
     memcpy(&u, &f, sizeof u);
     return u;
+}
+
+// What the bits say is what the values are: random bytes, of which some are NaN or Inf, and each f16 of a block in
+// turn.
+static void test_is_finite(void **state) {
+    (void)state;
+    enum { BLOCKS = 3, MOST = BLOCKS * 256 };
+    uint32_t rng = 5;
+    for (int t = 0; t < DTYPE_COUNT; t++) {
+        enum dtype type = (enum dtype)t;
+        const struct dtype_info *info = dtype_info(type);
+        size_t n = BLOCKS * info->block_len, n_bytes = BLOCKS * info->block_bytes, n_good = 0, n_bad = 0;
+        if (!info->is_weight) continue;
+        for (int trial = 0; trial < 3000; trial++) {
+            unsigned char bytes[BLOCKS * 210 + 1];
+            float values[MOST];
+            bool finite = true;
+            for (size_t i = 0; i < n_bytes; i++)
+                bytes[1 + i] = (unsigned char)((rng = rng * 1664525u + 1013904223u) >> 24);
+            dtype_to_f32(type, bytes + 1, values, n); // any alignment
+            for (size_t i = 0; i < n; i++) finite = finite && isfinite(values[i]);
+            assert_int_equal(dtype_is_finite(type, bytes + 1, n), finite);
+            n_good += finite, n_bad += !finite;
+        }
+        assert_true(n_good > 100 && n_bad > 10);
+    }
 }
 
 static void test_names(void **state) {
@@ -134,10 +161,10 @@ static void test_blocks_in_place(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_names),           cmocka_unit_test(test_row_bytes),
-        cmocka_unit_test(test_f16_round_trip),  cmocka_unit_test(test_groups),
-        cmocka_unit_test(test_f16_rounding),    cmocka_unit_test(test_bf16),
-        cmocka_unit_test(test_blocks_in_place),
+        cmocka_unit_test(test_is_finite), cmocka_unit_test(test_names),
+        cmocka_unit_test(test_row_bytes), cmocka_unit_test(test_f16_round_trip),
+        cmocka_unit_test(test_groups),    cmocka_unit_test(test_f16_rounding),
+        cmocka_unit_test(test_bf16),      cmocka_unit_test(test_blocks_in_place),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
