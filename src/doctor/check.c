@@ -95,6 +95,11 @@ void doctor_report_free(struct doctor_report *report) {
     }
 }
 
+void doctor_poison(const struct kv_store *kv, void *memory, size_t bytes) {
+    if (kv->device) kv->device->fill(kv->device, memory, 0xFF, bytes);
+    else memset(memory, 0xFF, bytes);
+}
+
 void doctor_progress(const struct doctor *d, double fraction) {
     char what[64];
     snprintf(what, sizeof what, "checking %s", stages[d->stage].name);
@@ -169,13 +174,24 @@ static void open_tokenizer(struct doctor *d) {
     else if (d->kind == MODEL_FOLDER) d->tokens = tokenizer_open_folder(d->path, NULL);
 }
 
+// The weights' copy on the device, where the ops have one.
+static bool place_model(struct doctor *d, struct error *err) {
+    struct device *device = d->ops->device;
+    if (!device) return true;
+    if (d->kv_type != DTYPE_BF16) return error_set(err, "%s: K and V in bf16 are expected", device->name);
+    if (!model_runs_on(d->model, device, err)) return false;
+    d->weights = weights_upload(d->model, device, &d->options.log, err);
+    return d->weights != NULL;
+}
+
 static bool open_parts(struct doctor *d, struct error *err) {
     const struct doctor_options *o = &d->options;
     struct buffer path = {0};
     struct error why = {0};
     bool ok = o->model || error_set(err, "no model was named");
-    ok = ok && kv_type_parse(o->kv_type, &d->kv_type, err) && (d->ops = ops_cpu(o->isa, err)) != NULL &&
-         fusion_parse(o->fusion ? o->fusion : "on", &d->fusion, err) &&
+    ok = ok && kv_type_parse(o->kv_type, &d->kv_type, err);
+    if (ok) d->ops = o->device ? ops_open(o->device, o->isa, NULL, err) : ops_cpu(o->isa, err);
+    ok = d->ops && fusion_parse(o->fusion ? o->fusion : "on", &d->fusion, err) &&
          (d->pool = pool_create(o->threads, err)) != NULL && hub_resolve(o->model, &d->kind, &path, err);
     if (ok) d->path = strdup(buffer_text(&path));
     buffer_free(&path);
@@ -187,6 +203,7 @@ static bool open_parts(struct doctor *d, struct error *err) {
     snprintf(d->load_error, sizeof d->load_error, "%s", why.text);
     if (!d->model) return true;
     if (!kv_type_fits(d->kv_type, d->model->config.head_dim, err)) return false;
+    if (!place_model(d, err)) return false;
     if (d->options.budget <= 0) d->options.budget = doctor_model_is_small(d) ? 25 : 240;
     if (d->options.thorough) d->options.budget = INFINITY;
     open_tokenizer(d);
@@ -212,6 +229,8 @@ void doctor_close(struct doctor *d) {
     if (!d) return;
     for (size_t i = 0; i < d->n_prompts; i++) free(d->prompts[i].ids);
     tokenizer_free(d->tokens);
+    weights_free(d->weights);
+    ops_close(d->ops);
     model_free(d->model);
     pool_free(d->pool);
     free(d->path);

@@ -100,11 +100,12 @@ struct doctor_report {
 };
 
 struct doctor_options {
-    const char *model;   // as in tandem_options
-    uint32_t stages;     // bit (1 << enum doctor_stage); 0: all
-    bool thorough;       // every layer, every T, long contexts, more prompts
-    const char *isa;     // as in tandem_options
-    const char *fusion;  // as in tandem_options; what the fused path is
+    const char *model;  // as in tandem_options
+    uint32_t stages;    // bit (1 << enum doctor_stage); 0: all
+    bool thorough;      // every layer, every T, long contexts, more prompts
+    const char *isa;    // as in tandem_options
+    const char *device; // "cuda", "cuda:N": the path that is examined runs there, the oracles on the CPU; NULL: the CPU
+    const char *fusion; // as in tandem_options; what the fused path is
     const char *kv_type; // as in tandem_options
     int threads;         // 0: as many as this process may use
     uint64_t seed;       // of the generated prompts and inputs
@@ -130,13 +131,14 @@ struct doctor {
     struct doctor_options options;
     char *path; // resolved
     enum model_kind kind;
-    struct model *model;      // NULL when it could not be loaded: `load_error` says why
-    char load_error[1024];    //
-    const struct ops *ops;    // under test
-    uint32_t fusion;          // under test
-    enum dtype kv_type;       //
-    struct pool *pool;        //
-    struct tokenizer *tokens; // NULL when the model has none
+    struct model *model;            // NULL when it could not be loaded: `load_error` says why
+    char load_error[1024];          //
+    const struct ops *ops;          // under test
+    struct device_weights *weights; // on the ops' device; NULL: they have none
+    uint32_t fusion;                // under test
+    enum dtype kv_type;             //
+    struct pool *pool;              //
+    struct tokenizer *tokens;       // NULL when the model has none
     struct doctor_prompt prompts[MAX_PROMPTS];
     size_t n_prompts;
     // ---
@@ -156,6 +158,8 @@ bool doctor_run(struct doctor *d, struct doctor_report *report, struct error *er
 void doctor_report_free(struct doctor_report *report);
 
 const char *doctor_stage_name(enum doctor_stage stage);
+// Memory of a KV store becomes NaN, wherever it is.
+void doctor_poison(const struct kv_store *kv, void *memory, size_t bytes);
 bool doctor_model_is_small(const struct doctor *d); // every layer is examined, whatever the time
 bool doctor_stages_parse(const char *list, uint32_t *mask, struct error *err); // "weights,ops"
 

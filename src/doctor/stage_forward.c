@@ -33,6 +33,7 @@ static bool open_forward(struct forward *f, const struct doctor *d, const struct
                                   .max_tokens = chunk,
                                   .max_logit_rows = logits ? chunk : 1,
                                   .max_positions = n};
+    options.weights = options.ops->device ? d->weights : NULL;
     f->position = size_alloc(n, sizeof *f->position);
     f->seq = size_alloc_zero(n, sizeof *f->seq);
     f->rows = size_alloc(n, sizeof *f->rows);
@@ -41,11 +42,11 @@ static bool open_forward(struct forward *f, const struct doctor *d, const struct
     for (size_t i = 0; i < n; i++) f->position[i] = f->rows[i] = (int32_t)i;
     for (size_t i = 0; i < all; i++) f->pages[i] = (int32_t)i;
     if (o->page_order) shuffle(f->pages, all, o->page_order);
-    if (!kv_store_create(&f->kv, &d->model->config, o->kv_type, all, err)) return false;
+    if (!kv_store_create_on(options.ops->device, &f->kv, &d->model->config, o->kv_type, all, err)) return false;
     f->run = run_create(d->model, &options, err);
     if (!f->run) return false;
     if (o->poison) {
-        memset(f->kv.memory, 0xFF, f->kv.bytes); // NaN in every type of KV
+        doctor_poison(&f->kv, f->kv.memory, f->kv.bytes); // NaN in every type of KV
         run_poison(f->run);
     }
     run_set_tap(f->run, o->tap, o->user);
@@ -83,7 +84,8 @@ bool doctor_forward(const struct doctor *d, const struct forward_options *o, con
                           .kv_len = &kv_len,
                           .logit_rows = f.rows};
         const float *out = model_forward(d->model, f.run, &f.kv, &b);
-        if (logits) memcpy(logits + at * n_vocab, out, count * n_vocab * sizeof *out);
+        ok = run_error(f.run, err);
+        if (ok && logits) memcpy(logits + at * n_vocab, out, count * n_vocab * sizeof *out);
     }
     close_forward(&f);
     return ok;

@@ -300,9 +300,12 @@ static double norm2(const double *v, size_t n) {
 }
 
 // The bound of one sequence's results. A score's error d moves every probability by a factor of at most exp(2 d); then
-// come the sums over blocks of positions and their combination.
+// come the sums over blocks of positions and their combination. A GPU rounds q to two bf16s, and each probability to
+// one (docs/NUMERICS.md), which counts for the values and for their sum.
 static void attention_bound(const struct judge *g, const struct oracle_attention *o, double *bound) {
     size_t hd = o->head_dim, group = o->n_heads / o->n_kv_heads, kv = o->n_kv_heads * hd;
+    bool on_device = g->c->d->ops->device != NULL;
+    double rounded_q = on_device ? ldexp(1, -17) : 0, rounded_p = on_device ? 2 * ldexp(1, -9) : 0;
     for (size_t t = 0; t < o->n_tokens; t++)
         for (size_t h = 0; h < o->n_heads; h++) {
             size_t from = h / group * hd;
@@ -315,12 +318,12 @@ static void attention_bound(const struct judge *g, const struct oracle_attention
                 longest = k > longest ? k : longest;
                 for (size_t c = 0; c < hd; c++) out[c] = fabs(v[c]) > out[c] ? fabs(v[c]) : out[c];
             }
-            double score = ((double)hd / 16 + 8) * unit * q * longest / sqrt((double)hd);
+            double score = (((double)hd / 16 + 8) * unit + rounded_q) * q * longest / sqrt((double)hd);
             double n_blocks = (double)(o->position[t] / ATTN_BLOCK + 1);
-            double relative = expm1(2 * (2 * score + 4 * unit)) + (2 * n_blocks + 2 * ATTN_BLOCK + 16) * unit;
+            double relative =
+                expm1(2 * (2 * score + 4 * unit)) + (2 * n_blocks + 2 * ATTN_BLOCK + 16) * unit + rounded_p;
             for (size_t c = 0; c < hd; c++) out[c] = out[c] * relative + tiny;
         }
-    (void)g;
 }
 
 // K and V of one sequence, its past and what this step stored, as f64.

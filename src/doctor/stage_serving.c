@@ -54,13 +54,14 @@ static tandem_engine *open_engine(struct stage *s, struct engine_size size) {
                         .max_batch = size.max_batch,
                         .fusion = s->d->options.fusion,
                         .isa = s->d->options.isa,
+                        .device = s->d->options.device,
                         .kv_type = s->d->options.kv_type};
     tandem_engine *e = tandem_open(&o, why, sizeof why);
     if (!e) {
         error_set(s->err, "%s", why);
         return NULL;
     }
-    memset(e->kv.memory, 0xFF, e->kv.bytes); // NaN in every type of KV: a slot is written before it is read
+    doctor_poison(&e->kv, e->kv.memory, e->kv.bytes); // NaN in every type of KV: a slot is written before it is read
     run_poison(e->run);
     return e;
 }
@@ -140,8 +141,8 @@ static void poison_free_pages(tandem_engine *e) {
         for (size_t i = 0; i < kv->n_layers; i++) {
             const struct kv_layer *l = &kv->layers[i];
             size_t bytes = kv_page_bytes(l);
-            memset((unsigned char *)l->k + page * bytes, 0xFF, bytes);
-            memset((unsigned char *)l->v + page * bytes, 0xFF, bytes);
+            doctor_poison(kv, (unsigned char *)l->k + page * bytes, bytes);
+            doctor_poison(kv, (unsigned char *)l->v + page * bytes, bytes);
         }
     }
 }
@@ -370,7 +371,7 @@ static bool check_poisoned_neighbour(struct stage *s) {
         if (k == 2) { // V of the neighbour's first page, layer 0
             const struct kv_layer *l = &s->engine->kv.layers[0];
             size_t page = kv_page_bytes(l);
-            memset((unsigned char *)l->v + (size_t)pair[0]->kv.pages[0] * page, 0xFF, page);
+            doctor_poison(&s->engine->kv, (unsigned char *)l->v + (size_t)pair[0]->kv.pages[0] * page, page);
         }
         tandem_next_many(pair, 2, tokens, status, why, sizeof why);
         if (k >= 2 && status[0] != TANDEM_ERROR) {

@@ -238,7 +238,7 @@ static void begin_early(const struct emulated_graph *q, size_t at) {
         }
         if (begun || !free_one || !emulated_chance(4)) continue;
         free_one->index = (size_t)emulated_random() % n_blocks(&q->nodes[i].kernel);
-        bool read_only = emulated_chance(4);
+        bool read_only = emulated_chance(16);
         if (read_only) protect(true);
         bool ended = block_start(free_one->block, &q->nodes[i].kernel, free_one->index, true);
         if (read_only) protect(false);

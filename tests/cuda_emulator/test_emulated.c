@@ -8,10 +8,12 @@
 
 #include "../ops/cuda_ways.h"
 #include "base/clock.h"
+#include "doctor/doctor.h"
 
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include <cmocka.h>
@@ -129,6 +131,36 @@ static void test_oracle(void **state) {
     judge("models/tandem-tiny", 0.5);
 }
 
+// ---- The doctor
+// ------------------------------------------------------------------------------------------------------------------
+
+// `tandem check --device cuda`: every op in its place, fused and not, and the logits, against the oracles on the CPU.
+static void test_doctor(void **state) {
+    (void)state;
+    struct error err = {0};
+    emulator_set(&(struct emulator_options){.seed = 12, .n_sms = 8});
+    struct doctor_options options = {.model = "synthetic:tiny-llama",
+                                     .device = "cuda:0+wide-attention",
+                                     .stages = 1u << STAGE_MODEL | 1u << STAGE_OPS,
+                                     .threads = 1,
+                                     .seed = 1,
+                                     .budget = 1,
+                                     .no_diagnosis = true};
+    struct doctor *d = doctor_open(&options, &err);
+    if (!d) fail_msg("%s", err.text);
+    assert_non_null(d->ops->device);
+    struct doctor_report *report = calloc(1, sizeof *report);
+    assert_non_null(report);
+    if (!doctor_run(d, report, &err)) fail_msg("%s", err.text);
+    if (report->verdict != VERDICT_OK) fail_msg("%s", report->first.message);
+    assert_int_equal(report->stages[STAGE_OPS].verdict, VERDICT_SKIPPED);
+    assert_int_equal(report->stages[STAGE_MODEL].verdict, VERDICT_OK);
+    assert_true(report->stages[STAGE_MODEL].n_checks > 500);
+    doctor_report_free(report);
+    free(report);
+    doctor_close(d);
+}
+
 static int create_pool(void **state) {
     (void)state;
     struct error err = {0};
@@ -149,7 +181,7 @@ static int say_counts(void **state) {
 int main(int argc, char **argv) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_qwen3), cmocka_unit_test(test_split),  cmocka_unit_test(test_tiles),
-        cmocka_unit_test(test_heads), cmocka_unit_test(test_oracle),
+        cmocka_unit_test(test_heads), cmocka_unit_test(test_oracle), cmocka_unit_test(test_doctor),
     };
     if (argc > 1) cmocka_set_test_filter(argv[1]);
     else if (strstr(argv[0], "test_emulated_80")) cmocka_set_test_filter("test_heads");
