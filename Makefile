@@ -171,7 +171,10 @@ FUZZ_BIN = $(patsubst %.c,$(BUILD)/%,$(sort $(wildcard tests/fuzz/fuzz_*.c)))
 FUZZ_SERVER = jsonscan toolcalls fields grammar vocabulary automaton pattern texts numbers schema schema_values schema_objects schema_oneof
 FUZZ_OBJ = $(filter $(addprefix $(BUILD)/src/,base/% format/% text/% model/config.o $(FUZZ_SERVER:%=server/%.o)),$(LIB_OBJ))
 $(BUILD)/tests/fuzz/fuzz_%: $(BUILD)/tests/fuzz/fuzz_%.o $(FUZZ_OBJ)
-	$(CC) -fsanitize=fuzzer,$(FUZZ_SAN) -o $@ $^ $(LDLIBS)
+	$(CC) -fsanitize=fuzzer,$(FUZZ_SAN) $(FUZZ_FLAGS) -o $@ $^ $(LDLIBS)
+# This one is the whole server, with a stand-in for the engine.
+$(BUILD)/tests/fuzz/fuzz_body: $(LIB_OBJ)
+$(BUILD)/tests/fuzz/fuzz_body: FUZZ_FLAGS = -Wl,--wrap=tandem_submit,--wrap=tandem_cancel,--wrap=MHD_get_connection_info
 
 .PHONY: fuzz fuzz-run
 fuzz:
@@ -180,7 +183,8 @@ fuzz:
 fuzz-run: $(FUZZ_BIN)
 	@python3 tests/fuzz/make_seeds.py $(BUILD)/tests/fuzz
 	@for f in $(FUZZ_BIN); do echo "== $$f"; mkdir -p $$f.corpus && \
-	    $$f -max_total_time=$(FUZZ_SECONDS) -max_len=4096 -verbosity=0 $$f.corpus </dev/null || exit 1; done
+	    dict=tests/fuzz/dict/$${f##*/fuzz_}.dict; [ -f $$dict ] && dict=-dict=$$dict || dict=; \
+	    $$f -max_total_time=$(FUZZ_SECONDS) -max_len=4096 -verbosity=0 $$dict $$f.corpus </dev/null || exit 1; done
 
 # ---- Everything from the repository alone ------------------------------------------------------------------------
 

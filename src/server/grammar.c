@@ -309,18 +309,21 @@ static unsigned need_of(const struct grammar *g, const uint8_t *needs, const str
 }
 
 bool grammar_needs(const struct grammar *g, uint8_t *needs) {
-    enum { MAX_WORK = 40000000 };
+    enum { MAX_WORK = 20000000 };
+    bool forward = true, changed = true;
     memset(needs, UINT8_MAX, g->n);
-    // Most nodes go on at one made before them: few rounds settle all.
-    for (size_t work = 0; work < MAX_WORK; work += g->n) {
-        bool changed = false;
-        for (size_t i = 0; i < g->n; i++) {
+    // Most nodes go on at one made before them, those of patterns at one made after: few rounds, to and fro, settle
+    // all.
+    for (size_t work = 0; changed; work += g->n, forward = !forward) {
+        if (work > MAX_WORK) return false;
+        changed = false;
+        for (size_t k = 0; k < g->n; k++) {
+            size_t i = forward ? k : g->n - 1 - k;
             unsigned need = need_of(g, needs, &g->nodes[i]);
             if (need >= needs[i]) continue;
             needs[i] = (uint8_t)need;
             changed = true;
         }
-        if (!changed) return true;
     }
-    return false;
+    return true;
 }

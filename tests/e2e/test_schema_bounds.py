@@ -57,6 +57,7 @@ BOMBS = {
     "ten thousand alternatives": string(pattern="|".join(f"a{i}" for i in range(10000))),
     "patterns at once": {"allOf": [string(pattern=f"(a|b)*a(a|b){{{i}}}") for i in range(2, 9)]},
     "two long patterns": {"allOf": [string(pattern="(a?b?){200}"), string(pattern="(b?a?){200}")]},
+    "a long pattern": string(pattern="^[a1-z]{5555}b$"),
     "5,000 patterns": {"properties": {f"p{i}": string(pattern=f"(a?){{200}}{i}") for i in range(500)}},
     "date-times of every length": {"properties": {f"p{i}": string(format="date-time", maxLength=100 + i) for i in range(200)}},
     "urls of every length": {"properties": {f"p{i}": string(format="uri", maxLength=100 + i) for i in range(60)}},

@@ -128,9 +128,36 @@ def toolcalls_seeds():
         yield bytes([i]) + text.encode()
 
 
+def body_seeds():
+    """A byte for the route, the body, a NUL, and two bytes for each token that the model would say."""
+    user = [{"role": "user", "content": "Hi"}]
+    tool = {"type": "function", "function": {"name": "f", "strict": True, "parameters": {"type": "object", "properties": {
+        "x": {"type": "integer"}}, "required": ["x"], "additionalProperties": False}}}
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object", "properties": {"a": {"enum": [1, "b"]}}}}}
+    bodies = [
+        (0, {"messages": user, "stream": True, "stream_options": {"include_usage": True}, "max_tokens": 5, "n": 2, "logprobs": True,
+             "top_logprobs": 2, "stop": ["a", "b"], "seed": 1, "logit_bias": {"5": 1}, "temperature": 0.5, "top_p": 0.9}),
+        (0, {"messages": user, "tools": [tool], "tool_choice": "required", "parallel_tool_calls": False, "stream": True}),
+        (0, {"messages": [{"role": "assistant", "content": None, "tool_calls": [{"id": "c", "type": "function", "function": {
+            "name": "f", "arguments": '{"x": 1}'}}]}, {"role": "tool", "tool_call_id": "c", "content": "1"}] + user, "tools": [tool],
+             "response_format": form, "chat_template_kwargs": {"enable_thinking": False}, "thinking_budget": 3}),
+        (1, {"prompt": ["a", "b"], "echo": True, "logprobs": 2, "max_tokens": 2}), (1, {"prompt": [[1, 2], [3]], "stream": True, "n": 2}),
+        (2, {"input": "Hi", "text": {"format": {"type": "json_object"}}, "stream": True, "reasoning": {"effort": "none"}}),
+        (2, {"input": [{"type": "message", "role": "user", "content": [{"type": "input_text", "text": "a"}]}, {"type": "function_call",
+            "call_id": "c", "name": "f", "arguments": "{}"}, {"type": "function_call_output", "call_id": "c", "output": "x"}],
+             "tools": [{"type": "function", "name": "f", "parameters": {}}], "instructions": "be"}),
+        (3, {"messages": user, "max_tokens": 9, "system": "s", "stream": True, "thinking": {"type": "enabled", "budget_tokens": 1024},
+             "tools": [{"name": "f", "input_schema": {"type": "object"}}], "tool_choice": {"type": "any"}}),
+        (3, {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "tool_result", "tool_use_id": "t",
+            "content": "r"}]}], "max_tokens": 1, "stop_sequences": ["x"], "output_config": {"format": {"type": "json_schema", "schema": {}}}}),
+        (4, {"messages": user}), (5, {"prompt": "abc"}), (6, {"tokens": [1, 2, 3]}), (7, {"messages": user, "add_generation_prompt": True})]
+    for route, body in bodies:
+        yield bytes([route]) + json.dumps(body).encode() + b"\0" + bytes(range(1, 49))
+
+
 TARGETS = {"gguf": gguf_seeds, "safetensors": safetensors_seeds, "config": config_seeds, "json_scan": config_seeds,
            "tokenizer": tokenizer_seeds, "messages": messages_seeds,
-           "schema": schema_seeds, "toolcalls": toolcalls_seeds}
+           "schema": schema_seeds, "toolcalls": toolcalls_seeds, "body": body_seeds}
 
 
 def main():
