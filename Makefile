@@ -293,7 +293,7 @@ asan-serve tsan-serve: %-serve:
 	@tools/test-venv
 	@$(MAKE) -s -j$(JOBS) BUILD=build/$* $(if $(filter asan,$*),$(ASAN),$(TSAN)) all </dev/null
 	@rm -f build/$*/report.*
-	@TANDEM=build/$*/tandem TANDEM_SLOW=$(if $(filter asan,$*),4,15) ASAN_OPTIONS=log_path=build/$*/report \
+	@TANDEM=build/$*/tandem TANDEM_SLOW=$(if $(filter asan,$*),4,15) ASAN_OPTIONS=log_path=build/$*/report:quarantine_size_mb=4 \
 	    TSAN_OPTIONS=log_path=build/$*/report \
 	    .venv/bin/python tools/run-tests --pytest $(SERVE_TESTS:%=tests/e2e/test_%.py); status=$$?; \
 	    for f in build/$*/report.*; do if [ -e "$$f" ]; then cat "$$f"; status=1; fi; done; exit $$status

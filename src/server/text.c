@@ -112,7 +112,8 @@ void handle_tokenizer_info(struct exchange *x) {
     struct fault f = {0};
     bool ok =
         buffer_printf(&out, "{\"tokenizer_class\": \"Qwen2TokenizerFast\", \"model_max_length\": %zu", e->context) &&
-        put_token(&out, "eos_token", tok, tokenizer_eos(tok)) && put_token(&out, "bos_token", tok, tokenizer_bos(tok)) &&
+        put_token(&out, "eos_token", tok, tokenizer_eos(tok)) &&
+        put_token(&out, "bos_token", tok, tokenizer_bos(tok)) &&
         put_token(&out, "pad_token", tok, tokenizer_find(tok, "<|endoftext|>")) &&
         put_token(&out, "unk_token", tok, -1) && buffer_append_text(&out, ", \"chat_template\": ") &&
         (template ? write_string(&out, template, strlen(template)) : buffer_append_text(&out, "null")) &&
