@@ -494,6 +494,7 @@ struct server *server_start(tandem_engine *engine, const struct server_options *
     set_defaults(&s->options);
     s->started = clock_seconds();
     s->created = (long)time(NULL);
+    atomic_init(&s->last_step, s->started); // else a first step that takes long looks like none for an age
     pthread_mutex_init(&s->lock, NULL);
     pthread_mutex_init(&s->job_lock, NULL);
     pthread_cond_init(&s->job_came, NULL);
