@@ -145,6 +145,9 @@ def crowd(scale):
 
 # ---- Overload
 
+WARM = 8  # seconds until as many end as begin
+
+
 class Offer:
     """Sends requests at given times over connections of their own, and takes the answers. One thread, epoll."""
 
@@ -194,26 +197,30 @@ class Offer:
         self.open.pop(fd)[0].close()
 
     def closed_loop(self, n, seconds):
-        """Goodput with n requests always in progress."""
-        end = time.perf_counter() + seconds
-        while time.perf_counter() < end:
+        """Goodput with n requests always in progress, once the first have ended."""
+        begin, before = time.perf_counter(), 0
+        while (now := time.perf_counter()) < begin + WARM + seconds:
             while len(self.open) < n:
                 self.begin()
             self.turn(0.05)
-        return len(self.good) / seconds
+            if now < begin + WARM:
+                before = len(self.good)
+        return (len(self.good) - before) / seconds
 
     def open_loop(self, rate, seconds):
         """Goodput when requests come at random times, `rate` a second."""
         begin = time.perf_counter()
-        end, due = begin + seconds, begin
-        n = 0
+        end, due = begin + WARM + seconds, begin
+        n = before = 0
         while (now := time.perf_counter()) < end:
             while due <= now and len(self.open) < 15000:
                 self.begin()
                 n += 1
                 due += random.expovariate(rate)
             self.turn(min(due, end) - now)
-        return len(self.good) / seconds, n / seconds
+            if now < begin + WARM:
+                before = len(self.good)
+        return (len(self.good) - before) / seconds, n / (WARM + seconds)
 
     def close(self):
         for s, *_ in self.open.values():
@@ -222,7 +229,7 @@ class Offer:
 
 
 def overload(scale):
-    seconds, body = max(5, 120 * scale), chat("Go on.", ignore_eos=True, max_tokens=48)
+    seconds, body = max(5, 120 * scale), chat("Go on.", ignore_eos=True, max_tokens=32)
     server = Server("--max-queue", "64")
     peaks, goods, rates, rejected, others = [], [], [], [], 0
     try:
@@ -306,6 +313,7 @@ def cancel(scale):
         begin = time.time()
         marks = [storm(n // 5, i) for i in range(5)]
         answer = server.post("/v1/chat/completions", chat(QUESTION))["choices"][0]["message"]["content"]
+        until_idle(server, 60)
         pages, grown = server.metric("kv_pages_used"), marks[-1][0] - marks[1][0]
         ok = pages == 0 and marks[-1][1] <= marks[0][1] + 2 and grown < 4096 and answer == "The capital of France is Paris."
         return report("cancel", ok, f"{counts['n']} cancellations in {time.time() - begin:.0f} s ({counts['read']} in the middle of an answer, "
