@@ -68,10 +68,12 @@ class Crowd:
     def __init__(self, server, n_idle, n_senders, n_readers):
         self.stopping = False
         self.idle, self.senders, self.readers = [], [], []
-        heavy = request_bytes(chat("Go on.", stream=True, ignore_eos=True, max_tokens=100, logprobs=True, top_logprobs=20))
+        # Half read a stream, half an answer of a megabyte, most of which waits in the server.
+        heavy = (request_bytes(chat("Go on.", stream=True, ignore_eos=True, max_tokens=20, logprobs=True, top_logprobs=20)),
+                 request_bytes({"prompt": "a b c d e f g h " * 4000, "return_token_strs": True}, "/tokenize"))
         for i in range(n_readers):
             self.readers.append(self.connect(server, 2048))
-            self.readers[-1].sendall(heavy)
+            self.readers[-1].sendall(heavy[i % 2])
             if i % 100 == 99:  # their answers are computed before anything is measured
                 until_idle(server, 300)
         until_idle(server, 300)
