@@ -183,7 +183,7 @@ $(BUILD)/tests/fuzz/fuzz_body: FUZZ_FLAGS = -Wl,--wrap=tandem_submit,--wrap=tand
 .PHONY: fuzz fuzz-run
 fuzz:
 	@tools/deps fuzz </dev/null
-	@$(MAKE) -s -j$(JOBS) BUILD=build/fuzz CC=clang-14 OPT="-O1 -g" SAN="-fsanitize=fuzzer-no-link,$(FUZZ_SAN)" fuzz-run
+	@$(MAKE) -s -j$(JOBS) BUILD=build/fuzz CUDA=0 CC=clang-14 OPT="-O1 -g" SAN="-fsanitize=fuzzer-no-link,$(FUZZ_SAN)" fuzz-run
 fuzz-run: $(FUZZ_BIN)
 	@python3 tests/fuzz/make_seeds.py $(BUILD)/tests/fuzz
 	@for f in $(FUZZ_BIN); do echo "== $$f"; mkdir -p $$f.corpus && \
