@@ -229,7 +229,6 @@ test-hf:
 	@$(MAKE) -s -j$(JOBS) all </dev/null
 	@.venv/bin/python tools/run-tests --pytest tests/e2e/test_hf.py
 
-# What tests would build by themselves, at the same time.
 # lm-eval's own program, a log-likelihood and a generation task, against the server. Installs some 760 MB in build/lm-eval.
 .PHONY: test-lm-eval
 test-lm-eval:
@@ -247,6 +246,7 @@ load:
 	@$(MAKE) -s -j$(JOBS) all </dev/null
 	@.venv/bin/python tests/load/load.py $(LOAD)
 
+# What tests would build by themselves, at the same time.
 .PHONY: programs
 programs: $(TEST_BIN) $(BUILD)/tests/format/dequant_main $(BUILD)/tests/server/schema_texts build/data/qwen3-tokenizer/tokenizer.json
 
@@ -323,14 +323,17 @@ lint: style
 
 # ---- Installing ---------------------------------------------------------------------------------------------------
 
-# Internal symbols become local, so that the archive shows what tandem.h declares and no more.
-$(BUILD)/libtandem.a: $(LIB_OBJ)
+# The engine's files define what tandem.h declares, and the linker adds what they call: no server, doctor or downloads,
+# nor the libraries of those. Internal symbols become local, so that both show what tandem.h declares and no more.
+API_OBJ = $(filter $(BUILD)/src/engine/%,$(LIB_OBJ))
+API_LDLIBS = $(filter-out $(shell pkg-config --libs libmicrohttpd libcurl 2>/dev/null),$(LDLIBS))
+$(BUILD)/libtandem.a: $(API_OBJ) $(BUILD)/libtandem_all.a
 	ld -r -o $(BUILD)/libtandem.o $^
 	objcopy --localize-hidden $(BUILD)/libtandem.o
 	rm -f $@ && ar rcs $@ $(BUILD)/libtandem.o
 
-$(BUILD)/libtandem.so.$(VERSION): $(LIB_OBJ)
-	$(CC) -shared -Wl,-soname,libtandem.so.$(SOVERSION) $(LDFLAGS) -o $@ $^ $(LDLIBS)
+$(BUILD)/libtandem.so.$(VERSION): $(API_OBJ) $(BUILD)/libtandem_all.a
+	$(CC) -shared -Wl,-soname,libtandem.so.$(SOVERSION) -Wl,-z,defs $(LDFLAGS) -o $@ $^ $(API_LDLIBS)
 
 # The program knows PREFIX: another one compiles main.c again.
 .PHONY: force
@@ -352,7 +355,7 @@ install: $(BUILD)/tandem $(BUILD)/libtandem.a $(BUILD)/libtandem.so.$(VERSION)
 	install -m 755 $(BUILD)/libtandem.so.$(VERSION) $(D)/lib/libtandem.so.$(VERSION)
 	ln -sf libtandem.so.$(VERSION) $(D)/lib/libtandem.so.$(SOVERSION)
 	ln -sf libtandem.so.$(SOVERSION) $(D)/lib/libtandem.so
-	sed -e 's|@PREFIX@|$(PREFIX)|' -e 's|@VERSION@|$(VERSION)|' -e 's|@LIBS@|$(LDLIBS)|' packaging/tandem.pc.in > $(D)/lib/pkgconfig/tandem.pc
+	sed -e 's|@PREFIX@|$(PREFIX)|' -e 's|@VERSION@|$(VERSION)|' -e 's|@LIBS@|$(API_LDLIBS)|' packaging/tandem.pc.in > $(D)/lib/pkgconfig/tandem.pc
 	install -m 644 packaging/tandem.1 $(D)/share/man/man1/tandem.1
 	install -m 644 packaging/tandem.bash $(D)/share/bash-completion/completions/tandem
 	install -m 644 $(MODEL_FILES:%=models/tandem-tiny/%) $(D)/share/tandem/models/tandem-tiny

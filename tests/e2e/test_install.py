@@ -43,6 +43,16 @@ def test_exported_symbols(prefix):
         assert "tandem_open" in symbols and all(s.startswith("tandem_") for s in symbols), sorted(symbols)[:5]
 
 
+def test_the_library_brings_no_server(prefix):
+    """Who embeds the engine needs neither the HTTP server's library nor the downloader's."""
+    output = subprocess.run(["readelf", "-d", prefix / "lib/libtandem.so"], check=True, capture_output=True, text=True).stdout
+    needed = [line.split("[")[1].rstrip("]") for line in output.splitlines() if "(NEEDED)" in line]
+    private = (prefix / "lib/pkgconfig/tandem.pc").read_text()
+    assert any(name.startswith("libjansson") for name in needed)
+    for name in ("curl", "microhttpd"):
+        assert not [n for n in needed if name in n] and name not in private, name
+
+
 def test_the_program_finds_its_model(prefix, tmp_path):
     done = subprocess.run([prefix / "bin/tandem", "run", "--greedy", "--think", "off", "-p",
                            "What is the capital of France?"], cwd=tmp_path, check=True, capture_output=True, text=True)
