@@ -132,13 +132,12 @@ static void follow(struct toolcalls *t, const struct jsonscan *before, char c) {
         t->arguments = t->held.len - 1;
         t->has_arguments = true;
     }
-    if (now->depth == 1 && now->state == SCAN_AFTER && before->state != SCAN_AFTER) { // a member's value is complete
-        if (t->is_name && before->state == SCAN_STRING) t->has_name = unquote(&t->key, &t->name);
+    bool closes = before->depth == 2 && now->depth == 1; // at the value's own } or ], inside which it was AFTER, too
+    if (now->depth == 1 && now->state == SCAN_AFTER && (closes || before->state != SCAN_AFTER)) { // a value is complete
+        if (t->is_name && !t->has_name && before->state == SCAN_STRING) t->has_name = unquote(&t->key, &t->name);
         if (t->is_arguments && t->arguments && !t->arguments_end) t->arguments_end = t->held.len;
         t->is_name = t->is_arguments = false;
     }
-    if (now->depth == 1 && before->depth == 2 && now->state == SCAN_AFTER && t->is_arguments)
-        t->arguments_end = t->held.len;
 }
 
 static void call_byte(struct toolcalls *t, char c) {

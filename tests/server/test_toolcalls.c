@@ -77,6 +77,10 @@ static void finds_calls(void **state) {
         {OPEN "{\"id\": [1, \"name\"], \"name\": \"get \\\"it\\\"\", \"arguments\": {\"\\u00e9\": \"\xC3\xA9\"}, "
               "\"z\": {\"name\": 3}}" CLOSE " done",
          "[get \"it\"|{\"\\u00e9\": \"\xC3\xA9\"}] done"},
+        // what comes twice: the first, as a stream has told it already
+        {OPEN "{\"name\": \"f\", \"arguments\": {\"x\": [1, \"}\"]}, \"arguments\": {\"y\": [2]}}" CLOSE,
+         "[f|{\"x\": [1, \"}\"]}]"},
+        {OPEN "{\"name\": \"f\", \"arguments\": {\"x\": {}} , \"name\": \"g\", \"z\": [{}]}" CLOSE, "[f|{\"x\": {}}]"},
     };
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++)
         for (size_t step = 1; step < 60; step += step < 4 ? 1 : 13)
