@@ -9,6 +9,7 @@ BUILD ?= build
 CC ?= gcc
 PREFIX ?= /usr/local
 FUZZ_SECONDS ?= 20
+FUZZ_SEED ?= 0
 PKGS = jansson libpcre2-8 libutf8proc libmicrohttpd libcrypto libcurl
 PKG_CFLAGS := $(shell pkg-config --cflags $(PKGS) 2>/dev/null)
 PKG_LIBS := $(shell pkg-config --libs $(PKGS) 2>/dev/null)
@@ -188,7 +189,7 @@ fuzz-run: $(FUZZ_BIN)
 	@python3 tests/fuzz/make_seeds.py $(BUILD)/tests/fuzz
 	@for f in $(FUZZ_BIN); do echo "== $$f"; mkdir -p $$f.corpus && \
 	    dict=tests/fuzz/dict/$${f##*/fuzz_}.dict; [ -f $$dict ] && dict=-dict=$$dict || dict=; \
-	    $$f -max_total_time=$(FUZZ_SECONDS) -max_len=4096 -verbosity=0 $$dict $$f.corpus </dev/null || exit 1; done
+	    $$f -max_total_time=$(FUZZ_SECONDS) -seed=$(FUZZ_SEED) -max_len=4096 -verbosity=0 $$dict $$f.corpus </dev/null || exit 1; done
 
 # ---- Everything from the repository alone ------------------------------------------------------------------------
 
@@ -375,7 +376,7 @@ help:
 	@echo 'make debug, asan, ubsan, tsan, coverage    the unit tests in another build, in build/NAME'
 	@echo 'make load, test-lm-eval    the server under load (LOAD="crowd --scale 0.1"), and lm-eval against it'
 	@echo 'make asan-serve, tsan-serve    the server'\''s end-to-end tests on these builds (SERVE_TESTS="serve")'
-	@echo 'make fuzz       every fuzz target for FUZZ_SECONDS=20'
+	@echo 'make fuzz       every fuzz target for FUZZ_SECONDS=20 (FUZZ_SEED=0: another seed each time)'
 	@echo 'make gpu-check, gpu-sanitize, gpu-bench    on a machine with a GPU and nvcc'
 	@echo 'make format     clang-format; make lint checks it and the limits of style'
 	@echo 'make clean'
