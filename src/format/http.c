@@ -294,6 +294,12 @@ bool http_head(struct http *h, const char *url, struct http_reply *reply, struct
     return error_set(err, "%s: more than %d redirects", url, MAX_REDIRECTS);
 }
 
+static bool get(struct http *h, const char *url, struct error *err) {
+    curl_easy_setopt(h->curl, CURLOPT_HTTPGET, 1L);
+    curl_easy_setopt(h->curl, CURLOPT_FOLLOWLOCATION, 1L);
+    return request(h, url, err);
+}
+
 bool http_get(struct http *h, const char *url, size_t max_bytes, struct buffer *body, struct http_reply *reply,
               struct error *err) {
     buffer_clear(body);
@@ -302,9 +308,7 @@ bool http_get(struct http *h, const char *url, size_t max_bytes, struct buffer *
     h->max_bytes = max_bytes;
     h->sink = NULL;
     h->offset = NULL;
-    curl_easy_setopt(h->curl, CURLOPT_HTTPGET, 1L);
-    curl_easy_setopt(h->curl, CURLOPT_FOLLOWLOCATION, 1L);
-    return request(h, url, err);
+    return get(h, url, err);
 }
 
 bool http_fetch(struct http *h, const char *url, uint64_t *offset, const struct http_sink *sink,
@@ -313,9 +317,7 @@ bool http_fetch(struct http *h, const char *url, uint64_t *offset, const struct 
     h->body = NULL;
     h->sink = sink;
     h->offset = offset;
-    curl_easy_setopt(h->curl, CURLOPT_HTTPGET, 1L);
-    curl_easy_setopt(h->curl, CURLOPT_FOLLOWLOCATION, 1L);
-    return request(h, url, err);
+    return get(h, url, err);
 }
 
 bool http_escape(struct buffer *out, const char *text, bool keep_slashes) {
