@@ -3,19 +3,11 @@ import anthropic
 import openai
 import pytest
 
-from serving import PATIENCE, Server
+from serving import PATIENCE
 
 PARIS = "The capital of France is Paris."
 QUESTION = "What is the capital of France?"
 COLD = {"temperature": 0}  # the library does not know the field any more
-
-
-@pytest.fixture(scope="module")
-def server():
-    s = Server()
-    yield s
-    assert s.alive()
-    assert s.stop() == 0
 
 
 # ---- Anthropic

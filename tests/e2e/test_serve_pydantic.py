@@ -79,19 +79,6 @@ class Zoo(BaseModel):
 MODELS = [Person, Times, Tree, Chain, Zoo]
 
 
-@pytest.fixture(scope="module")
-def server():
-    s = Server()
-    yield s
-    assert s.alive()
-    assert s.stop() == 0
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    return openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0, timeout=120)
-
-
 def ask(server, schema, **fields):
     return server.post("/v1/chat/completions", {
         "messages": [{"role": "user", "content": "Make one up."}], "top_p": 1, "top_k": 0, "max_tokens": 300, **OFF,

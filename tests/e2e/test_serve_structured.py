@@ -5,7 +5,7 @@ import anthropic
 import openai
 import pytest
 
-from serving import Server, chat
+from serving import chat
 
 SCHEMA = {
     "type": "object",
@@ -32,19 +32,6 @@ def check(value):
     assert isinstance(value["population"], int) and value["population"] >= 1
     assert value["area"] is None or isinstance(value["area"], (int, float))
     assert 1 <= len(value["tags"]) <= 2 and all(isinstance(t, str) and len(t) <= 6 for t in value["tags"])
-
-
-@pytest.fixture(scope="module")
-def server():
-    s = Server()
-    yield s
-    assert s.alive()
-    assert s.stop() == 0
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    return openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0, timeout=120)
 
 
 def schema_format(schema=SCHEMA):
