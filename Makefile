@@ -73,9 +73,14 @@ $(BUILD)/tandem: $(CLI_OBJ) $(BUILD)/libtandem_all.a
 # It holds the web page as it stands.
 $(BUILD)/src/server/page.o: src/server/page.html
 
+# What was built with CUDA and what without must not mix when nvcc has come or gone since.
+$(BUILD)/cuda: force
+	@mkdir -p $(@D); echo '$(CUDA) $(CUDA_ARCH)' | cmp -s - $@ || echo '$(CUDA) $(CUDA_ARCH)' > $@
+$(CUDA_SRC:%.cu=$(BUILD)/%.o) $(addprefix $(BUILD)/src/,ops/open.o): $(BUILD)/cuda
+
 # Every object of the library, internal symbols visible: for the program and the tests.
-$(BUILD)/libtandem_all.a: $(LIB_OBJ)
-	rm -f $@ && ar rcs $@ $^
+$(BUILD)/libtandem_all.a: $(LIB_OBJ) $(BUILD)/cuda
+	rm -f $@ && ar rcs $@ $(LIB_OBJ)
 
 $(BUILD)/src/ops/cpu/%.o: src/ops/cpu/%.c
 	@mkdir -p $(@D)

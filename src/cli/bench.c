@@ -134,7 +134,7 @@ static bool fits(const struct request *r, const tandem_engine *e, const struct b
     if (positions_of(c) > context)
         snprintf(why, sizeof why, "needs %zu positions, the model has %zu", positions_of(c), context);
     else if (!size_mul(bench_pages(c), bench_page_bytes(e), &bytes) || (available && bytes > available / 10 * 8))
-        snprintf(why, sizeof why, "needs %.1f GB of KV, %.1f GB of memory are free",
+        snprintf(why, sizeof why, "needs %.1f GB of KV, more than eight tenths of the %.1f GB of memory that are free",
                  (double)bench_pages(c) * (double)bench_page_bytes(e) / 1e9, (double)available / 1e9);
     if (!*why) return true;
     const char *kind = c->kind == BENCH_PREFILL ? "prefill" : "decode";
