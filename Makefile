@@ -194,7 +194,8 @@ fuzz-run: $(FUZZ_BIN)
 	@python3 tests/fuzz/make_seeds.py $(BUILD)/tests/fuzz
 	@for f in $(FUZZ_BIN); do echo "== $$f"; mkdir -p $$f.corpus && \
 	    dict=tests/fuzz/dict/$${f##*/fuzz_}.dict; [ -f $$dict ] && dict=-dict=$$dict || dict=; \
-	    $$f -max_total_time=$(FUZZ_SECONDS) -seed=$(FUZZ_SEED) -max_len=4096 -verbosity=0 $$dict $$f.corpus </dev/null || exit 1; done
+	    case $$f in *_body) len=1024 ;; *) len=4096 ;; esac; \
+	    $$f -max_total_time=$(FUZZ_SECONDS) -seed=$(FUZZ_SEED) -max_len=$$len -verbosity=0 $$dict $$f.corpus </dev/null || exit 1; done
 
 # ---- Everything from the repository alone ------------------------------------------------------------------------
 

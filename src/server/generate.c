@@ -23,12 +23,18 @@ void random_id(char *out, size_t size, const char *prefix) {
 bool write_string(struct buffer *out, const char *text, size_t n) {
     struct buffer clean = {0};
     uint32_t code;
+    size_t run = 0;
     bool ok = true;
-    for (size_t i = 0, length; ok && i < n; i += length ? length : 1) {
-        length = utf8_decode((const unsigned char *)text + i, n - i, &code);
-        ok = length ? buffer_append(&clean, text + i, length) : buffer_append_text(&clean, "\xEF\xBF\xBD");
+    for (size_t i = 0; ok && i < n;) { // from `run` on, all is UTF-8
+        size_t length = (unsigned char)text[i] < 0x80 ? 1 : utf8_decode((const unsigned char *)text + i, n - i, &code);
+        if (length == 0) {
+            ok = buffer_append(&clean, text + run, i - run) && buffer_append_text(&clean, "\xEF\xBF\xBD");
+            run = i + 1;
+        }
+        i += length ? length : 1;
     }
-    ok = ok && pyjson_write_string(buffer_text(&clean), clean.len, out);
+    if (run == 0) return pyjson_write_string(text, n, out);
+    ok = ok && buffer_append(&clean, text + run, n - run) && pyjson_write_string(buffer_text(&clean), clean.len, out);
     buffer_free(&clean);
     return ok;
 }

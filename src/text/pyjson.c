@@ -87,20 +87,21 @@ static bool parse_escape(struct parser *p) {
 static bool parse_text(struct parser *p, const char **text, size_t *n) {
     size_t start = p->at++;
     buffer_clear(&p->scratch);
-    for (;;) {
+    for (size_t run = p->at;;) { // from `run` on, bytes stand for themselves
         int c = peek(p);
         if (c < 0) return fail(p, start, "string without an end");
-        if (c == '"') break;
         if (c < 0x20) return fail(p, p->at, "control character in a string");
-        if (c == '\\') {
+        if (c == '"' || c == '\\') {
+            if (!buffer_append(&p->scratch, p->text + run, p->at - run)) return no_memory(p);
+            if (c == '"') break;
             p->at++;
             if (!parse_escape(p)) return false;
+            run = p->at;
             continue;
         }
         uint32_t code = 0;
-        size_t length = utf8_decode((const unsigned char *)p->text + p->at, p->n - p->at, &code);
+        size_t length = c < 0x80 ? 1 : utf8_decode((const unsigned char *)p->text + p->at, p->n - p->at, &code);
         if (length == 0) return fail(p, p->at, "invalid UTF-8");
-        if (!buffer_append(&p->scratch, p->text + p->at, length)) return no_memory(p);
         p->at += length;
     }
     p->at++;
