@@ -14,19 +14,47 @@ static bool no_memory(struct fault *f) {
     return fault_set(f, 500, NULL, "out of memory");
 }
 
-// The text of a string or of an array of text blocks, appended. Other blocks are an error.
+static bool take_text(const struct pyjson *v, const char *name, struct buffer *out, struct fault *f);
+
+// One block's text: a text, a document that is text, or the name of a tool that was found. Others are an error.
+static bool take_block(const struct pyjson *b, const char *name, struct buffer *out, struct fault *f) {
+    const struct pyjson *type = pyjson_get(b, "type"), *text = pyjson_get(b, "text");
+    if (pyjson_is_text(type, "document")) {
+        const struct pyjson *source = field(b, "source"), *kind = pyjson_get(source, "type");
+        text = pyjson_is_text(kind, "text") ? pyjson_get(source, "data") : NULL;
+        if (pyjson_is_text(kind, "content")) return take_text(field(source, "content"), name, out, f);
+    } else if (pyjson_is_text(type, "tool_reference")) {
+        text = pyjson_get(b, "tool_name");
+    } else if (!pyjson_is_text(type, "text")) {
+        text = NULL;
+    }
+    if (!text || text->type != PYJSON_STRING)
+        return fault_set(f, 400, name, "%s: this model reads text only; a block has type \"%.40s\"", name,
+                         type && type->type == PYJSON_STRING ? type->text : "?");
+    return buffer_append(out, text->text, text->n_text) || no_memory(f);
+}
+
+// The text of a string or of an array of blocks, appended.
 static bool take_text(const struct pyjson *v, const char *name, struct buffer *out, struct fault *f) {
     if (!v) return true;
     if (v->type == PYJSON_STRING) return buffer_append(out, v->text, v->n_text) || no_memory(f);
     if (v->type != PYJSON_ARRAY)
         return fault_set(f, 400, name, "%s: expected a string or an array of blocks, found %s", name,
                          pyjson_type_name(v));
+    for (const struct pyjson *b = v->first; b; b = b->next)
+        if (!take_block(b, name, out, f)) return false;
+    return true;
+}
+
+// The system prompt. Claude Code puts a block in front that names the request, for its own billing: it would make every
+// prompt differ from its first token on, and tells the model nothing.
+static bool take_system(const struct pyjson *v, struct buffer *out, struct fault *f) {
+    static const char billing[] = "x-anthropic-billing-header:";
+    if (!v || v->type != PYJSON_ARRAY) return take_text(v, "system", out, f);
     for (const struct pyjson *b = v->first; b; b = b->next) {
-        const struct pyjson *type = pyjson_get(b, "type"), *text = pyjson_get(b, "text");
-        if (!pyjson_is_text(type, "text") || !text || text->type != PYJSON_STRING)
-            return fault_set(f, 400, name, "%s: this model reads text only; a block has type \"%.40s\"", name,
-                             type && type->type == PYJSON_STRING ? type->text : "?");
-        if (!buffer_append(out, text->text, text->n_text)) return no_memory(f);
+        const struct pyjson *text = b == v->first ? pyjson_get(b, "text") : NULL;
+        bool header = text && text->type == PYJSON_STRING && strncmp(text->text, billing, sizeof billing - 1) == 0;
+        if (!header && !take_block(b, "system", out, f)) return false;
     }
     return true;
 }
@@ -46,7 +74,6 @@ static bool put_user(const struct pyjson *content, const char *name, struct buff
     }
     for (const struct pyjson *b = content && content->type == PYJSON_ARRAY ? content->first : NULL; ok && b;
          b = b->next) {
-        const struct pyjson one = {.type = PYJSON_ARRAY, .first = (struct pyjson *)(uintptr_t)b, .n = 1};
         if (pyjson_is_text(pyjson_get(b, "type"), "tool_result")) {
             struct buffer result = {0};
             ok = take_text(field(b, "content"), name, &result, f) &&
@@ -54,11 +81,7 @@ static bool put_user(const struct pyjson *content, const char *name, struct buff
             buffer_free(&result);
             results = true;
         } else {
-            struct pyjson alone = *b; // without what comes behind it
-            struct pyjson list = one;
-            alone.next = NULL;
-            list.first = &alone;
-            ok = take_text(&list, name, &text, f);
+            ok = take_block(b, name, &text, f);
             any = true;
         }
     }
@@ -107,6 +130,15 @@ static bool put_assistant(const struct pyjson *content, const char *name, struct
     return ok;
 }
 
+// What the system says between the messages, as Claude Code's reminders.
+static bool put_system(const struct pyjson *content, const char *name, struct buffer *out, struct fault *f) {
+    struct buffer text = {0};
+    bool ok = take_text(content, name, &text, f) &&
+              ((put_text(out, "system", &text) && buffer_append_byte(out, '}')) || no_memory(f));
+    buffer_free(&text);
+    return ok;
+}
+
 static const struct pyjson *parse(struct arena *arena, const struct buffer *text, struct fault *f) {
     struct error err = {0};
     const struct pyjson *v = pyjson_parse(arena, buffer_text(text), text->len, "messages", &err);
@@ -120,7 +152,7 @@ static bool convert_messages(struct arena *arena, const struct pyjson *body, str
     if (!field_typed(body, "messages", PYJSON_ARRAY, &list, f)) return false;
     if (!list || list->n == 0) return fault_set(f, 400, "messages", "messages: expected at least one message");
     bool ok = buffer_append_byte(&out, '[') || no_memory(f);
-    ok = ok && take_text(field(body, "system"), "system", &system, f);
+    ok = ok && take_system(field(body, "system"), &system, f);
     if (ok && field(body, "system"))
         ok = (put_text(&out, "system", &system) && buffer_append_byte(&out, '}')) || no_memory(f);
     size_t i = 0;
@@ -130,7 +162,8 @@ static bool convert_messages(struct arena *arena, const struct pyjson *body, str
         const struct pyjson *role = pyjson_get(m, "role"), *content = pyjson_get(m, "content");
         if (pyjson_is_text(role, "user")) ok = put_user(content, name, &out, f);
         else if (pyjson_is_text(role, "assistant")) ok = put_assistant(content, name, &out, f);
-        else ok = fault_set(f, 400, name, "%s: role must be \"user\" or \"assistant\"", name);
+        else if (pyjson_is_text(role, "system")) ok = put_system(content, name, &out, f);
+        else ok = fault_set(f, 400, name, "%s: role must be \"user\", \"assistant\" or \"system\"", name);
     }
     ok = ok && (buffer_append_byte(&out, ']') || no_memory(f));
     if (ok) p->messages = parse(arena, &out, f);
@@ -139,6 +172,7 @@ static bool convert_messages(struct arena *arena, const struct pyjson *body, str
     return ok && p->messages;
 }
 
+// Tools with a type of their own run on Anthropic's servers, or are known to its models alone: they are left out.
 static bool convert_tools(struct arena *arena, const struct pyjson *body, struct chat_prompt *p, struct fault *f) {
     const struct pyjson *list = NULL;
     struct buffer out = {0};
@@ -148,18 +182,20 @@ static bool convert_tools(struct arena *arena, const struct pyjson *body, struct
     size_t i = 0;
     for (const struct pyjson *t = list->first; ok && t; t = t->next, i++) {
         const struct pyjson *name = field(t, "name"), *schema = field(t, "input_schema"),
-                            *about = field(t, "description");
+                            *about = field(t, "description"), *strict = field(t, "strict");
+        const struct pyjson *type = field(t, "type");
+        if (!schema && type && type->type == PYJSON_STRING && strcmp(type->text, "custom") != 0) continue;
         if (!name || !schema) {
-            fault_set(f, 400, "tools",
-                      "tools[%zu]: expected name and input_schema (tools that run on a server are not offered)", i);
+            fault_set(f, 400, "tools", "tools[%zu]: expected name and input_schema", i);
             buffer_free(&out);
             return false;
         }
-        ok = buffer_printf(&out, "%s{\"type\": \"function\", \"function\": {\"name\": ", i ? ", " : "") &&
+        ok = buffer_printf(&out, "%s{\"type\": \"function\", \"function\": {\"name\": ", out.len > 1 ? ", " : "") &&
              pyjson_write_portable(name, &out);
         if (about) ok = ok && buffer_append_text(&out, ", \"description\": ") && pyjson_write_portable(about, &out);
-        ok = ok && buffer_append_text(&out, ", \"parameters\": ") && pyjson_write_portable(schema, &out) &&
-             buffer_append_text(&out, "}}");
+        ok = ok && buffer_append_text(&out, ", \"parameters\": ") && pyjson_write_portable(schema, &out);
+        if (strict) ok = ok && buffer_append_text(&out, ", \"strict\": ") && pyjson_write_portable(strict, &out);
+        ok = ok && buffer_append_text(&out, "}}");
     }
     ok = ok && buffer_append_byte(&out, ']');
     if (ok) p->tools = parse(arena, &out, f);

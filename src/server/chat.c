@@ -74,15 +74,17 @@ static bool put_token(const struct tandem_engine *e, const tandem_token *t, stru
     return ok && buffer_append_byte(out, ']');
 }
 
-static void chat_token(struct choice *c, const tandem_event *e) {
-    const tandem_engine *engine = c->g->s->engine;
-    struct buffer *out = &c->logprobs;
+bool openai_put_logprob(const struct tandem_engine *engine, const tandem_event *e, struct buffer *out) {
     bool ok = (!out->len || buffer_append_text(out, ", ")) && put_token(engine, &e->token, out) &&
               buffer_append_text(out, ", \"top_logprobs\": [");
     for (size_t i = 0; ok && i < e->n_top; i++)
         ok = (i == 0 || buffer_append_text(out, ", ")) && put_token(engine, &e->top[i], out) &&
              buffer_append_byte(out, '}');
-    if (!ok || !buffer_append_text(out, "]}")) c->failed = true;
+    return ok && buffer_append_text(out, "]}");
+}
+
+static void chat_token(struct choice *c, const tandem_event *e) {
+    if (!openai_put_logprob(c->g->s->engine, e, &c->logprobs)) c->failed = true;
 }
 
 static bool put_logprobs(struct choice *c, struct buffer *out) {

@@ -8,6 +8,8 @@
 bool openai_read_common(struct generation *g, const struct pyjson *body, struct fault *f);
 bool openai_usage(struct generation *g, struct buffer *out);   // , "usage": {...}
 bool openai_timings(struct generation *g, struct buffer *out); // , "timings": {...} if asked for
+// One more item of a list of log-probabilities.
+bool openai_put_logprob(const struct tandem_engine *engine, const tandem_event *e, struct buffer *out);
 void openai_fail(struct generation *g, int status, const char *message);
 void openai_done(struct generation *g); // [DONE]
 // Sends the generation or answers with what is wrong.

@@ -19,6 +19,25 @@ static const struct pyjson *function_of(const struct pyjson *tool) {
     return pyjson_get(tool, "function");
 }
 
+// The name in {"name": ...} or {"function": {"name": ...}}; NULL: none.
+static const struct pyjson *name_in(const struct pyjson *v) {
+    const struct pyjson *name = field(v, "name");
+    if (!name) name = field(field(v, "function"), "name");
+    return name && name->type == PYJSON_STRING ? name : NULL;
+}
+
+bool format_allows(const struct generation *g, const char *tool) {
+    for (const struct pyjson *t = g->allowed ? g->allowed->first : NULL; t; t = t->next)
+        if (pyjson_is_text(name_in(t), tool)) return true;
+    return !g->allowed;
+}
+
+bool format_has_tool(const struct generation *g, const char *tool) {
+    for (const struct pyjson *t = g->tools ? g->tools->first : NULL; t; t = t->next)
+        if (pyjson_is_text(pyjson_get(function_of(t), "name"), tool)) return format_allows(g, tool);
+    return false;
+}
+
 static bool is_strict(const struct pyjson *tool) {
     const struct pyjson *strict = pyjson_get(function_of(tool), "strict");
     return strict && strict->type == PYJSON_TRUE;
@@ -45,15 +64,15 @@ static bool put_arguments(struct grammar *g, const struct pyjson *tool, uint32_t
 }
 
 // What follows <tool_call>, for every tool that may be called: \n{"name": ..., "arguments": ...}\n</tool_call>
-static bool put_call(struct grammar *g, const struct pyjson *tools, const char *only, uint32_t next, uint32_t *out,
+static bool put_call(struct grammar *g, const struct generation *gen, const char *only, uint32_t next, uint32_t *out,
                      struct error *err) {
     uint32_t end = text(g, "}\n</tool_call>", next);
     bool any = false;
-    for (const struct pyjson *t = tools->first; t; t = t->next) {
+    for (const struct pyjson *t = gen->tools->first; t; t = t->next) {
         const struct pyjson *name = pyjson_get(function_of(t), "name");
         uint32_t one;
         struct buffer quoted = {0};
-        if (only && !pyjson_is_text(name, only)) continue;
+        if ((only && !pyjson_is_text(name, only)) || !format_allows(gen, name->text)) continue;
         if (!put_arguments(g, t, end, &one, err)) return false;
         if (!pyjson_write_string(name->text, name->n_text, &quoted)) return error_set(err, "out of memory");
         one = text(g, "\n{\"name\": ", grammar_text(g, quoted.data, quoted.len, text(g, ", \"arguments\": ", one)));
@@ -68,7 +87,7 @@ static bool put_call(struct grammar *g, const struct pyjson *tools, const char *
 static bool put_calls(struct grammar *g, const struct generation *gen, const struct form *form, uint32_t next,
                       uint32_t *out, struct error *err) {
     uint32_t again = form->parallel ? grammar_hole(g) : next, call;
-    if (!put_call(g, gen->tools, form->tool, again, &call, err)) return false;
+    if (!put_call(g, gen, form->tool, again, &call, err)) return false;
     call = text(g, "<tool_call>", call);
     if (form->parallel) grammar_fill(g, again, next, text(g, "\n", call));
     *out = call;
@@ -87,7 +106,7 @@ static bool make_grammar(struct generation *gen, const struct form *form, struct
     } else if (form->required) {
         if (!put_calls(g, gen, form, end, &start, err)) return false;
     } else {
-        if (!put_call(g, gen->tools, NULL, end, &start, err)) return false;
+        if (!put_call(g, gen, NULL, end, &start, err)) return false;
         gen->constrains_calls = true;
     }
     if (!gen->constrains_calls && gen->may_think) // what stands between </think> and the answer
@@ -100,7 +119,7 @@ static bool finish(struct generation *g, const struct form *form, const char *pa
     bool strict = false;
     for (const struct pyjson *t = g->has_tools ? g->tools->first : NULL; t; t = t->next)
         strict = strict || is_strict(t);
-    if (!form->json && !form->required && !strict) return true;
+    if (!form->json && !form->required && !strict && !g->allowed) return true;
     struct error err = {0};
     struct grammar grammar = {0};
     bool ok = make_grammar(g, form, &grammar, &err);
@@ -132,15 +151,42 @@ static bool choose_tools(struct generation *g, const char *mode, const char *too
     return true;
 }
 
+// {"type": "allowed_tools", ...}: the prompt has all tools, so that it begins as other requests' do; only these may be
+// called. Chat completions put mode and tools one level deeper.
+static bool choose_allowed(struct generation *g, const struct pyjson *v, struct form *form, struct chat_prompt *p,
+                           struct fault *f) {
+    const struct pyjson *inner = field(v, "allowed_tools"), *holder = inner ? inner : v, *list = NULL;
+    const char *mode = "auto";
+    if (!field_text(holder, "mode", &mode, f) || !field_typed(holder, "tools", PYJSON_ARRAY, &list, f)) return false;
+    if (strcmp(mode, "auto") != 0 && strcmp(mode, "required") != 0)
+        return fault_set(f, 400, "tool_choice", "tool_choice: mode must be \"auto\" or \"required\", found \"%.40s\"",
+                         mode);
+    if (!list || list->n == 0 || list->n > MAX_TOOLS)
+        return fault_set(f, 400, "tool_choice", "tool_choice: allowed_tools needs tools, an array of 1 to %d",
+                         MAX_TOOLS);
+    if (!choose_tools(g, mode, NULL, form, p, f)) return false;
+    for (const struct pyjson *t = list->first; t; t = t->next) {
+        const struct pyjson *name = name_in(t);
+        if (!name) return fault_set(f, 400, "tool_choice", "tool_choice: every allowed tool needs a name");
+        if (!format_has_tool(g, name->text))
+            return fault_set(f, 400, "tool_choice", "tool_choice: there is no tool called \"%.100s\"", name->text);
+    }
+    g->allowed = list;
+    return true;
+}
+
 static bool read_choice(struct generation *g, const struct pyjson *v, struct form *form, struct chat_prompt *p,
                         struct fault *f) {
     if (!v) return choose_tools(g, "auto", NULL, form, p, f);
     if (v->type == PYJSON_STRING) return choose_tools(g, v->text, NULL, form, p, f);
-    const struct pyjson *name = field(v, "name");
-    if (!name) name = field(field(v, "function"), "name");
-    if (v->type != PYJSON_OBJECT || !name || name->type != PYJSON_STRING)
-        return fault_set(f, 400, "tool_choice", "tool_choice: expected a string, or an object that names a function");
-    return choose_tools(g, "required", name->text, form, p, f);
+    const struct pyjson *name = name_in(v), *type = field(v, "type");
+    if (pyjson_is_text(type, "allowed_tools")) return choose_allowed(g, v, form, p, f);
+    if (name) return choose_tools(g, "required", name->text, form, p, f);
+    static const char *const modes[] = {"auto", "none", "required", "any"};
+    for (size_t i = 0; i < sizeof modes / sizeof modes[0]; i++)
+        if (pyjson_is_text(type, modes[i])) return choose_tools(g, modes[i], NULL, form, p, f);
+    return fault_set(f, 400, "tool_choice",
+                     "tool_choice: expected a string, an object that names a function, or allowed_tools");
 }
 
 // {"type": "json_schema", ...}: `holder` is the object that has the schema.
@@ -150,7 +196,10 @@ static bool read_format(const struct pyjson *format, const struct pyjson *holder
     if (!format || pyjson_is_text(type, "text")) return true;
     form->json = true;
     form->schema_where = param;
-    if (pyjson_is_text(type, "json_object")) return true;
+    if (pyjson_is_text(type, "json_object")) { // llama.cpp's older form has a schema here
+        form->schema = field(format, "schema");
+        return true;
+    }
     if (!pyjson_is_text(type, "json_schema"))
         return fault_set(f, 400, param, "%s: type must be \"text\", \"json_object\" or \"json_schema\"", param);
     if (!schema) return fault_set(f, 400, param, "%s: json_schema needs a schema", param);

@@ -11,4 +11,7 @@ bool format_read_anthropic(struct generation *g, const struct pyjson *body, stru
 // The same for responses: tool_choice, text.format.
 bool format_read_responses(struct generation *g, const struct pyjson *body, struct chat_prompt *p, struct fault *f);
 
+bool format_allows(const struct generation *g, const char *tool);   // by tool_choice's list of allowed tools
+bool format_has_tool(const struct generation *g, const char *tool); // it exists, and is allowed
+
 #endif

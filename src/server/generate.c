@@ -6,6 +6,7 @@
 #include "base/size.h"
 #include "base/utf8.h"
 #include "server/constraint.h"
+#include "server/format.h"
 #include "server/replies.h"
 
 #include <stdio.h>
@@ -314,12 +315,9 @@ static void calls_end(void *user) {
     if (c->g->streams && c->n_calls) c->g->writer->call_end(c, c->n_calls - 1);
 }
 
-// Is there a tool of this name? Tools are in OpenAI's form.
+// Is there a tool of this name that may be called?
 static bool calls_known(void *user, const char *name) {
-    const struct choice *c = user;
-    for (const struct pyjson *t = c->g->tools->first; t; t = t->next)
-        if (pyjson_is_text(pyjson_get(pyjson_get(t, "function"), "name"), name)) return true;
-    return false;
+    return format_has_tool(((const struct choice *)user)->g, name);
 }
 
 static void emit(void *user, enum stream_part part, const char *text, size_t n) {

@@ -84,11 +84,12 @@ struct generation {
     bool splits_thinking, starts_in_thinking;
     size_t think_budget; // SIZE_MAX: none
     bool has_tools;
-    bool may_think;              // its first token may be <think>
-    struct automaton *automaton; // of the answer; NULL: free
-    bool constrains_calls;       // ... of what stands between <tool_call> and </tool_call> alone
-    struct arena arena;          // of the request, which the fields below point into
-    const struct pyjson *tools;  // as the request gave them, in OpenAI's form; NULL: none
+    bool may_think;               // its first token may be <think>
+    struct automaton *automaton;  // of the answer; NULL: free
+    bool constrains_calls;        // ... of what stands between <tool_call> and </tool_call> alone
+    struct arena arena;           // of the request, which the fields below point into
+    const struct pyjson *tools;   // as the request gave them, in OpenAI's form; NULL: none
+    const struct pyjson *allowed; // those of them that may be called, each an object with its name; NULL: all
     char id[48];
     long created;
     double submitted, last_token;

@@ -135,6 +135,7 @@ static enum MHD_Result send_answer(struct exchange *x) {
     MHD_add_response_header(r, "Cache-Control", "no-store");
     MHD_add_response_header(r, "X-Content-Type-Options", "nosniff");
     if (x->status == 429 || x->status == 503) MHD_add_response_header(r, "Retry-After", "1");
+    if (x->allow) MHD_add_response_header(r, "Allow", strcmp(x->allow, "GET") == 0 ? "GET, HEAD" : x->allow);
     if (x->status == 401) MHD_add_response_header(r, "WWW-Authenticate", "Bearer");
     if (x->is_page) {
         MHD_add_response_header(r, "Content-Security-Policy", buffer_text(&x->server->page_policy));
@@ -178,8 +179,8 @@ static enum MHD_Result too_large(struct exchange *x) {
 
 static enum MHD_Result begin(struct server *s, struct MHD_Connection *c, const char *url, const char *method,
                              void **slot) {
-    bool path_known = false;
-    const struct route *route = route_find(s, url, method, &path_known);
+    const char *allow;
+    const struct route *route = route_find(s, url, method, &allow);
     struct exchange *x = exchange_create(s, c, route ? route : &unknown_route);
     if (!x) return MHD_NO;
     *slot = x;
@@ -196,9 +197,12 @@ static enum MHD_Result begin(struct server *s, struct MHD_Connection *c, const c
     if (status == 413) return too_large(x);
     if (status) return refuse(x, status, why);
     if (!route) {
-        char text[256];
-        snprintf(text, sizeof text, "%s: %.20s %.150s", path_known ? "wrong method" : "unknown route", method, url);
-        return refuse(x, path_known ? 405 : 404, text);
+        char text[512];
+        x->allow = allow;
+        if (allow) snprintf(text, sizeof text, "wrong method: %.20s %.150s (expected %s)", method, url, allow);
+        else
+            snprintf(text, sizeof text, "unknown route: %.20s %.150s (did you mean %s?)", method, url, route_hint(url));
+        return refuse(x, allow ? 405 : 404, text);
     }
     if (route->generates) {
         if (atomic_load(&s->draining)) return refuse(x, 503, "the server is shutting down");

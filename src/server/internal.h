@@ -45,8 +45,9 @@ struct exchange {
     uint64_t number, tenant;
     struct buffer body;
     size_t received_bytes;
-    bool is_page;    // the answer is the web page: it goes with its policy
-    double received; // when its body was complete
+    bool is_page;      // the answer is the web page: it goes with its policy
+    const char *allow; // of a wrong method: the right one
+    double received;   // when its body was complete
     int fd;
     atomic_int refs;
 
@@ -161,8 +162,9 @@ bool error_json(struct buffer *out, enum dialect dialect, int status, const char
 
 // ---- The rest
 
-const struct route *route_find(const struct server *s, const char *path, const char *method,
-                               bool *path_known); // routes.c
+// routes.c. NULL: there is none; *allow is then the method that the path has, NULL if it is unknown.
+const struct route *route_find(const struct server *s, const char *path, const char *method, const char **allow);
+const char *route_hint(const char *path); // of an unknown path: what may be meant
 
 struct keys *keys_load(const char *path, struct error *err);
 void keys_free(struct keys *k);

@@ -49,9 +49,12 @@ static bool put_content(const struct pyjson *v, size_t index, struct buffer *out
     struct buffer text = {0};
     bool ok = true;
     for (const struct pyjson *p = v->first; ok && p; p = p->next) {
-        const struct pyjson *type = pyjson_get(p, "type"), *part = pyjson_get(p, "text");
-        if (!pyjson_is_text(type, "text") && !pyjson_is_text(type, "input_text") &&
-            !pyjson_is_text(type, "output_text"))
+        const struct pyjson *type = pyjson_get(p, "type");
+        bool refusal = pyjson_is_text(type, "refusal"); // what an assistant once said
+        bool is_text = refusal || pyjson_is_text(type, "text") || pyjson_is_text(type, "input_text") ||
+                       pyjson_is_text(type, "output_text");
+        const struct pyjson *part = pyjson_get(p, refusal ? "refusal" : "text");
+        if (!is_text)
             ok = fault_set(f, 400, name, "%s: this model reads text only; a part has type \"%.40s\"", name,
                            type && type->type == PYJSON_STRING ? type->text : "?");
         else if (!part || part->type != PYJSON_STRING)

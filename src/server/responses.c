@@ -47,9 +47,11 @@ static bool add_parts(const struct pyjson *content, struct buffer *to, const cha
         return fault_set(f, 400, name, "%s: expected a string or an array of parts, found %s", name,
                          pyjson_type_name(content));
     for (const struct pyjson *p = content->first; p; p = p->next) {
-        const struct pyjson *text = pyjson_get(p, "text");
+        const struct pyjson *type = pyjson_get(p, "type");
+        const struct pyjson *text = pyjson_get(p, pyjson_is_text(type, "refusal") ? "refusal" : "text");
         if (!text || text->type != PYJSON_STRING)
-            return fault_set(f, 400, name, "%s: this model reads text only: every part needs \"text\"", name);
+            return fault_set(f, 400, name, "%s: this model reads text only; a part has type \"%.40s\"", name,
+                             type && type->type == PYJSON_STRING ? type->text : "?");
         if (!buffer_append(to, text->text, text->n_text)) return no_memory(f);
     }
     return true;
@@ -72,16 +74,39 @@ static bool add_message(struct gather *a, const struct pyjson *item, const char 
     return ok;
 }
 
+static bool put_function(struct buffer *calls, const struct pyjson *name, const char *own_name) {
+    return buffer_append_text(calls, calls->len ? ", " : "") &&
+           buffer_append_text(calls, "{\"type\": \"function\", \"function\": {\"name\": ") &&
+           (own_name ? pyjson_write_string(own_name, strlen(own_name), calls) : pyjson_write_portable(name, calls)) &&
+           buffer_append_text(calls, ", \"arguments\": ");
+}
+
 static bool add_call(struct gather *a, const struct pyjson *item, const char *name, struct fault *f) {
     const struct pyjson *function = pyjson_get(item, "name"), *arguments = pyjson_get(item, "arguments");
     if (!function || function->type != PYJSON_STRING || !arguments || arguments->type != PYJSON_STRING)
         return fault_set(f, 400, name, "%s: a function_call needs name and arguments, strings", name);
     a->open = true;
-    return (buffer_append_text(&a->calls, a->calls.len ? ", " : "") &&
-            buffer_append_text(&a->calls, "{\"type\": \"function\", \"function\": {\"name\": ") &&
-            pyjson_write_portable(function, &a->calls) && buffer_append_text(&a->calls, ", \"arguments\": ") &&
-            pyjson_write_portable(arguments, &a->calls) && buffer_append_text(&a->calls, "}}")) ||
+    return (put_function(&a->calls, function, NULL) && pyjson_write_portable(arguments, &a->calls) &&
+            buffer_append_text(&a->calls, "}}")) ||
            no_memory(f);
+}
+
+// Calls of tools that are none of the request's functions, in a history from elsewhere: local_shell_call with its
+// action, custom_tool_call with its input.
+static bool add_other_call(struct gather *a, const struct pyjson *item, const char *name, bool shell, struct fault *f) {
+    const struct pyjson *function = pyjson_get(item, "name"), *input = pyjson_get(item, shell ? "action" : "input");
+    if (!input || (shell ? input->type != PYJSON_OBJECT
+                         : input->type != PYJSON_STRING || !function || function->type != PYJSON_STRING))
+        return fault_set(f, 400, name,
+                         "%s: a local_shell_call needs action, an object; a custom_tool_call name and input, strings",
+                         name);
+    a->open = true;
+    bool ok = put_function(&a->calls, function, shell ? "local_shell" : NULL);
+    if (shell) ok = ok && pyjson_write_portable(input, &a->calls) && buffer_append_text(&a->calls, "}}");
+    else
+        ok = ok && buffer_append_text(&a->calls, "{\"input\": ") && pyjson_write_portable(input, &a->calls) &&
+             buffer_append_text(&a->calls, "}}}");
+    return ok || no_memory(f);
 }
 
 static bool add_output(struct gather *a, const struct pyjson *item, const char *name, struct fault *f) {
@@ -102,7 +127,16 @@ static bool add_item(struct gather *a, const struct pyjson *item, size_t i, stru
         return fault_set(f, 400, name, "%s: expected an object, found %s", name, pyjson_type_name(item));
     if (!type || pyjson_is_text(type, "message")) return add_message(a, item, name, f);
     if (pyjson_is_text(type, "function_call")) return add_call(a, item, name, f);
-    if (pyjson_is_text(type, "function_call_output")) return add_output(a, item, name, f);
+    if (pyjson_is_text(type, "function_call_output") || pyjson_is_text(type, "custom_tool_call_output") ||
+        pyjson_is_text(type, "local_shell_call_output"))
+        return add_output(a, item, name, f);
+    if (pyjson_is_text(type, "local_shell_call")) return add_other_call(a, item, name, true, f);
+    if (pyjson_is_text(type, "custom_tool_call")) return add_other_call(a, item, name, false, f);
+    // What a tool of OpenAI's servers did: its result stands in the message that follows.
+    static const char *const hosted[] = {"web_search_call",       "file_search_call", "image_generation_call",
+                                         "code_interpreter_call", "tool_search_call", "tool_search_output"};
+    for (size_t k = 0; k < sizeof hosted / sizeof hosted[0]; k++)
+        if (pyjson_is_text(type, hosted[k])) return true;
     if (pyjson_is_text(type, "reasoning")) {
         a->open = true;
         return add_parts(field(item, "content"), &a->reasoning, name, f);
@@ -146,7 +180,8 @@ static bool convert_input(struct arena *arena, const struct pyjson *body, struct
     return ok;
 }
 
-// Tools are flat here; the template wants them as in chat completions.
+// Tools are flat here; the template wants them as in chat completions. Those that are no functions run on OpenAI's
+// servers, or are known to its models alone: they are left out, since Codex always sends some.
 static bool convert_tools(struct arena *arena, const struct pyjson *body, struct chat_prompt *p, struct fault *f) {
     const struct pyjson *list = NULL;
     struct buffer out = {0};
@@ -155,14 +190,15 @@ static bool convert_tools(struct arena *arena, const struct pyjson *body, struct
     bool ok = buffer_append_byte(&out, '[');
     size_t i = 0;
     for (const struct pyjson *t = list->first; ok && t; t = t->next, i++) {
-        const struct pyjson *name = field(t, "name");
-        if (!pyjson_is_text(pyjson_get(t, "type"), "function") || !name) {
+        const struct pyjson *name = field(t, "name"), *type = field(t, "type");
+        bool function = pyjson_is_text(type, "function");
+        if (type && type->type == PYJSON_STRING && !function) continue;
+        if (!function || !name) {
             buffer_free(&out);
-            return fault_set(f, 400, "tools", "tools[%zu]: expected type \"function\" and a name (no tools run here)",
-                             i);
+            return fault_set(f, 400, "tools", "tools[%zu]: expected type \"function\" and a name", i);
         }
         static const char *const keys[] = {"description", "parameters", "strict"};
-        ok = buffer_printf(&out, "%s{\"type\": \"function\", \"function\": {\"name\": ", i ? ", " : "") &&
+        ok = buffer_printf(&out, "%s{\"type\": \"function\", \"function\": {\"name\": ", out.len > 1 ? ", " : "") &&
              pyjson_write_portable(name, &out);
         for (size_t k = 0; ok && k < 3; k++)
             if (field(t, keys[k]))
@@ -184,12 +220,40 @@ struct own {
     const struct pyjson *body;
     size_t sequence;
     enum item open;
-    size_t index, start; // output index of the open item; where its text begins in the choice's
+    size_t index, start;            // output index of the open item; where its text begins in the choice's
+    size_t logprobs, logprobs_sent; // where its log-probabilities begin, and those that no delta had yet
+    bool in_call;                   // between <tool_call> and </tool_call>
     char item_id[48];
 };
 
+// Log-probabilities from one place of the list on.
+static bool put_logprobs(const struct buffer *list, size_t from, struct buffer *out) {
+    const char *text = buffer_text(list) + from;
+    size_t n = list->len - from, comma = n > 2 && text[0] == ',' ? 2 : 0;
+    return buffer_append_text(out, ", \"logprobs\": [") && buffer_append(out, text + comma, n - comma) &&
+           buffer_append_byte(out, ']');
+}
+
+// Of the text alone: not of the thinking, of calls, or of the line breaks behind the thinking.
+static void responses_token(struct choice *c, const tandem_event *e) {
+    const tandem_engine *engine = c->g->s->engine;
+    struct own *own = c->g->own;
+    int32_t id = e->token.id;
+    size_t n = 0;
+    const char *bytes = tokenizer_token_bytes(engine->tokenizer, id, &n);
+    bool opens = id == tokenizer_find(engine->tokenizer, "<tool_call>");
+    bool closes = id == tokenizer_find(engine->tokenizer, "</tool_call>");
+    if (c->g->has_tools && (opens || closes)) own->in_call = opens;
+    bool mark = (c->g->has_tools && (opens || closes)) || id == tokenizer_find(engine->tokenizer, "</think>");
+    if (c->thinking || own->in_call || mark || !bytes || engine_is_end(engine, id) ||
+        tokenizer_is_special(engine->tokenizer, id) || (!c->text.len && !c->logprobs.len && strspn(bytes, "\n") == n))
+        return;
+    if (!openai_put_logprob(engine, e, &c->logprobs)) c->failed = true;
+}
+
+// `text` NULL: without its part.
 static bool put_text_item(struct buffer *out, enum item kind, const char *id, const char *status, const char *text,
-                          size_t n) {
+                          size_t n, const struct buffer *logprobs, size_t from) {
     bool ok =
         kind == REASONING
             ? buffer_printf(
@@ -203,7 +267,8 @@ static bool put_text_item(struct buffer *out, enum item kind, const char *id, co
     ok = ok &&
          buffer_printf(out, "{\"type\": \"%s\", \"text\": ", kind == REASONING ? "reasoning_text" : "output_text") &&
          write_string(out, text, n);
-    if (kind == MESSAGE) ok = ok && buffer_append_text(out, ", \"annotations\": [], \"logprobs\": []");
+    if (kind == MESSAGE)
+        ok = ok && buffer_append_text(out, ", \"annotations\": []") && put_logprobs(logprobs, from, out);
     return ok && buffer_append_text(out, "}]}");
 }
 
@@ -241,13 +306,13 @@ static bool put_output(struct choice *c, struct buffer *out) {
     bool ok = true;
     if (c->reasoning.len) {
         random_id(id, sizeof id, "rs_");
-        ok = put_text_item(out, REASONING, id, "completed", c->reasoning.data, c->reasoning.len);
+        ok = put_text_item(out, REASONING, id, "completed", c->reasoning.data, c->reasoning.len, NULL, 0);
         comma = ", ";
     }
     if (c->text.len || !c->n_calls) {
         random_id(id, sizeof id, "msg_");
         ok = ok && buffer_append_text(out, comma) &&
-             put_text_item(out, MESSAGE, id, "completed", buffer_text(&c->text), c->text.len);
+             put_text_item(out, MESSAGE, id, "completed", buffer_text(&c->text), c->text.len, &c->logprobs, 0);
         comma = ", ";
     }
     for (size_t i = 0; ok && i < c->n_calls; i++, comma = ", ") {
@@ -346,17 +411,20 @@ static void close_item(struct choice *c) {
         const char *type = thinking ? "response.reasoning_text.done" : "response.output_text.done";
         tell(g, type,
              open_event(g, type) && put_place(g, true) && buffer_append_text(out, ", \"text\": ") &&
-                 write_string(out, text, n) && (thinking || buffer_append_text(out, ", \"logprobs\": []")));
+                 write_string(out, text, n) && (thinking || put_logprobs(&c->logprobs, own->logprobs, out)));
         type = "response.content_part.done";
         tell(g, type,
              open_event(g, type) && put_place(g, true) &&
                  buffer_printf(
                      out, ", \"part\": {\"type\": \"%s\", \"text\": ", thinking ? "reasoning_text" : "output_text") &&
                  write_string(out, text, n) &&
-                 buffer_append_text(out, thinking ? "}" : ", \"annotations\": [], \"logprobs\": []}"));
+                 (thinking || (buffer_append_text(out, ", \"annotations\": []") &&
+                               put_logprobs(&c->logprobs, own->logprobs, out))) &&
+                 buffer_append_byte(out, '}'));
         tell(g, done,
              open_event(g, done) && buffer_printf(out, ", \"output_index\": %zu, \"item\": ", own->index) &&
-                 put_text_item(out, own->open, own->item_id, "completed", text, n));
+                 put_text_item(out, own->open, own->item_id, "completed", text, n, &c->logprobs, own->logprobs));
+        if (!thinking) own->logprobs = own->logprobs_sent = c->logprobs.len;
     }
     own->open = NO_ITEM;
     own->index++;
@@ -375,7 +443,7 @@ static void open_text_item(struct choice *c, enum item kind, size_t before) {
     tell(g, "response.output_item.added",
          open_event(g, "response.output_item.added") &&
              buffer_printf(&g->scratch, ", \"output_index\": %zu, \"item\": ", own->index) &&
-             put_text_item(&g->scratch, kind, own->item_id, "in_progress", NULL, 0));
+             put_text_item(&g->scratch, kind, own->item_id, "in_progress", NULL, 0, NULL, 0));
     tell(g, "response.content_part.added",
          open_event(g, "response.content_part.added") && put_place(g, true) &&
              buffer_printf(&g->scratch, ", \"part\": {\"type\": \"%s\", \"text\": \"\"%s}",
@@ -385,12 +453,15 @@ static void open_text_item(struct choice *c, enum item kind, size_t before) {
 
 static void responses_text(struct choice *c, enum stream_part part, const char *text, size_t n) {
     struct generation *g = c->g;
+    struct own *own = g->own;
     bool thinking = part == STREAM_REASONING;
     open_text_item(c, thinking ? REASONING : MESSAGE, n);
     const char *type = thinking ? "response.reasoning_text.delta" : "response.output_text.delta";
     tell(g, type,
          open_event(g, type) && put_place(g, true) && buffer_append_text(&g->scratch, ", \"delta\": ") &&
-             write_string(&g->scratch, text, n) && (thinking || buffer_append_text(&g->scratch, ", \"logprobs\": []")));
+             write_string(&g->scratch, text, n) &&
+             (thinking || put_logprobs(&c->logprobs, own->logprobs_sent, &g->scratch)));
+    if (!thinking) own->logprobs_sent = c->logprobs.len;
 }
 
 static void responses_call_begin(struct choice *c, size_t k) {
@@ -453,9 +524,22 @@ static const struct writer writer = {.begin = responses_begin,
                                      .choice_end = responses_choice_end,
                                      .end = responses_end,
                                      .fail = responses_fail,
-                                     .whole = responses_whole};
+                                     .whole = responses_whole,
+                                     .token = responses_token};
 
 // ---- The request
+
+static bool read_logprobs(struct generation *g, const struct pyjson *body, struct fault *f) {
+    const struct pyjson *include = NULL;
+    int64_t n_top = 0;
+    if (!field_typed(body, "include", PYJSON_ARRAY, &include, f) || !field_int(body, "top_logprobs", 0, 20, &n_top, f))
+        return false;
+    for (const struct pyjson *i = include ? include->first : NULL; i; i = i->next)
+        if (pyjson_is_text(i, "message.output_text.logprobs")) g->logprobs = true;
+    g->logprobs = g->logprobs || n_top > 0;
+    g->n_top = (size_t)n_top;
+    return true;
+}
 
 static bool read_responses(struct generation *g, struct fault *f) {
     const struct pyjson *body = prompt_body(g->x, &g->arena, f), *reasoning = NULL;
@@ -468,7 +552,7 @@ static bool read_responses(struct generation *g, struct fault *f) {
               field_typed(body, "reasoning", PYJSON_OBJECT, &reasoning, f) &&
               field_bool(body, "stream", &g->streams, f) && field_bool(body, "background", &background, f) &&
               field_int(body, "max_output_tokens", 1, INT64_MAX, &limit, f);
-    if (!ok || (reasoning && !field_text(reasoning, "effort", &effort, f))) return false;
+    if (!ok || !read_logprobs(g, body, f) || (reasoning && !field_text(reasoning, "effort", &effort, f))) return false;
     if (effort && p.enable_thinking < 0) p.enable_thinking = strcmp(effort, "none") != 0;
     if (background) return fault_set(f, 400, "background", "background: not supported");
     if (field(body, "previous_response_id"))

@@ -89,19 +89,46 @@ static const struct route routes[] = {
     {"/apply-template", "POST", OPENAI, false, false, handle_apply_template},
 };
 
-const struct route *route_find(const struct server *s, const char *path, const char *method, bool *path_known) {
+// The path as it is in the table: without empty parts and a slash at the end.
+static void normalise(const char *path, char *out, size_t size) {
+    size_t n = 0;
+    for (; *path && n + 1 < size; path++)
+        if (*path != '/' || n == 0 || out[n - 1] != '/') out[n++] = *path;
+    while (n > 1 && out[n - 1] == '/') n--;
+    out[n] = '\0';
+}
+
+static const struct route *find(const struct server *s, const char *path, const char *method, const char **allow) {
     static const struct route model = {"/v1/models/NAME", "GET", OPENAI, false, false, handle_model};
     static const char models[] = "/v1/models/";
-    *path_known = false;
-    if (strcmp(method, "HEAD") == 0) method = "GET"; // libmicrohttpd leaves the body out
+    if (strncmp(path, models, sizeof models - 1) == 0 && strcmp(path + sizeof models - 1, s->options.model_name) == 0) {
+        *allow = model.method;
+        return strcmp(method, "GET") == 0 ? &model : NULL;
+    }
     for (size_t i = 0; i < sizeof routes / sizeof routes[0]; i++) {
         if (strcmp(routes[i].path, path) != 0) continue;
-        *path_known = true;
+        *allow = routes[i].method;
         if (strcmp(routes[i].method, method) == 0) return &routes[i];
     }
-    if (strncmp(path, models, sizeof models - 1) == 0 && strcmp(path + sizeof models - 1, s->options.model_name) == 0) {
-        *path_known = true;
-        if (strcmp(method, "GET") == 0) return &model;
-    }
     return NULL;
+}
+
+const struct route *route_find(const struct server *s, const char *path, const char *method, const char **allow) {
+    char plain[300] = "/v1";
+    *allow = NULL;
+    if (strcmp(method, "HEAD") == 0) method = "GET"; // libmicrohttpd leaves the body out
+    normalise(path, plain + 3, sizeof plain - 3);
+    const struct route *r = find(s, plain + 3, method, allow);
+    if (!*allow) r = find(s, plain, method, allow); // a base URL without its /v1, as llama.cpp takes it
+    return r;
+}
+
+const char *route_hint(const char *path) {
+    size_t n = strlen(path);
+    for (size_t i = 1; i < sizeof routes / sizeof routes[0]; i++) { // a base URL that has too much
+        size_t m = strlen(routes[i].path);
+        if (n > m && strcmp(path + n - m, routes[i].path) == 0) return routes[i].path;
+    }
+    return "/v1/chat/completions, /v1/completions, /v1/responses, /v1/messages, /v1/models or another of the routes in "
+           "docs/SERVING.md";
 }

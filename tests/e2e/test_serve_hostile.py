@@ -195,7 +195,7 @@ def test_raw_bytes(server, name):
 def test_wrong_method_and_route(server):
     assert server.request("GET", "/v1/chat/completions")[0] == 405
     assert server.request("POST", "/live", {})[0] == 405
-    for path in ("/etc/passwd", "/v1", "/v1/chat/completions/", "/v1/models/other", "/../live"):
+    for path in ("/etc/passwd", "/v1", "/v1/models/other", "/../live"):
         assert server.request("GET", path)[0] == 404
     status, _, body = server.request("POST", "/v1/messages/nothing", {})
     assert status == 404 and json.loads(body)["type"] == "error"

@@ -217,10 +217,10 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
         "/v1/messages/count_tokens", "/tokenize",       "/detokenize",   "/apply-template"};
     static struct server *s;
     static char connection;
-    bool known;
+    const char *allow;
     if (!s) s = make_server();
     if (size == 0) return 0;
-    const struct route *route = route_find(s, paths[data[0] % (sizeof paths / sizeof paths[0])], "POST", &known);
+    const struct route *route = route_find(s, paths[data[0] % (sizeof paths / sizeof paths[0])], "POST", &allow);
     const uint8_t *end = memchr(data + 1, 0, size - 1), *tokens = end ? end + 1 : data + size;
     size_t n_body = (size_t)((end ? end : data + size) - (data + 1)), n_tokens = (size_t)(data + size - tokens);
     struct exchange *x = exchange_create(s, NULL, route);
