@@ -127,7 +127,7 @@ EMULATOR = tests/cuda_emulator
 EMULATED_SRC = $(sort $(wildcard src/ops/cuda/*.c src/ops/cuda/*.cu)) src/ops/open.c
 emulated_objects = $(addprefix $(BUILD)/$(1)/,$(addsuffix .o,$(basename $(EMULATED_SRC)))) \
     $(patsubst %,$(BUILD)/$(EMULATOR)/%.o,blocks runtime)
-EMULATED_CPPFLAGS = -D_GNU_SOURCE -DTANDEM_CUDA -DTANDEM_CUDA_EMULATED=$(if $(filter emulated_80,$(1)),80,90) -I$(EMULATOR) -Isrc -Iinclude
+EMULATED_CPPFLAGS = -D_GNU_SOURCE -DTANDEM_CUDA -DTANDEM_CUDA_EMULATED=$(if $(filter emulated_80,$(1)),80,90) -I$(EMULATOR) $(if $(filter emulated_sown,$(1)),-I$(BUILD)/sown/src) -Isrc -Iinclude
 # As nvcc is told, and as it understands the language: bits may be read as another type.
 EMULATED_CXXFLAGS = -std=gnu++17 -O2 -g -ffp-contract=off -fno-strict-aliasing -fno-exceptions -fno-rtti -fno-threadsafe-statics \
     -Wall -Wno-unknown-pragmas -Wno-unused-variable -Wno-maybe-uninitialized
@@ -142,6 +142,8 @@ endef
 $(eval $(call EMULATED_RULES,emulated_90,))
 $(eval $(call EMULATED_RULES,emulated_80,))
 $(eval $(call EMULATED_RULES,emulated_sown,$(BUILD)/sown/))
+# Kernels that several sources share stand in headers.
+$(call emulated_objects,emulated_sown): | $(patsubst %,$(BUILD)/sown/%,$(filter-out %/chip.cuh,$(wildcard src/ops/cuda/*.cuh)))
 $(BUILD)/sown/%: % $(EMULATOR)/sow.py
 	@mkdir -p $(@D)
 	@python3 $(EMULATOR)/sow.py $< $@
