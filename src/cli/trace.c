@@ -260,8 +260,8 @@ static const char *engine_precision(const tandem_engine *e) {
         const struct layer_weights *w = &m->layers[i];
         const struct matrix *all[] = {&w->wq, &w->wk, &w->wv, &w->wo, &w->w_gate, &w->w_up, &w->w_down, &m->head};
         for (size_t k = 0; k < sizeof all / sizeof all[0]; k++) {
-            bf16 = bf16 || all[k]->type == DTYPE_BF16;
-            quantised = quantised || dtype_info(all[k]->type)->is_quantised;
+            bf16 = bf16 || ops_input_rule(e->ops, all[k]->type) == DTYPE_BF16;
+            quantised = quantised || dtype_info(ops_input_rule(e->ops, all[k]->type))->is_quantised;
         }
     }
     return quantised ? "int8" : bf16 ? "bf16" : "f32";

@@ -18,7 +18,7 @@ struct stage {
     struct stage_report *r;
     struct error *err;
     struct judgement judged;
-    bool quantised;          // some products round their input to int8
+    bool to_int8;            // some products round their input so
     bool rounds_more_than_h; // ... or K and V are stored in 8 bits
     // Over all positions compared with T:
     double *kl, *kl_h; // [n_positions] KL(T || ours), KL(T || H)
@@ -563,7 +563,7 @@ static void judge_totals(struct stage *s) {
     stage_note(s->r, "logits: RMS error %.3g, H %.3g; KL(T || ours) p99.9 %.3g, KL(T || H) p99.9 %.3g", ours, theirs,
                p999, p999_h);
     if (s->n_ties > SHOWN_TIES) stage_note(s->r, "%zu more ties", s->n_ties - SHOWN_TIES);
-    if (s->quantised)
+    if (s->to_int8)
         stage_note(s->r, "%s weights: rounding the input of their products to int8 costs a KL of %.3g",
                    dtype_info(s->d->model->layers[0].w_down.type)->name, mean_kl);
     else if (s->rounds_more_than_h)
@@ -582,9 +582,9 @@ static size_t most_positions(const struct stage *s, const struct doctor_prompt *
 bool stage_model(struct doctor *d, struct stage_report *r, struct error *err) {
     struct stage s = {.d = d, .r = r, .err = err};
     for (size_t i = 0; i < d->model->config.n_layers; i++)
-        s.quantised = s.quantised || dtype_info(d->model->layers[i].w_down.type)->is_quantised ||
-                      dtype_info(d->model->layers[i].wq.type)->is_quantised;
-    s.rounds_more_than_h = s.quantised || dtype_info(d->kv_type)->is_quantised;
+        s.to_int8 = s.to_int8 || dtype_info(ops_input_rule(d->ops, d->model->layers[i].w_down.type))->is_quantised ||
+                    dtype_info(ops_input_rule(d->ops, d->model->layers[i].wq.type))->is_quantised;
+    s.rounds_more_than_h = s.to_int8 || dtype_info(d->kv_type)->is_quantised;
     double started = clock_seconds(), time = d->deadline - started;
     const struct doctor_prompt *first = &d->prompts[d->n_prompts > 2 ? 1 : 0];
     double end = d->deadline;

@@ -216,19 +216,20 @@ static bool row_norms(struct judge *g, const struct matrix *w, double *norms) {
 static bool judge_product(struct judge *g, enum segment seg, const float *x, const struct matrix *w, const float *bias,
                           const size_t *rows, size_t n_rows) {
     struct answers a = {.seg = seg, .op = "matmul", .n_rows = n_rows, .columns = w->n_out, .rows = rows};
-    bool quantised = dtype_info(w->type)->is_quantised, rounds = quantised || w->type == DTYPE_BF16;
+    enum dtype rule = ops_input_rule(g->d->ops, w->type);
+    bool quantised = dtype_info(w->type)->is_quantised, to_int8 = dtype_info(rule)->is_quantised;
+    bool rounds = to_int8 || rule == DTYPE_BF16;
     double *in = widen(g, x, w->n_in, rows, n_rows), *rounded = doubles(g, n_rows, w->n_in);
     double *norms = doubles(g, 1, w->n_out);
     a.strict = doubles(g, n_rows, w->n_out);
     a.plain = rounds ? doubles(g, n_rows, w->n_out) : a.strict;
     // What int8 inputs cost is told, not judged: H does not round to int8.
-    a.h = quantised ? NULL : doubles(g, n_rows, w->n_out);
+    a.h = to_int8 ? NULL : doubles(g, n_rows, w->n_out);
     a.bound = doubles(g, n_rows, w->n_out);
-    if (!in || !rounded || !norms || !a.strict || !a.plain || (!quantised && !a.h) || !a.bound ||
-        !row_norms(g, w, norms))
+    if (!in || !rounded || !norms || !a.strict || !a.plain || (!to_int8 && !a.h) || !a.bound || !row_norms(g, w, norms))
         return false;
     for (size_t i = 0; i < n_rows; i++)
-        ops_round_activation(w->type, x + (rows ? rows[i] : i) * w->n_in, rounded + i * w->n_in, w->n_in);
+        ops_round_activation(rule, x + (rows ? rows[i] : i) * w->n_in, rounded + i * w->n_in, w->n_in);
     if (!oracle_linear(ORACLE_T, g->pool, a.strict, rounded, w, bias, n_rows, g->err) ||
         (rounds && !oracle_linear(ORACLE_T, g->pool, a.plain, in, w, bias, n_rows, g->err)) ||
         (a.h && !oracle_linear(ORACLE_H, g->pool, a.h, in, w, bias, n_rows, g->err)))

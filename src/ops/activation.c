@@ -14,3 +14,7 @@ void ops_round_activation(enum dtype weights, const float *x, double *out, size_
         }
     }
 }
+
+enum dtype ops_input_rule(const struct ops *ops, enum dtype weights) {
+    return ops->device && dtype_info(weights)->is_quantised ? DTYPE_BF16 : weights;
+}

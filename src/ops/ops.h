@@ -21,7 +21,8 @@
 // - F32, F16: dot16 of the weights, converted exactly, and x as it is.
 // - BF16: x is rounded to bf16, nearest even. "dotpair" is dot16 with pairs dealt out: lane l takes the terms k with
 //   (k / 2) % 16 == l, ascending pairs, the odd k of a pair before the even one; then dot16's tree.
-// - Quantised: x is rounded to int8 in blocks of ACT_BLOCK: a = max |x_i|, inverse = 127 / a, q_i = nearest_even(x_i *
+// - Quantised, on the CPU (a device rounds x to bf16: docs/NUMERICS.md): x is rounded to int8 in blocks of ACT_BLOCK: a
+// = max |x_i|, inverse = 127 / a, q_i = nearest_even(x_i *
 //   inverse), d = a / 127, all in f32; a < 2^-100 gives d = 0, q = 0; NaN or Inf in a block gives d = NaN, q = 0.
 //   The weights are w_i = scale_g * u_i + min_g in groups g of 16 or 32 elements (format/groups.h). "qdot" is one chain
 //   over ascending groups, from y = +0, each group in block b:
@@ -274,6 +275,8 @@ const struct isa_info *ops_cpu_isas(size_t *n);
 // x[n] as a product with `weights` multiplies it (above), exactly, as f64: what an oracle feeds its own product to
 // judge an op by. n is a multiple of ACT_BLOCK for quantised weights.
 void ops_round_activation(enum dtype weights, const float *x, double *out, size_t n);
+// The type whose rule that is for these ops' products with `weights`: itself, but on a device BF16 for quantised types.
+enum dtype ops_input_rule(const struct ops *ops, enum dtype weights);
 // The ops of --device: "auto" or NULL, "cpu", "cuda", "cuda:N"; `isa` is the CPU's. On "auto" without a usable GPU, the
 // CPU's, and why goes to `why` (an error that holds no text: no GPU was to be expected). ops_close frees them.
 const struct ops *ops_open(const char *device, const char *isa, struct error *why, struct error *err);

@@ -65,6 +65,9 @@ static inline void __threadfence() {
 struct alignas(16) uint4 {
     uint32_t x, y, z, w;
 };
+struct alignas(8) uint2 {
+    uint32_t x, y;
+};
 struct alignas(8) float2 {
     float x, y;
 };
@@ -105,6 +108,14 @@ static inline uint32_t __float_as_uint(float v) {
 
 static inline int __float_as_int(float v) {
     return emulated_bits<int>(v);
+}
+
+// Byte i of the result is the one of y:x, x low, whose number is nibble i of the selector, below 8.
+static inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
+    uint64_t both = (uint64_t)y << 32 | x;
+    uint32_t v = 0;
+    for (int i = 0; i < 4; i++) v |= (uint32_t)(both >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
+    return v;
 }
 
 static inline int min(int a, int b) {

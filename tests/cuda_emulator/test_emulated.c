@@ -9,7 +9,9 @@
 #include "../ops/cuda_ways.h"
 #include "base/clock.h"
 #include "doctor/doctor.h"
+#include "format/noise.h"
 
+#include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -112,6 +114,107 @@ static void test_heads(void **state) {
                   4 + i, 8);
 }
 
+// ---- Quantised weights
+// -------------------------------------------------------------------------------------------------------------
+
+static const char *const quantised[] = {"q8_0", "q4_0", "q4_k", "q6_k"};
+enum { N_QUANTISED = sizeof quantised / sizeof quantised[0] };
+
+// Every product's kernel, by the number of tokens; K types ask for rows of 256.
+static void test_quantised(void **state) {
+    (void)state;
+    static const size_t chunks[] = {3, 9, 33}, neighbours[] = {2, 5};
+    for (size_t i = 0; i < N_QUANTISED; i++) {
+        char model[64];
+        snprintf(model, sizeof model, "synthetic:tiny-qwen3:%s", quantised[i]);
+        same_bits(model, (struct part){.n_layers = 1, .n_vocab = 75, .n_ff = i < 2 ? 160 : 256},
+                  (struct plan){.length = 38,
+                                .lead = 30,
+                                .standard_chunk = 12,
+                                .chunks = chunks,
+                                .n_chunks = 3,
+                                .neighbours = neighbours,
+                                .n_neighbours = 2},
+                  20 + i, 8);
+    }
+}
+
+// Larger tiles; and types that differ within a layer.
+static void test_quantised_tiles(void **state) {
+    (void)state;
+    static const size_t chunks[] = {40, 70};
+    static const char *const models[] = {"synthetic:tiny-llama:q8_0", "synthetic:tiny-llama:q4_k_m"};
+    for (size_t i = 0; i < 2; i++)
+        same_bits(models[i], (struct part){.n_layers = 1, .n_vocab = 70, .n_ff = 768},
+                  (struct plan){.length = 72, .lead = 69, .standard_chunk = 36, .chunks = chunks, .n_chunks = 2},
+                  30 + i, i == 0 ? 1 : 8);
+}
+
+// The element (row, column) and one product's row, from the types' definitions, in f64.
+static void test_quantised_values(void **state) {
+    (void)state;
+    enum { ROWS = 21, MOST_TOKENS = 9 };
+    static const enum dtype types[] = {DTYPE_Q8_0, DTYPE_Q4_0, DTYPE_Q4_K, DTYPE_Q6_K};
+    static const size_t widths[] = {32, 256, 288, 768};
+    struct error err = {0};
+    open_gpu(40, 4);
+    struct device *d = cuda->device;
+    for (size_t i = 0; i < 4 * N_QUANTISED; i++) {
+        enum dtype type = types[i / 4];
+        size_t n_in = widths[i % 4], row_bytes;
+        if (!dtype_row_bytes(type, n_in, &row_bytes)) continue;
+        unsigned char *data = calloc(ROWS, row_bytes);
+        float *values = calloc(ROWS * n_in, sizeof *values), *x = calloc(MOST_TOKENS * n_in, sizeof *x);
+        float *found = calloc((n_in + ROWS) * MOST_TOKENS, sizeof *found);
+        double *rounded = calloc(n_in, sizeof *rounded);
+        assert_true(data && values && x && found && rounded);
+        struct noise noise;
+        noise_seed(&noise, 7, i);
+        for (size_t r = 0; r < ROWS; r++) noise_row(&noise, type, data + r * row_bytes, n_in, 0.1f);
+        dtype_to_f32(type, data, values, ROWS * n_in);
+        noise_floats(&noise, x, MOST_TOKENS * n_in, 1.0f);
+        struct matrix w = {"w", type, ROWS, n_in, row_bytes, data}, there;
+        assert_true(d->matrix_bytes(d, &w) > 0);
+        if (!d->put_matrix(d, &there, &w, &err)) fail_msg("%s", err.text);
+        float *dx = d->alloc(d, (n_in + ROWS) * MOST_TOKENS * sizeof *dx, "x", &err), *dy = dx + n_in * MOST_TOKENS;
+        int32_t ids[] = {20, 0, 7, 8, 13, 20, 1, 2, 3}, *dids = d->alloc(d, sizeof ids, "ids", &err);
+        struct op_ctx ctx = {.ops = cuda};
+        d->put(d, dids, ids, sizeof ids);
+        cuda->embed(&ctx, dx, &there, dids, MOST_TOKENS);
+        d->get(d, found, dx, MOST_TOKENS * n_in * sizeof *found);
+        for (size_t t = 0; t < MOST_TOKENS; t++)
+            assert_memory_equal(found + t * n_in, values + (size_t)ids[t] * n_in, n_in * sizeof *found);
+        d->put(d, dx, x, MOST_TOKENS * n_in * sizeof *x);
+        cuda->matmul(&ctx, dy, dx, &there, MOST_TOKENS);
+        d->get(d, found, dy, MOST_TOKENS * ROWS * sizeof *found);
+        for (size_t t = 0; t < MOST_TOKENS; t++) {
+            ops_round_activation(DTYPE_BF16, x + t * n_in, rounded, n_in);
+            for (size_t r = 0; r < ROWS; r++) {
+                double sum = 0, size = 0;
+                for (size_t k = 0; k < n_in; k++) {
+                    double term = rounded[k] * (double)values[r * n_in + k];
+                    sum += term;
+                    size += fabs(term);
+                }
+                // A minimum's term and the scale's may be several times as large as their sum.
+                double off = fabs((double)found[t * ROWS + r] - sum);
+                if (!(off <= size * 0x1p-20))
+                    fail_msg("%s, %zu columns: token %zu, row %zu: %.9g, not %.9g", dtype_info(type)->name, n_in, t, r,
+                             (double)found[t * ROWS + r], sum);
+            }
+        }
+        d->free(d, (void *)(uintptr_t)there.data);
+        d->free(d, dx);
+        d->free(d, dids);
+        free(data);
+        free(values);
+        free(x);
+        free(found);
+        free(rounded);
+    }
+    ops_close(cuda);
+}
+
 // ---- Against the oracle
 // ----------------------------------------------------------------------------------------------------------
 
@@ -129,6 +232,7 @@ static void test_oracle(void **state) {
     (void)state;
     judge("synthetic:tiny-qwen2", 0.6);
     judge("models/tandem-tiny", 0.5);
+    judge("synthetic:tiny-qwen3:q8_0", 0.6);
 }
 
 // ---- The doctor
@@ -180,8 +284,15 @@ static int say_counts(void **state) {
 
 int main(int argc, char **argv) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_qwen3), cmocka_unit_test(test_split),  cmocka_unit_test(test_tiles),
-        cmocka_unit_test(test_heads), cmocka_unit_test(test_oracle), cmocka_unit_test(test_doctor),
+        cmocka_unit_test(test_qwen3),
+        cmocka_unit_test(test_split),
+        cmocka_unit_test(test_tiles),
+        cmocka_unit_test(test_heads),
+        cmocka_unit_test(test_oracle),
+        cmocka_unit_test(test_doctor),
+        cmocka_unit_test(test_quantised),
+        cmocka_unit_test(test_quantised_tiles),
+        cmocka_unit_test(test_quantised_values),
     };
     if (argc > 1) cmocka_set_test_filter(argv[1]);
     else if (strstr(argv[0], "test_emulated_80")) cmocka_set_test_filter("test_heads");

@@ -48,6 +48,20 @@ static __device__ __forceinline__ void mma(float (&d)[4], uint32_t a0, uint32_t 
                  : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+// Two bf16s' a b + c, each rounded once; subnormal numbers count.
+static __device__ __forceinline__ uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t d;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+
+// An f16, by its bits.
+static __device__ __forceinline__ float half_to_float(uint16_t v) {
+    float f;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v));
+    return f;
+}
+
 // ---- Copies into shared memory
 // ---------------------------------------------------------------------------------------
 // One thread asks for a bulk copy, all wait for it on a barrier in shared memory. Older chips copy with all threads.

@@ -166,12 +166,12 @@ static const void *show(struct device *d, const void *data, size_t bytes) {
 // ---- Matrices
 // --------------------------------------------------------------------------------------------------------
 
-// bf16 in units of 8 rows (matrix.cuh): rows to whole pairs of units, columns to whole slices of 128.
+// Records of 8 rows by 128 columns (matrix.cuh, quantised.cuh): rows to whole pairs of units, columns to whole slices.
 static size_t matrix_bytes(struct device *d, const struct matrix *w) {
     (void)d;
-    size_t rows, columns, n;
-    if (w->type != DTYPE_BF16 || w->n_in % 4 != 0 || !size_align_up(w->n_out, 16, &rows) ||
-        !size_align_up(w->n_in, 128, &columns) || !size_mul(rows, columns, &n) || !size_mul(n, 2, &n))
+    size_t rows, columns, n, record = w->type == DTYPE_BF16 ? 8 * 128 * 2 : cuda_quantised_record(w->type);
+    if (w->n_in % 4 != 0 || w->n_in % dtype_info(w->type)->block_len != 0 || !size_align_up(w->n_out, 16, &rows) ||
+        !size_align_up(w->n_in, 128, &columns) || !size_mul(rows / 8, columns / 128, &n) || !size_mul(n, record, &n))
         return 0;
     return n;
 }
@@ -191,7 +191,8 @@ static bool put_matrix(struct device *d, struct matrix *out, const struct matrix
         for (size_t at = 0; at < w->n_out; at += per_step) {
             size_t n = w->n_out - at < per_step ? w->n_out - at : per_step;
             put(d, rows, (const char *)w->data + at * w->row_bytes, n * w->row_bytes);
-            cuda_pack_rows(s, out, rows, at, n);
+            if (w->type == DTYPE_BF16) cuda_pack_rows(s, out, rows, at, n);
+            else cuda_pack_quantised(s, out, rows, at, n);
         }
     }
     device_free(d, rows);
@@ -259,6 +260,7 @@ static bool start(struct cuda_state *s, struct error *err) {
     if (e == cudaSuccess) e = cudaMalloc(&s->parts, cuda_choose_bytes());
     if (e == cudaSuccess) {
         cuda_products_setup(s);
+        cuda_quantised_setup(s);
         cuda_attention_setup(s);
         cuda_wide_setup(s);
         e = s->failed;

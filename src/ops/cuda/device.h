@@ -54,6 +54,13 @@ bool cuda_attention_setup(struct cuda_state *s);
 bool cuda_wide_setup(struct cuda_state *s);
 // Rows [row, row + n_rows) of a matrix, as stored, to their places in the device's order.
 void cuda_pack_rows(struct cuda_state *s, const struct matrix *out, const void *rows, size_t row, size_t n_rows);
+// The same for quantised weights; the bytes of 8 rows by 128 columns of such (0: not a type that is multiplied here),
+// and rows of an embedding.
+void cuda_pack_quantised(struct cuda_state *s, const struct matrix *out, const void *rows, size_t row, size_t n_rows);
+size_t cuda_quantised_record(enum dtype type);
+void cuda_quantised_embed(const struct op_ctx *ctx, float *x, const struct matrix *table, const int32_t *token,
+                          size_t n_tokens);
+void cuda_quantised_setup(struct cuda_state *s);
 
 #ifdef __cplusplus
 }

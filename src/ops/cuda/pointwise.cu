@@ -132,6 +132,10 @@ static size_t blocks(size_t n, size_t per_block) {
 
 static void embed(const struct op_ctx *ctx, float *x, const struct matrix *table, const int32_t *token,
                   size_t n_tokens) {
+    if (table->type != DTYPE_BF16) {
+        cuda_quantised_embed(ctx, x, table, token, n_tokens);
+        return;
+    }
     launch_kernel(cuda_of(ctx), "embed", k_embed, {grid_for(n_tokens), THREADS, 0}, x,
                   (const __nv_bfloat16 *)table->data, token, (int)table->n_in, (int)padded_columns(table->n_in));
 }

@@ -1,5 +1,5 @@
-// products.cu: matrix products with bf16 weights and the ops fused around them. The kernels are in small.cuh and
-// tiles.cuh; this file chooses among them.
+// products.cu: matrix products and the ops fused around them. The kernels are in small.cuh and tiles.cuh; this file
+// chooses among them for bf16 weights, and leaves quantised ones to quantised.cu.
 #include "ops/cuda/small.cuh"
 #include "ops/cuda/tiles.cuh"
 
@@ -10,10 +10,8 @@ template <enum product_mode MODE> static constexpr int most_pairs() {
     return MODE == PRODUCT_RESIDUAL ? 1 : MODE == PRODUCT_QKV ? 2 : 3;
 }
 
-// `rows`: of all results (GATE_UP: of one of the two).
 template <enum product_mode MODE, bool NORM>
-static void product(const struct op_ctx *ctx, const char *what, const product_args &p, size_t rows) {
-    size_t pairs = MODE == PRODUCT_GATE_UP ? round_up(rows, 8) / 8 : round_up(rows, 16) / 16;
+static void product(const struct op_ctx *ctx, const char *what, const product_args &p, size_t pairs) {
     size_t n_sms = (size_t)cuda_of(ctx)->n_sms;
     constexpr int MOST = most_pairs<MODE>();
     // The next products' weights shall fit beside.
@@ -49,32 +47,66 @@ static void add_segment(product_args *p, int i, const struct matrix *w, float *y
 }
 
 static void matmul(const struct op_ctx *ctx, float *y, const float *x, const struct matrix *w, size_t n_tokens) {
-    launch_matmul<W>(ctx, y, x, w, n_tokens);
+    if (w->type == DTYPE_BF16) launch_matmul<W>(ctx, y, x, w, n_tokens);
+    else quantised_matmul(ctx, y, x, w, n_tokens);
 }
 
+// A product with weights of any type; `pairs` of units, of GATE_UP's two matrices as one.
+template <enum product_mode MODE, bool NORM>
+static void product_of(const struct op_ctx *ctx, const char *what, const product_args &p, enum dtype type,
+                       size_t pairs) {
+    if (type == DTYPE_BF16) product<MODE, NORM>(ctx, what, p, pairs);
+    else quantised_product(ctx, what, p, MODE, type, pairs);
+}
+
+// Neighbours among q, k and v of one type are one product. A product's own segments are its last ones.
 static void norm_qkv(const struct op_ctx *ctx, const struct norm_qkv_args *a) {
-    product_args p = args_for(a->wq, a->n_tokens, a->x);
-    add_segment(&p, 0, a->wq, a->q, a->bq);
-    add_segment(&p, 1, a->wk, a->k, a->bk);
-    add_segment(&p, 2, a->wv, a->v, a->bv);
-    p.norm = a->norm;
-    p.eps = a->eps;
-    product<PRODUCT_QKV, true>(ctx, "norm_qkv", p, 16 * (size_t)(p.n_pairs[0] + p.n_pairs[1] + p.n_pairs[2]));
+    const struct matrix *w[] = {a->wq, a->wk, a->wv};
+    float *y[] = {a->q, a->k, a->v};
+    const float *b[] = {a->bq, a->bk, a->bv};
+    for (int first = 0, end; first < 3; first = end) {
+        for (end = first + 1; end < 3 && w[end]->type == w[first]->type;) end++;
+        product_args p = args_for(w[first], a->n_tokens, a->x);
+        size_t pairs = 0;
+        p.n_pairs[0] = 0;
+        for (int i = first, at = 3 - (end - first); i < end; i++, at++) {
+            add_segment(&p, at, w[i], y[i], b[i]);
+            pairs += (size_t)p.n_pairs[at];
+        }
+        p.norm = a->norm;
+        p.eps = a->eps;
+        product_of<PRODUCT_QKV, true>(ctx, "norm_qkv", p, w[first]->type, pairs);
+    }
 }
 
 static void residual(const struct op_ctx *ctx, const struct proj_residual_args *a) {
     product_args p = args_for(a->w, a->n_tokens, a->in);
     p.y[0] = a->x;
-    product<PRODUCT_RESIDUAL, false>(ctx, "residual", p, a->w->n_out);
+    product_of<PRODUCT_RESIDUAL, false>(ctx, "residual", p, a->w->type, (size_t)p.n_pairs[0]);
+}
+
+static void normed(const struct op_ctx *ctx, const char *what, const struct norm_gate_up_args *a,
+                   const struct matrix *w, float *y) {
+    product_args p = args_for(w, a->n_tokens, a->x);
+    p.y[0] = y;
+    p.norm = a->norm;
+    p.eps = a->eps;
+    product_of<PRODUCT_PLAIN, true>(ctx, what, p, w->type, (size_t)p.n_pairs[0]);
 }
 
 static void norm_gate_up(const struct op_ctx *ctx, const struct norm_gate_up_args *a) {
+    if (a->w_gate->type != a->w_up->type) {
+        normed(ctx, "norm_gate_up", a, a->w_gate, a->gate);
+        normed(ctx, "norm_gate_up", a, a->w_up, a->up);
+        ctx->ops->silu_mul(ctx, a->act, a->gate, a->up, a->n_tokens * a->w_gate->n_out);
+        return;
+    }
     product_args p = args_for(a->w_gate, a->n_tokens, a->x);
     add_segment(&p, 1, a->w_up, NULL, NULL);
     p.y[0] = a->act;
     p.norm = a->norm;
     p.eps = a->eps;
-    product<PRODUCT_GATE_UP, true>(ctx, "norm_gate_up", p, a->w_gate->n_out);
+    product_of<PRODUCT_GATE_UP, true>(ctx, "norm_gate_up", p, a->w_gate->type, round_up(a->w_gate->n_out, 8) / 8);
 }
 
 static void norm_head(const struct op_ctx *ctx, const struct norm_head_args *a) {
@@ -83,7 +115,7 @@ static void norm_head(const struct op_ctx *ctx, const struct norm_head_args *a) 
     p.norm = a->norm;
     p.eps = a->eps;
     p.rows = a->batch->logit_rows;
-    product<PRODUCT_PLAIN, true>(ctx, "norm_head", p, a->head->n_out);
+    product_of<PRODUCT_PLAIN, true>(ctx, "norm_head", p, a->head->type, (size_t)p.n_pairs[0]);
 }
 
 // The packed inputs of the widest product.

@@ -194,6 +194,12 @@ static inline void allow_shared(struct cuda_state *s, const void *kernel) {
                "preparing products");
 }
 
+// Products with quantised weights: of the standard path, and fused (`pairs` of units, of GATE_UP's two matrices as
+// one).
+void quantised_matmul(const struct op_ctx *ctx, float *y, const float *x, const struct matrix *w, size_t n_tokens);
+void quantised_product(const struct op_ctx *ctx, const char *what, const product_args &p, enum product_mode mode,
+                       enum dtype type, size_t pairs);
+
 // Floats of scratch that attention's partial results take.
 size_t cuda_split_floats(const struct ops *ops, const struct ops_limits *limits);
 

@@ -22,6 +22,20 @@ static inline float exp2_fast(float x) {
     return exp2f(x);
 }
 
+static inline uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
+    float low =
+        (float)((double)__uint_as_float(a << 16) * (double)__uint_as_float(b << 16) + (double)__uint_as_float(c << 16));
+    float high = (float)((double)__uint_as_float(a >> 16 << 16) * (double)__uint_as_float(b >> 16 << 16) +
+                         (double)__uint_as_float(c >> 16 << 16));
+    return (uint32_t)__float2bfloat16_rn(low).bits | (uint32_t)__float2bfloat16_rn(high).bits << 16;
+}
+
+static inline float half_to_float(uint16_t v) {
+    uint32_t sign = (uint32_t)(v >> 15) << 31, rest = v & 0x7FFFu;
+    if (rest >= 0x7C00u) return __uint_as_float(sign | 0x7F800000u | (rest & 0x3FFu) << 13);
+    return __uint_as_float(sign | __float_as_uint(__uint_as_float(rest << 13) * 0x1p112f));
+}
+
 // One order for all callers, ascending k; a chip's own may be another.
 static inline void mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
     const uint32_t a[4] = {a0, a1, a2, a3}, b[2] = {b0, b1};
@@ -45,12 +59,17 @@ static inline void bulk_copy(void *to, const void *from, uint32_t bytes, uint64_
     emulated_bulk_copy(to, from, bytes, bar);
 }
 #else
-static inline void barrier_init(uint64_t *) {}
-static inline void barrier_expect(uint64_t *, uint32_t) {}
-static inline void barrier_wait(uint64_t *, uint32_t) {}
-static inline void bulk_copy(void *, const void *, uint32_t, uint64_t *) {}
+static inline void barrier_init(uint64_t *) {
+}
+static inline void barrier_expect(uint64_t *, uint32_t) {
+}
+static inline void barrier_wait(uint64_t *, uint32_t) {
+}
+static inline void bulk_copy(void *, const void *, uint32_t, uint64_t *) {
+}
 #endif
 
-static inline void barrier_fence() {}
+static inline void barrier_fence() {
+}
 
 #endif
