@@ -6,6 +6,7 @@
 
 #include <setjmp.h>
 #include <stdarg.h>
+#include <stdio.h>
 #include <string.h>
 
 #include <cmocka.h>
@@ -44,6 +45,17 @@ static void test_tandem_tiny(void **state) {
     same_bits("models/tandem-tiny", 290, true);
 }
 
+static void test_quantised(void **state) {
+    (void)state;
+    static const char *const types[] = {"q8_0", "q4_0", "q4_k_m", "q6_k"};
+    for (size_t i = 0; i < sizeof types / sizeof types[0]; i++) {
+        char model[64];
+        snprintf(model, sizeof model, "synthetic:tiny-%s:%s", i % 2 ? "llama" : "qwen3", types[i]);
+        same_bits(model, 140, true);
+    }
+    same_bits("synthetic:qwen3-0.6b:q8_0", 130, false);
+}
+
 static void test_full_shape(void **state) {
     (void)state;
     same_bits("synthetic:qwen3-0.6b", 280, false);
@@ -64,6 +76,13 @@ static void test_oracle_tiny(void **state) {
     judge("synthetic:tiny-qwen3", 0.6);
     judge("synthetic:tiny-qwen2", 0.6);
     judge("synthetic:tiny-llama", 0.6);
+}
+
+static void test_oracle_quantised(void **state) {
+    (void)state;
+    judge("synthetic:tiny-qwen3:q8_0", 0.6);
+    judge("synthetic:tiny-qwen2:q4_k_m", 0.6);
+    judge("synthetic:tiny-llama:q4_0", 0.6);
 }
 
 static void test_oracle_tandem_tiny(void **state) {
@@ -121,7 +140,8 @@ int main(int argc, char **argv) {
         cmocka_unit_test(test_oracle_tiny),     cmocka_unit_test(test_oracle_tandem_tiny),
         cmocka_unit_test(test_tiny_qwen3),      cmocka_unit_test(test_tiny_qwen2),
         cmocka_unit_test(test_tiny_llama),      cmocka_unit_test(test_tandem_tiny),
-        cmocka_unit_test(test_full_shape),
+        cmocka_unit_test(test_full_shape),      cmocka_unit_test(test_oracle_quantised),
+        cmocka_unit_test(test_quantised),
     };
     if (argc > 1) cmocka_set_test_filter(argv[1]);
     return cmocka_run_group_tests(tests, open_gpu, close_gpu);
