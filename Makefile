@@ -176,7 +176,7 @@ unit: $(TEST_BIN)
 FUZZ_SAN = address,undefined -fno-sanitize-recover=all
 FUZZ_BIN = $(patsubst %.c,$(BUILD)/%,$(sort $(wildcard tests/fuzz/fuzz_*.c)))
 # The layers that read hostile bytes.
-FUZZ_SERVER = jsonscan toolcalls fields grammar vocabulary automaton pattern texts numbers schema schema_values schema_objects schema_oneof
+FUZZ_SERVER = jsonscan toolcalls fields grammar vocabulary automaton pattern texts numbers schema schema_logic schema_values schema_objects schema_oneof
 FUZZ_OBJ = $(filter $(addprefix $(BUILD)/src/,base/% format/% text/% model/config.o $(FUZZ_SERVER:%=server/%.o)),$(LIB_OBJ))
 $(BUILD)/tests/fuzz/fuzz_%: $(BUILD)/tests/fuzz/fuzz_%.o $(FUZZ_OBJ)
 	$(CC) -fsanitize=fuzzer,$(FUZZ_SAN) $(FUZZ_FLAGS) -o $@ $^ $(LDLIBS)

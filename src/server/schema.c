@@ -8,7 +8,7 @@
 #include <stdio.h>
 #include <string.h>
 
-enum { MAX_NESTING = 64, MAX_FLAT = 256, MAX_WORK = 30000, MAX_MEMOS = 8192 };
+enum { MAX_NESTING = 64, MAX_FLAT = 256, MAX_MEMOS = 8192 };
 
 struct memo {
     struct schemas key;
@@ -94,7 +94,14 @@ static const char *const honoured[] = {"type",
                                        "maximum",
                                        "multipleOf",
                                        "exclusiveMinimum",
-                                       "exclusiveMaximum"};
+                                       "exclusiveMaximum",
+                                       "not",
+                                       "if",
+                                       "dependentRequired",
+                                       "dependentSchemas",
+                                       "contains"};
+// They say something only beside "if" and "contains".
+static const char *const companions[] = {"then", "else", "minContains", "maxContains"};
 static const char *const annotations[] = {
     "title",         "description",     "default",     "examples",       "$comment",
     "$defs",         "$anchor",         "definitions", "deprecated",     "readOnly",
@@ -107,9 +114,14 @@ static bool is_in(const char *key, const char *const *names, size_t n) {
     return false;
 }
 
-static enum outcome check_keywords(struct compiler *c, const struct pyjson *schema) {
+bool is_honoured(const char *key) {
+    return is_in(key, honoured, sizeof honoured / sizeof honoured[0]);
+}
+
+enum outcome check_keywords(struct compiler *c, const struct pyjson *schema) {
     for (const struct pyjson *m = schema->first; m; m = m->next) {
-        if (is_in(m->key, honoured, sizeof honoured / sizeof honoured[0])) continue;
+        if (is_honoured(m->key) || m->key == except_key) continue;
+        if (is_in(m->key, companions, sizeof companions / sizeof companions[0])) continue;
         if (is_in(m->key, annotations, sizeof annotations / sizeof annotations[0])) continue;
         if (strncmp(m->key, "x-", 2) == 0) continue;
         if (strcmp(m->key, "$id") == 0 && schema == c->root) continue;
@@ -166,7 +178,7 @@ static const struct pyjson *resolve(const struct pyjson *root, const char *ref) 
     return !ref || *ref ? NULL : at;
 }
 
-static enum outcome target_of(struct compiler *c, const struct pyjson *schema, const struct pyjson **out) {
+enum outcome target_of(struct compiler *c, const struct pyjson *schema, const struct pyjson **out) {
     const struct pyjson *ref = pyjson_get(schema, "$ref");
     *out = ref->type == PYJSON_STRING ? resolve(c->root, ref->text) : NULL;
     if (!*out) return refuse(c, "$ref", "expected a path within the schema, such as #/$defs/name");
@@ -177,7 +189,7 @@ static enum outcome target_of(struct compiler *c, const struct pyjson *schema, c
 static bool is_reference(const struct pyjson *schema) {
     if (!pyjson_get(schema, "$ref")) return false;
     for (const struct pyjson *m = schema->first; m; m = m->next)
-        if (strcmp(m->key, "$ref") != 0 && is_in(m->key, honoured, sizeof honoured / sizeof honoured[0])) return false;
+        if (strcmp(m->key, "$ref") != 0 && is_honoured(m->key)) return false;
     return true;
 }
 
@@ -199,7 +211,7 @@ enum outcome flatten(struct compiler *c, const struct pyjson *schema, struct ite
         return refuse(c, "allOf", "expected an array of schemas, not empty");
     for (const struct pyjson *s = all ? all->first : NULL; s; s = s->next)
         if ((result = flatten(c, s, out)) != DONE) return result;
-    return DONE;
+    return flatten_logic(c, schema, out);
 }
 
 // ---- Alternatives
@@ -212,7 +224,7 @@ static bool is_empty(const struct items *items) {
     for (size_t i = 0; i < items->n; i++) {
         const struct item *item = &items->list[i];
         for (const struct pyjson *m = item->schema->first; m; m = m->next) {
-            if (!is_in(m->key, honoured, sizeof honoured / sizeof honoured[0]) || is_in(m->key, structure, 2)) continue;
+            if (!is_honoured(m->key) || is_in(m->key, structure, 2)) continue;
             if (strcmp(m->key, "anyOf") == 0 && item->any_of_done) continue;
             if (strcmp(m->key, "oneOf") == 0 && item->one_of_done) continue;
             return false;
@@ -229,26 +241,40 @@ static enum outcome with_branch(struct compiler *c, const struct items *items, c
     return flatten(c, branch, out);
 }
 
-// Of oneOf exactly one may hold: that must be plain from the schemas.
-static enum outcome check_apart(struct compiler *c, const struct items *items, const struct pyjson *list) {
-    for (const struct pyjson *a = list->first; a; a = a->next) {
-        struct items written;
-        enum outcome result = with_branch(c, items, a, &written);
-        if (result == NEVER) continue;
-        if (result == REFUSED) return REFUSED;
-        for (const struct pyjson *b = list->first; b; b = b->next) {
-            struct items other = {0};
-            bool apart = true;
-            if (a == b) continue;
-            if (++c->work > MAX_WORK) return refuse(c, "oneOf", "the schema takes too much work: simplify it");
-            result = flatten(c, b, &other);
-            if (result == DONE) result = are_apart(c, &written, &other, 0, &apart);
-            if (result == REFUSED) return REFUSED;
-            if (result == DONE && !apart)
-                return refuse(c, "oneOf",
-                              "its schemas must exclude each other, by their types, by a required property, "
-                              "or by a property's values (anyOf does not ask for that)");
-        }
+// Is what is written for `written` none of what `b` allows? `lasting`: and stays so, whatever more is asked of it.
+static enum outcome is_apart(struct compiler *c, const struct items *written, const struct pyjson *b, bool lasting,
+                             bool *apart) {
+    struct items other = {0};
+    *apart = true;
+    if (++c->work > MAX_WORK) return refuse(c, "oneOf", "the schema takes too much work: simplify it");
+    enum outcome result = flatten(c, b, &other);
+    if (result == DONE) result = are_apart(c, written, &other, lasting, 0, apart);
+    return result == NEVER ? DONE : result;
+}
+
+// Of oneOf exactly one may hold: what is written for `a` is none of the others, plainly or because it is asked not to
+// be. That may make it be written otherwise (what was implied is given then), so that all are looked at again.
+static enum outcome exclude_others(struct compiler *c, const struct pyjson *list, const struct pyjson *a,
+                                   struct items *written, bool *excluded) {
+    bool apart, given;
+    unsigned types;
+    *excluded = false;
+    for (const struct pyjson *b = list->first; b && !*excluded; b = b->next) {
+        if (a != b && is_apart(c, written, b, false, &apart) == REFUSED) return REFUSED;
+        *excluded = a != b && !apart;
+    }
+    if (!*excluded) return DONE;
+    // Where fractions may come, "not an integer" must allow them, which "not" does not say.
+    bool fractions = read_types(c, written, &types, &given) != DONE || (types & IS_FRACTION);
+    for (const struct pyjson *b = list->first; b; b = b->next) {
+        if (a == b) continue;
+        if (is_apart(c, written, b, true, &apart) == REFUSED) return REFUSED;
+        enum outcome result = apart ? DONE : flatten_not(c, b, fractions ? "oneOf" : "not", written);
+        if (result == REFUSED)
+            return refuse(c, "oneOf",
+                          "its schemas must exclude each other, by their types, by a required property, by a "
+                          "property's values, or so that \"not\" could say it (anyOf does not ask for that)");
+        if (result == NEVER) return NEVER;
     }
     return DONE;
 }
@@ -264,19 +290,20 @@ static enum outcome compile_union(struct compiler *c, const struct items *items,
         if (!items_add(c, &rest, items->list[i])) return REFUSED;
     if (one_of) rest.list[index].one_of_done = true;
     else rest.list[index].any_of_done = true;
-    if (one_of && list->n > 1 && check_apart(c, &rest, list) == REFUSED) return REFUSED;
     bool alone = is_empty(&rest);
     for (const struct pyjson *s = list->first; s; s = s->next) {
         uint32_t one;
         enum outcome result;
-        if (alone) {
+        bool excluded = false;
+        result = with_branch(c, &rest, s, &extended);
+        if (result == DONE && one_of) result = exclude_others(c, list, s, &extended, &excluded);
+        if (result == DONE && alone && !excluded) {
             struct schemas single = {0};
             if (!schemas_add(c, &single, s)) return REFUSED;
             result = compile_part(c, &single, NULL, &one);
             if (result == DONE) one = grammar_call(c->g, one, next);
-        } else {
-            result = with_branch(c, &rest, s, &extended);
-            if (result == DONE) result = compile_flat(c, &extended, next, &one);
+        } else if (result == DONE) {
+            result = compile_flat(c, &extended, next, &one);
         }
         if (result == REFUSED) return REFUSED;
         if (result == NEVER) continue;

@@ -5,13 +5,14 @@
 #include <stdio.h>
 #include <string.h>
 
-enum { MAX_PREFIX = 512, MAX_PROPERTIES = 512, MAX_UNIQUE = 10 };
+enum { MAX_PREFIX = 512, MAX_PROPERTIES = 512, MAX_UNIQUE = 10, MAX_COUNTED = 64 };
 
 // ---- Arrays
 
 struct array_form {
     uint32_t min, max; // max: NO_LIMIT
     bool unique;
+    const struct pyjson *contains; // the schema that has it; NULL
     size_t n_prefix;
     uint32_t prefix[MAX_PREFIX], rest; // parts; rest: of all further items
 };
@@ -50,6 +51,8 @@ static enum outcome read_array(struct compiler *c, const struct items *items, st
         if (unique && unique->type != PYJSON_TRUE && unique->type != PYJSON_FALSE)
             return refuse(c, "uniqueItems", "expected true or false");
         if (unique && unique->type == PYJSON_TRUE) f->unique = true;
+        if (pyjson_get(s, "contains") && f->contains) return refuse(c, "contains", "more than one is not supported");
+        if (pyjson_get(s, "contains")) f->contains = s;
         if (prefix && prefix->type != PYJSON_ARRAY) return refuse(c, "prefixItems", "expected an array of schemas");
         if (rest && rest->type == PYJSON_ARRAY) return refuse(c, "items", "a list is not supported: use prefixItems");
         if (prefix && prefix->n > MAX_PREFIX) return refuse(c, "prefixItems", "more than 512");
@@ -78,6 +81,18 @@ static uint32_t less(uint32_t n, uint32_t by) {
     return n == NO_LIMIT ? n : n > by ? n - by : 0;
 }
 
+// The values of null and boolean, where no other type may come.
+static enum outcome few_values(struct compiler *c, const struct items *items, struct schemas *values, bool *given) {
+    static const struct pyjson null = {.type = PYJSON_NULL}, no = {.type = PYJSON_FALSE}, yes = {.type = PYJSON_TRUE};
+    unsigned types;
+    enum outcome result = read_types(c, items, &types, given);
+    *given = result == DONE && !(types & ~(unsigned)(IS_NULL | IS_BOOLEAN));
+    if (!*given) return result;
+    bool ok = !(types & IS_NULL) || schemas_add(c, values, &null);
+    if (types & IS_BOOLEAN) ok = ok && schemas_add(c, values, &no) && schemas_add(c, values, &yes);
+    return ok ? DONE : REFUSED;
+}
+
 // Different values out of few: which ones are left is part of the place.
 static enum outcome compile_unique(struct compiler *c, const struct items *items, const struct array_form *f,
                                    uint32_t next, uint32_t *out) {
@@ -89,13 +104,14 @@ static enum outcome compile_unique(struct compiler *c, const struct items *items
     enum outcome result = item_schemas(c, items, MAX_PREFIX, &s);
     for (size_t i = 0; result == DONE && i < s.n; i++) result = flatten(c, s.list[i], &flat);
     if (result == DONE) result = read_values(c, &flat, &values, &given);
+    if (result == DONE && !given) result = few_values(c, &flat, &values, &given);
     if (result == NEVER) values.n = 0;
     if (result == REFUSED) return REFUSED;
     if (f->n_prefix || (!given && result == DONE) || values.n > MAX_UNIQUE)
-        return refuse(c, "uniqueItems", "this is supported for an enum of up to 10 values");
+        return refuse(c, "uniqueItems", "this is supported for booleans, null and an enum of up to 10 values");
     for (size_t i = 0; i < flat.n; i++)
         if (pyjson_get(flat.list[i].schema, "anyOf") || pyjson_get(flat.list[i].schema, "oneOf"))
-            return refuse(c, "uniqueItems", "this is supported for an enum of up to 10 values");
+            return refuse(c, "uniqueItems", "this is supported for booleans, null and an enum of up to 10 values");
     if (f->min > values.n) return NEVER;
     uint32_t end = grammar_byte(g, ']', next), close = grammar_space(g, end);
     for (size_t i = 0; i < values.n; i++)
@@ -117,12 +133,101 @@ static enum outcome compile_unique(struct compiler *c, const struct items *items
     return DONE;
 }
 
+// Items of which some are of a kind: where the text stands is how many items it has and how many of the kind, each as
+// far as it matters. Without maxContains, an item of the kind may also be taken for any other.
+struct contains {
+    uint32_t least, most; // of the kind; most: NO_LIMIT
+    bool others, kinds;   // there are items that are not of the kind, and some that are
+    uint32_t other_part, kind_part;
+    uint32_t n_items, n_kind; // the counts that are told apart; the last stands for all above it, if there is no limit
+    uint32_t end, close;
+};
+
+static enum outcome read_contains(struct compiler *c, const struct items *items, const struct array_form *f,
+                                  struct contains *k) {
+    const struct pyjson *kind = pyjson_get(f->contains, "contains");
+    struct schemas any = {0}, both = {0};
+    bool there;
+    *k = (struct contains){.least = 1, .most = NO_LIMIT};
+    if (read_count(c, f->contains, "minContains", &k->least, &there) == REFUSED) return REFUSED;
+    if (read_count(c, f->contains, "maxContains", &k->most, &there) == REFUSED) return REFUSED;
+    if (item_schemas(c, items, 0, &any) == REFUSED || item_schemas(c, items, 0, &both) == REFUSED) return REFUSED;
+    if (!schemas_add(c, &both, kind)) return REFUSED;
+    const struct pyjson *none = k->most == NO_LIMIT ? NULL : schema_not(c, kind);
+    if (k->most != NO_LIMIT && (!none || !schemas_add(c, &any, none))) return REFUSED;
+    enum outcome result = compile_part(c, &any, "items", &k->other_part);
+    if (result == REFUSED) return REFUSED;
+    k->others = result == DONE;
+    if ((result = compile_part(c, &both, "contains", &k->kind_part)) == REFUSED) return REFUSED;
+    k->kinds = result == DONE;
+    k->n_items = f->max != NO_LIMIT ? f->max : f->min ? f->min : 1;
+    k->n_kind = k->most != NO_LIMIT ? k->most : k->least;
+    if (k->least > k->most || f->min > f->max) return NEVER;
+    if (k->n_items <= MAX_COUNTED && k->n_kind <= MAX_COUNTED) return DONE;
+    return refuse(c, "contains", "where more than 64 items must be counted, this is not supported");
+}
+
+static uint32_t one_item(struct grammar *g, uint32_t part, bool first, uint32_t then) {
+    uint32_t item = grammar_space(g, grammar_call(g, part, then));
+    return first ? item : grammar_byte(g, ',', item);
+}
+
+static enum outcome compile_contains(struct compiler *c, const struct items *items, const struct array_form *f,
+                                     uint32_t next, uint32_t *out) {
+    struct grammar *g = c->g;
+    struct contains k;
+    uint32_t after[MAX_COUNTED + 1] = {0}, here[MAX_COUNTED + 1] = {0}; // where one more item leads to; this many
+    bool lives_after[MAX_COUNTED + 1] = {false}, lives[MAX_COUNTED + 1] = {false};
+    enum outcome result = read_contains(c, items, f, &k);
+    if (result != DONE) return result;
+    k.end = grammar_byte(g, ']', next);
+    k.close = grammar_space(g, k.end);
+    for (uint32_t i = k.n_items + 1; i-- > 0;) {
+        bool last = i == k.n_items, loops = last && f->max == NO_LIMIT;
+        const uint32_t *to = loops ? here : after;
+        const bool *leads = loops ? lives : lives_after;
+        for (uint32_t n = k.n_kind + 1; n-- > 0;) {
+            bool ends = i >= f->min && n >= k.least, counts = n < k.n_kind, more = !last || loops;
+            uint32_t up = counts ? n + 1 : n, hole = grammar_hole(g), way = 0;
+            bool kind = more && k.kinds && (counts || k.most == NO_LIMIT);
+            lives[n] = ends;
+            here[n] = hole;
+            // Where it would go round in the same place, that place must be able to end.
+            kind = kind && (loops && up == n ? ends : leads[up]);
+            lives[n] = ends || kind;
+            bool other = more && k.others && (loops ? lives[n] : lives_after[n]);
+            lives[n] = lives[n] || other;
+            if (!lives[n]) continue;
+            bool any = ends;
+            if (ends) way = i ? k.close : k.end;
+            if (kind) {
+                uint32_t one = one_item(g, k.kind_part, i == 0, to[up]);
+                way = any ? grammar_split(g, way, one) : one;
+                any = true;
+            }
+            if (other) {
+                uint32_t one = one_item(g, k.other_part, i == 0, to[n]);
+                way = any ? grammar_split(g, way, one) : one;
+            }
+            grammar_fill(g, hole, way, way);
+        }
+        memcpy(after, here, sizeof after);
+        memcpy(lives_after, lives, sizeof lives_after);
+    }
+    if (!lives[0]) return NEVER;
+    *out = grammar_byte(g, '[', here[0]);
+    return DONE;
+}
+
 enum outcome compile_array(struct compiler *c, const struct items *items, uint32_t next, uint32_t *out) {
     struct grammar *g = c->g;
     struct array_form f;
     enum outcome result = read_array(c, items, &f);
     if (result != DONE) return result;
+    if (f.contains && (f.unique || f.n_prefix))
+        return refuse(c, "contains", "beside uniqueItems or prefixItems this is not supported");
     if (f.unique && f.max > 1) return compile_unique(c, items, &f, next, out);
+    if (f.contains) return compile_contains(c, items, &f, next, out);
     if ((result = read_items(c, items, &f)) != DONE) return result;
     uint32_t end = grammar_byte(g, ']', next), close = grammar_space(g, end), more = 0;
     uint32_t n_prefix = (uint32_t)f.n_prefix;
@@ -160,6 +265,14 @@ struct object_form {
     struct text_form name; // of those
     uint32_t rest;         // the part of their values
 };
+
+bool names_properties(const struct pyjson *schema) {
+    const struct pyjson *properties = pyjson_get(schema, "properties"), *required = pyjson_get(schema, "required");
+    if (required && required->n) return true;
+    for (const struct pyjson *p = properties ? properties->first : NULL; p; p = p->next)
+        if (p->type != PYJSON_FALSE) return true;
+    return properties && properties->n == 0;
+}
 
 static struct property *find(struct object_form *f, const char *key, size_t n) {
     for (size_t i = 0; i < f->n; i++)
@@ -262,13 +375,13 @@ static enum outcome read_name_form(struct compiler *c, const struct items *items
 // Which further properties may come, and with which values.
 static enum outcome read_rest(struct compiler *c, const struct items *items, struct object_form *f) {
     const struct pyjson *pattern = NULL, *holder = NULL;
-    bool closed = false, open = false, listed = f->n > 0;
+    bool closed = false, open = false, listed = false;
     struct schemas values = {0};
     for (size_t i = 0; i < items->n; i++) {
         const struct pyjson *s = items->list[i].schema, *patterns = pyjson_get(s, "patternProperties");
         const struct pyjson *more = pyjson_get(s, "additionalProperties");
         if (more && more->type != PYJSON_FALSE) open = true;
-        if (pyjson_get(s, "properties")) listed = true;
+        listed = listed || names_properties(s);
         if (patterns && patterns->n) {
             if (pattern || patterns->n > 1)
                 return refuse(c, "patternProperties", "more than one pattern is not supported");

@@ -26,17 +26,13 @@ static bool requires(const struct items *items, const char *key, size_t n) {
     return false;
 }
 
-static bool has_keyword(const struct items *items, const char *key) {
-    for (size_t i = 0; i < items->n; i++)
-        if (pyjson_get(items->list[i].schema, key)) return true;
-    return false;
-}
-
 // May an object that is written for `items` have this property?
 static bool may_write(const struct items *items, const char *key, size_t n) {
     size_t at;
     if (property_of(items, key, n, 0, &at) || requires(items, key, n)) return true;
-    if (!has_keyword(items, "properties") && !has_keyword(items, "required")) return true;
+    bool named = false;
+    for (size_t i = 0; i < items->n; i++) named = named || names_properties(items->list[i].schema);
+    if (!named) return true;
     for (size_t i = 0; i < items->n; i++) {
         const struct item *item = &items->list[i];
         const struct pyjson *more = pyjson_get(item->schema, "additionalProperties");
@@ -60,9 +56,9 @@ static enum outcome flat_property(struct compiler *c, const struct items *items,
 }
 
 // Of objects: b requires what a never has, or a property that one of them requires has no value in common.
-static enum outcome objects_apart(struct compiler *c, const struct items *a, const struct items *b, int depth,
-                                  bool *apart) {
-    for (size_t i = 0; i < b->n; i++) {
+static enum outcome objects_apart(struct compiler *c, const struct items *a, const struct items *b, bool lasting,
+                                  int depth, bool *apart) {
+    for (size_t i = 0; i < b->n && !lasting; i++) {
         const struct pyjson *required = pyjson_get(b->list[i].schema, "required");
         for (const struct pyjson *r = required ? required->first : NULL; r && !*apart; r = r->next)
             *apart = r->type == PYJSON_STRING && !may_write(a, r->text, r->n_text);
@@ -76,7 +72,7 @@ static enum outcome objects_apart(struct compiler *c, const struct items *a, con
             if (++c->work > MAX_APART_WORK) return refuse(c, "oneOf", "the schema takes too much work: simplify it");
             enum outcome result = flat_property(c, a, p->key, p->n_key, &x, &in_a);
             if (result == DONE) result = flat_property(c, b, p->key, p->n_key, &y, &in_b);
-            if (result == DONE && in_a && in_b) result = are_apart(c, &x, &y, depth + 1, apart);
+            if (result == DONE && in_a && in_b) result = are_apart(c, &x, &y, lasting, depth + 1, apart);
             if (result == REFUSED) return REFUSED;
         }
     }
@@ -87,7 +83,13 @@ static enum outcome objects_apart(struct compiler *c, const struct items *a, con
 static enum outcome types_of(struct compiler *c, const struct items *items, bool written, unsigned *types) {
     bool given;
     enum outcome result = read_types(c, items, types, &given);
-    if (result == DONE && !given && !written) *types = IS_ANY;
+    bool open = !written; // an alternative that is still to be taken may bring a type
+    for (size_t i = 0; i < items->n; i++) {
+        const struct item *item = &items->list[i];
+        open = open || (pyjson_get(item->schema, "anyOf") && !item->any_of_done) ||
+               (pyjson_get(item->schema, "oneOf") && !item->one_of_done);
+    }
+    if (result == DONE && !given && open) *types = IS_ANY;
     return result;
 }
 
@@ -106,12 +108,13 @@ static enum outcome numbers_apart(struct compiler *c, const struct items *a, con
     return result;
 }
 
-enum outcome are_apart(struct compiler *c, const struct items *a, const struct items *b, int depth, bool *apart) {
+enum outcome are_apart(struct compiler *c, const struct items *a, const struct items *b, bool lasting, int depth,
+                       bool *apart) {
     struct schemas x = {0}, y = {0};
     bool listed_x, listed_y;
     unsigned types_a, types_b;
     *apart = true;
-    enum outcome result = types_of(c, a, true, &types_a);
+    enum outcome result = types_of(c, a, !lasting, &types_a);
     if (result == DONE) result = types_of(c, b, false, &types_b);
     if (result == DONE) result = read_values(c, a, &x, &listed_x);
     if (result == DONE) result = read_values(c, b, &y, &listed_y);
@@ -128,7 +131,7 @@ enum outcome are_apart(struct compiler *c, const struct items *a, const struct i
         *apart = true;
         return DONE;
     }
-    if ((types_a & types_b) == IS_OBJECT) return objects_apart(c, a, b, depth, apart);
+    if ((types_a & types_b) == IS_OBJECT) return objects_apart(c, a, b, lasting, depth, apart);
     if (!((types_a & types_b) & ~(unsigned)IS_NUMBER)) {
         result = numbers_apart(c, a, b, apart);
         return result == NEVER ? DONE : result;

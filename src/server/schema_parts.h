@@ -30,7 +30,9 @@ struct schemas {
     size_t n, cap;
 };
 
-struct memo; // a part that was compiled before
+struct memo;    // a part that was compiled before
+struct rewrite; // a keyword that was rewritten before
+enum { MAX_WORK = 30000 };
 
 struct compiler {
     struct grammar *g;
@@ -44,6 +46,7 @@ struct compiler {
     struct memo *memos; // [n_memos] the arena's
     size_t n_memos, cap_memos;
     uint32_t *memo_table; // by hash, plus one; 0: empty
+    struct rewrite *rewrites;
     struct error *err;
 };
 
@@ -54,7 +57,18 @@ bool schemas_add(struct compiler *c, struct schemas *s, const struct pyjson *sch
 // The part of the grammar that matches a value for which all of `s` hold. `name`: for messages; NULL: the same value.
 enum outcome compile_part(struct compiler *c, const struct schemas *s, const char *name, uint32_t *part);
 enum outcome flatten(struct compiler *c, const struct pyjson *schema, struct items *out);
+enum outcome check_keywords(struct compiler *c, const struct pyjson *schema);
+bool is_honoured(const char *key);
+enum outcome target_of(struct compiler *c, const struct pyjson *schema, const struct pyjson **out); // of its $ref
 bool literal(struct compiler *c, const struct pyjson *v, uint32_t next, uint32_t *out); // the value itself, as text
+
+// schema_logic.c: adds what not, if and dependent... of a schema come to.
+enum outcome flatten_logic(struct compiler *c, const struct pyjson *schema, struct items *out);
+// Adds that `schema` does not hold. `key`: for messages.
+enum outcome flatten_not(struct compiler *c, const struct pyjson *schema, const char *key, struct items *out);
+const struct pyjson *schema_not(struct compiler *c, const struct pyjson *schema); // NULL: no memory
+// A keyword of its own, known by its address: no string but these.
+extern const char except_key[];
 
 // schema_values.c: one type after the other
 enum outcome read_types(struct compiler *c, const struct items *items, unsigned *types, bool *given);
@@ -71,7 +85,11 @@ enum outcome compile_values(struct compiler *c, const struct items *items, uint3
 enum outcome compile_array(struct compiler *c, const struct items *items, uint32_t next, uint32_t *out);
 enum outcome compile_object(struct compiler *c, const struct items *items, uint32_t next, uint32_t *out);
 
-// schema_oneof.c: is no text that is written for `a` valid for `b`? Both flat.
-enum outcome are_apart(struct compiler *c, const struct items *a, const struct items *b, int depth, bool *apart);
+bool names_properties(const struct pyjson *schema); // any that may come: else objects of any properties are written
+
+// schema_oneof.c: is no text that is written for `a` valid for `b`? Both flat. `lasting`: nor for `a` and whatever
+// more.
+enum outcome are_apart(struct compiler *c, const struct items *a, const struct items *b, bool lasting, int depth,
+                       bool *apart);
 
 #endif

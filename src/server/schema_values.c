@@ -74,13 +74,29 @@ static unsigned implied_types(const struct pyjson *schema) {
     static const struct {
         const char *key;
         unsigned types;
-    } by[] = {{"properties", IS_OBJECT},        {"required", IS_OBJECT},      {"additionalProperties", IS_OBJECT},
-              {"patternProperties", IS_OBJECT}, {"propertyNames", IS_OBJECT}, {"minProperties", IS_OBJECT},
-              {"maxProperties", IS_OBJECT},     {"items", IS_ARRAY},          {"prefixItems", IS_ARRAY},
-              {"minItems", IS_ARRAY},           {"maxItems", IS_ARRAY},       {"uniqueItems", IS_ARRAY},
-              {"minLength", IS_STRING},         {"maxLength", IS_STRING},     {"pattern", IS_STRING},
-              {"minimum", IS_NUMBER},           {"maximum", IS_NUMBER},       {"exclusiveMinimum", IS_NUMBER},
-              {"exclusiveMaximum", IS_NUMBER},  {"multipleOf", IS_NUMBER}};
+    } by[] = {{"properties", IS_OBJECT},
+              {"required", IS_OBJECT},
+              {"additionalProperties", IS_OBJECT},
+              {"patternProperties", IS_OBJECT},
+              {"propertyNames", IS_OBJECT},
+              {"minProperties", IS_OBJECT},
+              {"maxProperties", IS_OBJECT},
+              {"items", IS_ARRAY},
+              {"prefixItems", IS_ARRAY},
+              {"minItems", IS_ARRAY},
+              {"maxItems", IS_ARRAY},
+              {"uniqueItems", IS_ARRAY},
+              {"minLength", IS_STRING},
+              {"maxLength", IS_STRING},
+              {"pattern", IS_STRING},
+              {"minimum", IS_NUMBER},
+              {"maximum", IS_NUMBER},
+              {"exclusiveMinimum", IS_NUMBER},
+              {"exclusiveMaximum", IS_NUMBER},
+              {"multipleOf", IS_NUMBER},
+              {"contains", IS_ARRAY},
+              {"dependentRequired", IS_OBJECT},
+              {"dependentSchemas", IS_OBJECT}};
     const struct pyjson *format = pyjson_get(schema, "format");
     unsigned types = format && format->type == PYJSON_STRING && pattern_of_format(format->text) ? IS_STRING : 0;
     for (size_t i = 0; i < sizeof by / sizeof by[0]; i++)
@@ -219,6 +235,18 @@ static enum outcome add_patterns(struct compiler *c, const struct pyjson *patter
     return result;
 }
 
+static enum outcome add_except(struct compiler *c, const struct pyjson *list, struct text_form *f) {
+    if (f->n_languages == MAX_LANGUAGES - 1) return refuse(c, "not", "too many patterns for one string");
+    struct language_name *names = arena_alloc(c->arena, list->n, sizeof *names);
+    if (!names) return no_memory(c);
+    size_t n = 0;
+    for (const struct pyjson *v = list->first; v; v = v->next) names[n++] = (struct language_name){v->text, v->n_text};
+    const struct language *l = language_except(c->arena, names, n);
+    if (!l) return no_memory(c);
+    f->languages[f->n_languages++] = l;
+    return DONE;
+}
+
 enum outcome read_text_form(struct compiler *c, const struct items *items, struct text_form *f) {
     bool formatted = false, there;
     enum outcome result = DONE;
@@ -234,7 +262,9 @@ enum outcome read_text_form(struct compiler *c, const struct items *items, struc
         if (pattern && pattern->type != PYJSON_STRING) return refuse(c, "pattern", "expected a string");
         if (format && format->type != PYJSON_STRING) return refuse(c, "format", "expected a string");
         const char *form = format ? pattern_of_format(format->text) : NULL;
+        const struct pyjson *except = pyjson_get(s, except_key);
         if (pattern) result = add_patterns(c, pattern, f);
+        if (result == DONE && except) result = add_except(c, except, f);
         if (result == DONE && form) result = add_pattern(c, "format", form, strlen(form), f);
         formatted = formatted || form;
     }
@@ -263,10 +293,20 @@ static bool one_of_values(const struct pyjson *schema, const struct pyjson *own,
 
 // Is a keyword about arrays or objects there, which values are not examined by?
 static const char *about_inside(const struct items *items, unsigned type) {
-    static const char *const keys[] = {
-        "items",    "prefixItems",          "minItems",          "maxItems",      "uniqueItems",   "properties",
-        "required", "additionalProperties", "patternProperties", "propertyNames", "minProperties", "maxProperties"};
-    size_t from = type == IS_ARRAY ? 0 : 5, to = type == IS_ARRAY ? 5 : sizeof keys / sizeof keys[0];
+    static const char *const keys[] = {"items",
+                                       "prefixItems",
+                                       "minItems",
+                                       "maxItems",
+                                       "uniqueItems",
+                                       "contains",
+                                       "properties",
+                                       "required",
+                                       "additionalProperties",
+                                       "patternProperties",
+                                       "propertyNames",
+                                       "minProperties",
+                                       "maxProperties"};
+    size_t from = type == IS_ARRAY ? 0 : 6, to = type == IS_ARRAY ? 6 : sizeof keys / sizeof keys[0];
     for (size_t i = 0; i < items->n; i++)
         for (size_t k = from; k < to; k++)
             if (pyjson_get(items->list[i].schema, keys[k])) return keys[k];
