@@ -182,9 +182,12 @@ $(BUILD)/tests/fuzz/fuzz_%: $(BUILD)/tests/fuzz/fuzz_%.o $(FUZZ_OBJ)
 	$(CC) -fsanitize=fuzzer,$(FUZZ_SAN) $(FUZZ_FLAGS) -o $@ $^ $(LDLIBS)
 # This one is the whole server, with a stand-in for the engine.
 $(BUILD)/tests/fuzz/fuzz_body: $(LIB_OBJ)
+# The kernels are not what is fuzzed, and clang takes minutes to instrument them; nor are they what the server's threads
+# share, and a token would take ThreadSanitizer a second (make tsan has them).
 ifeq ($(BUILD),build/fuzz)
-# The kernels are not what is fuzzed, and clang takes minutes to instrument them.
 $(BUILD)/src/ops/%.o: override SAN =
+else ifeq ($(BUILD),build/tsan-serve)
+$(BUILD)/src/ops/%.o: override SAN = $(NO_GUESSES)
 endif
 $(BUILD)/tests/fuzz/fuzz_body: FUZZ_FLAGS = -Wl,--wrap=tandem_submit,--wrap=tandem_cancel,--wrap=MHD_get_connection_info
 
@@ -295,17 +298,19 @@ tsan:
 	$(VARIANT) $(TSAN)
 # The server's end-to-end tests, the hostile requests among them, on a sanitizer's build. TANDEM_SLOW stretches the
 # tests' own patience; a report of the sanitizer fails the run, whatever the tests say. SERVE_TESTS: which files.
-SERVE_TESTS = serve serve_dialects serve_hostile serve_structured serve_timeouts
+SERVE_TESTS = serve serve_dialects serve_agents serve_hostile serve_structured serve_threads serve_timeouts
 .PHONY: asan-serve tsan-serve
+asan-serve: SERVE_BUILD = build/asan
+tsan-serve: SERVE_BUILD = build/tsan-serve
 asan-serve tsan-serve: %-serve:
 	@tools/deps test </dev/null
 	@tools/test-venv
-	@$(MAKE) -s -j$(JOBS) BUILD=build/$* $(if $(filter asan,$*),$(ASAN),$(TSAN)) all </dev/null
-	@rm -f build/$*/report.*
-	@TANDEM=build/$*/tandem TANDEM_SLOW=$(if $(filter asan,$*),4,15) ASAN_OPTIONS=log_path=build/$*/report:quarantine_size_mb=4 \
-	    TSAN_OPTIONS=log_path=build/$*/report \
-	    .venv/bin/python tools/run-tests --pytest $(SERVE_TESTS:%=tests/e2e/test_%.py); status=$$?; \
-	    for f in build/$*/report.*; do if [ -e "$$f" ]; then cat "$$f"; status=1; fi; done; exit $$status
+	@$(MAKE) -s -j$(JOBS) BUILD=$(SERVE_BUILD) $(if $(filter asan,$*),$(ASAN),$(TSAN)) all $(SERVE_BUILD)/tests/engine/test_request </dev/null
+	@rm -f $(SERVE_BUILD)/report.*
+	@TANDEM=$(SERVE_BUILD)/tandem TANDEM_SLOW=4 ASAN_OPTIONS=log_path=$(SERVE_BUILD)/report:quarantine_size_mb=4 \
+	    TSAN_OPTIONS=log_path=$(SERVE_BUILD)/report \
+	    .venv/bin/python tools/run-tests $(SERVE_BUILD)/tests/engine/test_request --pytest $(SERVE_TESTS:%=tests/e2e/test_%.py); status=$$?; \
+	    for f in $(SERVE_BUILD)/report.*; do if [ -e "$$f" ]; then cat "$$f"; status=1; fi; done; exit $$status
 # Lines of each file that the unit tests reach, and the end-to-end tests of formats and texts.
 COVERED = model_files gguf_vocab template tokenizer
 coverage:

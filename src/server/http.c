@@ -63,7 +63,7 @@ static int check_head(struct exchange *x, struct MHD_Connection *c, const char *
         if (!at || !host || strcasecmp(at + 3, host) != 0)
             return *why = "requests from web pages of another origin are refused (Origin differs from Host)", 403;
     }
-    if (s->keys && !x->route->keyless) {
+    if (s->options.api_key_file && !x->route->keyless) { // not s->keys: SIGHUP changes it
         const char *bearer = header(c, "Authorization"), *key = header(c, "x-api-key");
         if (bearer && strncasecmp(bearer, "Bearer ", 7) == 0) key = bearer + 7;
         pthread_mutex_lock(&s->lock);
@@ -545,6 +545,13 @@ size_t server_n_active(struct server *s) {
     return atomic_load(&s->n_generations);
 }
 
+static bool has_exchanges(struct server *s) {
+    pthread_mutex_lock(&s->lock);
+    bool any = s->exchanges != NULL;
+    pthread_mutex_unlock(&s->lock);
+    return any;
+}
+
 void server_stop(struct server *s) {
     atomic_store(&s->draining, true);
     pthread_mutex_lock(&s->job_lock);
@@ -556,7 +563,7 @@ void server_stop(struct server *s) {
     if (s->n_threads > 0) pthread_join(s->engine_thread, NULL);
     if (s->daemon) {
         // Last words get a moment to be sent.
-        for (double end = clock_seconds() + 1; clock_seconds() < end && s->exchanges;) usleep(10000);
+        for (double end = clock_seconds() + 1; clock_seconds() < end && has_exchanges(s);) usleep(10000);
         pthread_mutex_lock(&s->lock); // the loop can stop only when nothing is suspended
         for (struct exchange *x = s->exchanges; x; x = x->next) {
             pthread_mutex_lock(&x->lock);
