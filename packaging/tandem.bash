@@ -9,7 +9,7 @@ _tandem() {
         return
     fi
     case $prev in
-    --think | --fusion | --sandbox) mapfile -t COMPREPLY < <(compgen -W "on off" -- "$cur") && return ;;
+    --think | --fusion | --sandbox | --repack) mapfile -t COMPREPLY < <(compgen -W "on off" -- "$cur") && return ;;
     --device) mapfile -t COMPREPLY < <(compgen -W "auto cpu cuda" -- "$cur") && return ;;
     --isa) mapfile -t COMPREPLY < <(compgen -W "auto portable avx2 avx512 avx512vnni avx512bf16" -- "$cur") && return ;;
     --path) mapfile -t COMPREPLY < <(compgen -W "fused standard T H" -- "$cur") && return ;;

@@ -124,6 +124,15 @@ void file_map_close(struct file_map *map) {
     *map = (struct file_map){0};
 }
 
+void file_map_forget(const struct file_map *map, const void *at, size_t n) {
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), begin = (uintptr_t)at, end = begin + n;
+    uintptr_t first = (uintptr_t)map->data, last = first + map->size;
+    if (!map->data || begin < first || end > last || end < begin) return;
+    begin = (begin + page - 1) / page * page;
+    end = end / page * page;
+    if (begin < end) madvise((void *)begin, end - begin, MADV_DONTNEED); // NOLINT(performance-no-int-to-ptr)
+}
+
 bool file_read(const char *path, size_t max_bytes, struct buffer *out, struct error *err) {
     size_t size;
     int fd = open_regular(path, &size, err);

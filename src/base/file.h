@@ -17,6 +17,9 @@ struct file_map {
 
 bool file_map_open(struct file_map *map, const char *path, struct error *err);
 void file_map_close(struct file_map *map);
+// Gives back the memory of n bytes at `at` inside a mapped file, as far as they are whole pages: who reads them again
+// reads the file. Nothing for addresses that are not the mapping's. Not for file_map_memory's.
+void file_map_forget(const struct file_map *map, const void *at, size_t n);
 
 // Memory of no file, cleared and writable through `*writable`, that is closed like a mapping. Backed by huge pages
 // where the system gives them.

@@ -402,10 +402,10 @@ static int run(const struct cli_options *o) {
     return status;
 }
 
-static const enum option_id options[] = {OPT_SYNTHETIC, OPT_TYPE,    OPT_PREFILL, OPT_DECODE_STEPS, OPT_DEPTH,
-                                         OPT_BATCH,     OPT_CHUNK,   OPT_REPEAT,  OPT_WORKLOAD,     OPT_FUSIONS,
-                                         OPT_KV_TYPE,   OPT_THREADS, OPT_DEVICE,  OPT_ISA,          OPT_JSON,
-                                         OPT_CSV,       OPT_HELP};
+static const enum option_id options[] = {OPT_SYNTHETIC, OPT_TYPE,   OPT_PREFILL, OPT_DECODE_STEPS, OPT_DEPTH,
+                                         OPT_BATCH,     OPT_CHUNK,  OPT_REPEAT,  OPT_WORKLOAD,     OPT_FUSIONS,
+                                         OPT_KV_TYPE,   OPT_REPACK, OPT_THREADS, OPT_DEVICE,       OPT_ISA,
+                                         OPT_JSON,      OPT_CSV,    OPT_HELP};
 
 const struct command command_bench = {
     .name = "bench",

@@ -411,6 +411,7 @@ static const enum option_id options[] = {OPT_SYSTEM,
                                          OPT_ISA,
                                          OPT_FUSION,
                                          OPT_KV_TYPE,
+                                         OPT_REPACK,
                                          OPT_HELP};
 
 const struct command command_chat = {

@@ -19,6 +19,7 @@ enum option_id {
     OPT_CTX,
     OPT_FUSION,
     OPT_KV_TYPE,
+    OPT_REPACK,
     OPT_ISA,
     OPT_DEVICE,
     OPT_TEMPLATE, // running a model

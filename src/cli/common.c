@@ -126,6 +126,7 @@ tandem_engine *cli_open_as(const struct cli_options *o, const tandem_options *ba
                               .isa = base->isa ? base->isa : o->text[OPT_ISA],
                               .kv_type = base->kv_type ? base->kv_type : o->text[OPT_KV_TYPE],
                               .device = base->device ? base->device : o->text[OPT_DEVICE],
+                              .repack = o->text[OPT_REPACK],
                               .chat_template = o->text[OPT_TEMPLATE],
                               .log = show_message,
                               .progress = show_progress,

@@ -21,6 +21,8 @@ static const struct {
     [OPT_FUSION] = {"fusion", 0, "on|off|LIST", "fused ops: all, none (the standard path), or a list of names"},
     [OPT_KV_TYPE] = {"kv-type", 0, "bf16|f16|f32|q8_0",
                      "type in which K and V are stored (default bf16; q8_0: half the memory)"},
+    [OPT_REPACK] = {"repack", 0, "on|off",
+                    "CPU: multiply a copy of quantised weights in the CPU's own order (default on)"},
     [OPT_ISA] = {"isa", 0, "NAME",
                  "instruction set: auto, portable, avx2, avx512, avx512vnni, avx512bf16 (default auto)"},
     [OPT_DEVICE] = {"device", 0, "NAME", "where to run: auto, cpu, cuda or cuda:N (default auto: a GPU, if one can)"},

@@ -356,8 +356,9 @@ static int run(const struct cli_options *o) {
     return status;
 }
 
-static const enum option_id options[] = {OPT_TEXT_FILE, OPT_CHUNK, OPT_SAVE_LOGITS, OPT_KLD,     OPT_JSON, OPT_THREADS,
-                                         OPT_DEVICE,    OPT_ISA,   OPT_FUSION,      OPT_KV_TYPE, OPT_HELP};
+static const enum option_id options[] = {OPT_TEXT_FILE, OPT_CHUNK,   OPT_SAVE_LOGITS, OPT_KLD,
+                                         OPT_JSON,      OPT_THREADS, OPT_DEVICE,      OPT_ISA,
+                                         OPT_FUSION,    OPT_KV_TYPE, OPT_REPACK,      OPT_HELP};
 
 const struct command command_perplexity = {
     .name = "perplexity",

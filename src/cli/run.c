@@ -305,6 +305,7 @@ static const enum option_id options[] = {OPT_PROMPT,
                                          OPT_ISA,
                                          OPT_FUSION,
                                          OPT_KV_TYPE,
+                                         OPT_REPACK,
                                          OPT_HELP};
 
 const struct command command_run = {

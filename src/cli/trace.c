@@ -329,9 +329,9 @@ static int run(const struct cli_options *o) {
     return status;
 }
 
-static const enum option_id options[] = {OPT_PROMPT,  OPT_IDS,    OPT_IDS_FILE, OPT_GLOBS,  OPT_POSITIONS,
-                                         OPT_PATH,    OPT_OUTPUT, OPT_CTX,      OPT_FUSION, OPT_KV_TYPE,
-                                         OPT_THREADS, OPT_ISA,    OPT_DEVICE,   OPT_HELP};
+static const enum option_id options[] = {OPT_PROMPT, OPT_IDS,     OPT_IDS_FILE, OPT_GLOBS,  OPT_POSITIONS,
+                                         OPT_PATH,   OPT_OUTPUT,  OPT_CTX,      OPT_FUSION, OPT_KV_TYPE,
+                                         OPT_REPACK, OPT_THREADS, OPT_ISA,      OPT_DEVICE, OPT_HELP};
 
 const struct command command_trace = {
     .name = "trace",

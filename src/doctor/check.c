@@ -174,9 +174,11 @@ static void open_tokenizer(struct doctor *d) {
     else if (d->kind == MODEL_FOLDER) d->tokens = tokenizer_open_folder(d->path, NULL);
 }
 
-// The weights' copy on the device, where the ops have one.
+// The weights' copy on the device, where the ops have one, or in the CPU's own order, as the engine has them.
 static bool place_model(struct doctor *d, struct error *err) {
     struct device *device = d->ops->device;
+    if (!device && d->ops->takes_octets)
+        model_pack(d->model, &(struct pack_options){.pool = d->pool, .log = &d->options.log});
     if (!device) return true;
     if (d->kv_type != DTYPE_BF16) return error_set(err, "%s: K and V in bf16 are expected", device->name);
     if (!model_runs_on(d->model, device, err)) return false;

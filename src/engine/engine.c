@@ -202,6 +202,15 @@ static bool settle_device(tandem_engine *e, const tandem_options *o, struct erro
     return e->ops != NULL;
 }
 
+// The weights in the order that the ops like best; without enough memory for it they stay as they are.
+static bool pack_weights(tandem_engine *e, const tandem_options *o, struct error *err) {
+    const char *how = o->repack ? o->repack : "on";
+    bool on = strcmp(how, "on") == 0;
+    if (!on && strcmp(how, "off") != 0) return error_set(err, "repack: expected on or off, found \"%s\"", how);
+    if (on && e->ops->takes_octets) model_pack(e->model, &(struct pack_options){.pool = e->pool, .log = &e->log});
+    return true;
+}
+
 static bool open_parts(tandem_engine *e, const tandem_options *o, struct error *err) {
     enum model_kind kind;
     struct buffer path = {0};
@@ -215,8 +224,8 @@ static bool open_parts(tandem_engine *e, const tandem_options *o, struct error *
     if (ok) {
         struct model_load_options load = {.check_values = true, .pool = e->pool, .log = &e->log};
         e->model = model_load(kind, path.data, &load, err);
-        ok = e->model && settle_device(e, o, err) && choose_limits(e, o, err) && open_text(e, o, err) &&
-             plan_memory(e, o, err);
+        ok = e->model && settle_device(e, o, err) && choose_limits(e, o, err) && pack_weights(e, o, err) &&
+             open_text(e, o, err) && plan_memory(e, o, err);
     }
     buffer_free(&path);
     e->log = (struct log){0}; // the options are the caller's: nothing is said after this call

@@ -5,6 +5,7 @@
 #ifndef TANDEM_MODEL_MODEL_H
 #define TANDEM_MODEL_MODEL_H
 
+#include "base/file.h"
 #include "base/log.h"
 #include "base/pool.h"
 #include "format/hub.h"
@@ -37,7 +38,8 @@ struct model {
     size_t weight_bytes;     // of the matrices and vectors that a step reads
     struct tensor_set files; // a folder's; for GGUF the tensors of `gguf`
     struct gguf gguf;
-    struct arena arena; // vectors and copies
+    struct arena arena;     // vectors and copies
+    struct file_map packed; // model_pack's copies
 };
 
 struct model_load_options {
@@ -53,6 +55,17 @@ void model_free(struct model *model);
 
 // For what fills a model otherwise than model_load: binds the tensors of `files` (or `gguf`) to the config that is set.
 bool model_bind(struct model *model, const struct log *log, struct error *err);
+
+// ---- Weights in the CPU's own order (pack.c)
+
+struct pack_options {
+    struct pool *pool;
+    const struct log *log; // progress, and what is not done and why
+};
+// Gives the matrices with quantised weights their octets, for ops that take them (ops.h): as much memory again as they
+// take. False, with a message to the log: there is not so much memory, and the model is as it was. The bits of every
+// product stay the same.
+bool model_pack(struct model *model, const struct pack_options *options);
 
 // ---- Weights on a device
 // ---------------------------------------------------------------------------------------------

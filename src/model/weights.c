@@ -312,6 +312,7 @@ void model_free(struct model *m) {
     if (!m) return;
     if (m->kind == MODEL_GGUF) gguf_close(&m->gguf);
     else tensor_set_free(&m->files);
+    file_map_close(&m->packed);
     arena_free(&m->arena);
     free(m->path);
     free(m);

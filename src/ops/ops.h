@@ -54,6 +54,8 @@ struct matrix {
     size_t n_out, n_in;
     size_t row_bytes; // bytes from one row to the next
     const void *data;
+    // NULL, or a copy of the first n_out / 8 * 8 rows in octets (format/octets.h), which ops that take octets multiply.
+    const unsigned char *octets;
 };
 
 // One step's work: T tokens of S sequences, prefill and decode mixed (DESIGN.md section 2).
@@ -202,6 +204,7 @@ struct norm_head_args {
 struct ops {
     const struct cpu_kernels *kernels; // the CPU's own: the dot products of one tile
     const char *name;                  // "cpu/avx2", "cuda:0"
+    bool takes_octets;                 // products are faster with matrix.octets
     struct device *device;             // whose memory every pointer of an op's arguments is; NULL: the host's
 
     // Floats of scratch beyond ops_scratch_floats' own count; NULL: none.

@@ -173,7 +173,7 @@ static void test_quantised_values(void **state) {
         for (size_t r = 0; r < ROWS; r++) noise_row(&noise, type, data + r * row_bytes, n_in, 0.1f);
         dtype_to_f32(type, data, values, ROWS * n_in);
         noise_floats(&noise, x, MOST_TOKENS * n_in, 1.0f);
-        struct matrix w = {"w", type, ROWS, n_in, row_bytes, data}, there;
+        struct matrix w = {"w", type, ROWS, n_in, row_bytes, data, NULL}, there;
         assert_true(d->matrix_bytes(d, &w) > 0);
         if (!d->put_matrix(d, &there, &w, &err)) fail_msg("%s", err.text);
         float *dx = d->alloc(d, (n_in + ROWS) * MOST_TOKENS * sizeof *dx, "x", &err), *dy = dx + n_in * MOST_TOKENS;

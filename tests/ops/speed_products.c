@@ -174,7 +174,7 @@ int main(int argc, char **argv) {
                 size_t n = strtoul(tokens.text[k], NULL, 10), n_out = bytes / row_bytes;
                 if (n > 32 && n_out > 8192) n_out = 8192; // long enough without
                 cases[n_cases++] =
-                    (struct measured){isas.text[i], type, n, 0, {"w", type, n_out, n_in, row_bytes, memory}, {0}};
+                    (struct measured){isas.text[i], type, n, 0, {"w", type, n_out, n_in, row_bytes, memory, NULL}, {0}};
                 if (n > max_tokens) max_tokens = n;
             }
         }

@@ -27,7 +27,7 @@ struct layer {
 
 static struct matrix matrix_of(float **data, size_t n_out, size_t n_in, uint32_t seed) {
     *data = random_floats(n_out * n_in, 0.3f, seed);
-    return (struct matrix){"w", DTYPE_F32, n_out, n_in, n_in * sizeof(float), *data};
+    return (struct matrix){"w", DTYPE_F32, n_out, n_in, n_in * sizeof(float), *data, NULL};
 }
 
 static void layer_open(struct layer *l) {

@@ -40,7 +40,7 @@ static void matrix_open(struct model *m, int i, size_t n_out, size_t n_in) {
     }
     free(values);
     m->data[i] = data;
-    m->w[i] = (struct matrix){"w", m->shape.weights, n_out, n_in, n_in * size, data};
+    m->w[i] = (struct matrix){"w", m->shape.weights, n_out, n_in, n_in * size, data, NULL};
 }
 
 static void model_open(struct model *m, struct shape s) {

@@ -105,7 +105,7 @@ static void test_matmul(void **state) {
     static uint16_t wb[N_OUT * N_IN];
     for (int i = 0; i < N_OUT * N_IN; i++) wb[i] = bf16_from_f32(wf[i]);
     for (int bf = 0; bf < 2; bf++) {
-        struct matrix w = {"w", bf ? DTYPE_BF16 : DTYPE_F32, N_OUT, N_IN, N_IN * (bf ? 2 : 4), wf};
+        struct matrix w = {"w", bf ? DTYPE_BF16 : DTYPE_F32, N_OUT, N_IN, N_IN * (bf ? 2 : 4), wf, NULL};
         if (bf) w.data = wb;
         float y[T * N_OUT], one[N_OUT];
         struct op_ctx c = open_portable(1), d = open_portable(3);
@@ -236,7 +236,7 @@ static void test_other_weights(void **state) {
     enum { N_IN = 256, N_OUT = 19, T = 3 };
     float *x = random_floats(T * N_IN, 1.0f, 71);
     for (size_t i = 0; i < sizeof types / sizeof types[0]; i++) {
-        struct matrix w = {"w", types[i], N_OUT, N_IN, 0, NULL};
+        struct matrix w = {"w", types[i], N_OUT, N_IN, 0, NULL, NULL};
         assert_true(dtype_row_bytes(w.type, N_IN, &w.row_bytes));
         unsigned char *data = checked_alloc(N_OUT, w.row_bytes);
         uint32_t rng = (uint32_t)i + 5;

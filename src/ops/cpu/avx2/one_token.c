@@ -1,14 +1,18 @@
-// one_token.c: qdot (ops.h) of a single token in AVX2: rows as stored, which are not worth unpacking into a tile. It
-// owns no activations and no tiles (quantised.c).
+// one_token.c: qdot (ops.h) of a single token in AVX2: rows as stored or in octets, which are not worth unpacking into
+// a tile. It owns no activations and no tiles (quantised.c).
 //
-// Eight rows go along K together, two in the halves of a register, so that products of a row's sixteen columns lie in
-// one half and three steps of shuffles and sums leave a row in each 32-bit lane: from there on it is the tile's chain.
+// In octets, a register holds the same columns of eight rows: every product is in its row's 32-bit lane. Two octets
+// share the token's broadcasts.
+//
+// As stored, eight rows go along K together, two in the halves of a register, so that products of a row's sixteen
+// columns lie in one half and three steps of shuffles and sums leave a row in each 32-bit lane: from there on it is the
+// tile's chain.
 #include "ops/cpu/avx2/avx2.h"
 
 #if defined(__AVX2__)
 
 #include "ops/cpu/avx2/kernels.h"
-#include "ops/cpu/avx2/unpack.h"
+#include "ops/cpu/avx2/octets.h"
 #include "ops/cpu/avx2/vec.h"
 
 INLINE __m256i twice(const int8_t *q) {
@@ -56,6 +60,10 @@ INLINE __m256 add_group(__m256 acc, __m256i sums, const float *scale, const floa
                         const float *weighted) {
     acc = _mm256_fmadd_ps(_mm256_mul_ps(_mm256_load_ps(scale), d), _mm256_cvtepi32_ps(sums), acc);
     return min ? _mm256_fmadd_ps(_mm256_load_ps(min), _mm256_broadcast_ss(weighted), acc) : acc;
+}
+
+INLINE bool type_has_min(enum dtype type) {
+    return type == DTYPE_Q4_1 || type == DTYPE_Q5_1 || type == DTYPE_Q4_K || type == DTYPE_Q5_K;
 }
 
 // Block b, of 32 columns, of the types that have no larger blocks: its row sums.
@@ -135,7 +143,7 @@ INLINE void four_groups(const uint8_t *const *rows, size_t half, size_t g, const
 // n columns of eight rows, from k on, whose scales and minima are in rows first .. of the tile.
 INLINE __m256 add_columns(enum dtype type, __m256 acc, const uint8_t *const *rows, const struct weight_tile *tile,
                           size_t first, const struct act_row *x, size_t k, size_t n, const char **next) {
-    const bool has_min = type == DTYPE_Q4_1 || type == DTYPE_Q5_1 || type == DTYPE_Q4_K || type == DTYPE_Q5_K;
+    const bool has_min = type_has_min(type);
     const int8_t *q = x->q + k;
     const int16_t *lanes16 = x->lanes16 + k / ACT_GROUP * 2, *lanes32 = x->lanes32 + k / ACT_BLOCK * 2;
     const float *scale = x->scale + k / ACT_BLOCK, *weighted = x->weighted + k / ACT_BLOCK;
@@ -195,10 +203,93 @@ INLINE void one_token(enum dtype type, float *out, const struct matrix *w, size_
     }
 }
 
+// ---- Octets
+// ----------------------------------------------------------------------------------------------------------
+// R octets at once, 1 or 2: two share broadcasts, where the sums of two fit in the registers.
+
+// Adds four columns of R octets, register i of a step's word, to the sums of their group.
+INLINE void add_four(enum dtype type, __m256i *sum, const __m256i *u, const int8_t *q, bool first, const size_t R) {
+    const __m256i four = broadcast_4(q);
+    for (size_t o = 0; o < R; o++) {
+        __m256i p;
+        if (type == DTYPE_Q8_0) {
+            p = _mm256_maddubs_epi16(_mm256_abs_epi8(u[o]), _mm256_sign_epi8(four, u[o]));
+            p = _mm256_madd_epi16(p, _mm256_set1_epi16(1));
+        } else {
+            p = _mm256_maddubs_epi16(u[o], four);
+        }
+        if (first) sum[o] = p;
+        else if (type == DTYPE_Q8_0) add_dwords(&sum[o], p);
+        else add_words(&sum[o], p);
+    }
+}
+
+// Step i of the blocks at `block` and `stride` bytes on, whose scales and minima are in the tile from `group` on;
+// column: of x.
+INLINE void add_step(enum dtype type, __m256 *acc, const struct weight_tile *tile, size_t group, const uint8_t *block,
+                     size_t stride, size_t i, const struct act_row *x, size_t column, const size_t R) {
+    const struct octet_step s = octet_step(type);
+    const bool in_16 = type == DTYPE_Q6_K, apart = has_superblocks(type);
+    const size_t words_of_group = in_16 ? 4 : s.words, len = in_16 ? 16 : 32;
+    const int16_t *lanes = in_16 ? x->lanes16 + column / 8 : x->lanes32 + column / 16;
+    __m256i sum[4][2], ended[8][2]; // a chain takes its groups in ascending order, Q6_K's do not end so
+#pragma GCC unroll 8
+    for (size_t j = 0; j < s.words; j++) {
+        __m256i u[2][4], pair[2];
+        for (size_t o = 0; o < R; o++) octet_integers(type, block + o * stride, i, j, u[o]);
+        for (size_t k = 0; k < s.out; k++) {
+            for (size_t o = 0; o < R; o++) pair[o] = u[o][k];
+            add_four(type, sum[apart ? k : 0], pair, x->q + column + octet_column(type, k, j),
+                     apart ? j % words_of_group == 0 : j == 0 && k == 0, R);
+        }
+        for (size_t k = 0; in_16 && j % 4 == 3 && k < 4; k++)
+            for (size_t o = 0; o < R; o++)
+                ended[2 * k + j / 4][o] = row_sums(type, sum[k][o], lanes + 2 * (2 * k + j / 4));
+    }
+    for (size_t g = 0; g < s.columns / len; g++) {
+        const size_t b = (column + len * g) / ACT_BLOCK;
+        const __m256 d = _mm256_broadcast_ss(x->scale + b);
+        for (size_t o = 0; o < R; o++) {
+            __m256i sums = in_16                ? ended[g][o]
+                           : type == DTYPE_Q8_0 ? sum[g][o]
+                                                : row_sums(type, sum[g][o], lanes + 2 * g);
+            acc[o] = add_group(acc[o], sums, &tile->scale[group + g][OCTET * o],
+                               type_has_min(type) ? &tile->min[group + g][OCTET * o] : NULL, d, x->weighted + b);
+        }
+    }
+}
+
+// out: [OCTET * R]
+INLINE void octets(enum dtype type, float *out, const struct matrix *w, size_t row, const struct act_row *x,
+                   const size_t R) {
+    const struct octet_step s = octet_step(type);
+    const size_t len = s.columns * s.steps, bytes = octet_block_bytes(type), stride = OCTET * w->row_bytes;
+    const size_t groups = type == DTYPE_Q6_K ? 8 : s.columns / ACT_BLOCK;
+    const uint8_t *block = w->octets + row * w->row_bytes;
+    const char *next = (const char *)block + R * stride;
+    struct weight_tile tile; // its scales and minima only
+    __m256 acc[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
+    for (size_t k = 0; k < w->n_in; k += len, block += bytes) {
+        for (size_t o = 0; o < R; o++) octet_scales(type, &tile, 0, OCTET * o, block + o * stride);
+        for (size_t i = 0; i < s.steps; i++) {
+            for (size_t b = 0; b < R * s.columns / ACT_BLOCK; b++) fetch_ahead(type, &next);
+            add_step(type, acc, &tile, groups * i, block, stride, i, x, k + s.columns * i, R);
+        }
+    }
+    for (size_t o = 0; o < R; o++) _mm256_storeu_ps(out + OCTET * o, acc[o]);
+}
+
+// A whole tile. out: [TILE_ROWS]
+INLINE void one_token_octets(enum dtype type, float *out, const struct matrix *w, size_t row, const struct act_row *x) {
+    const size_t R = type == DTYPE_Q5_K || type == DTYPE_Q6_K ? 1 : 2;
+    for (size_t first = 0; first < TILE_ROWS; first += OCTET * R) octets(type, out + first, w, row + first, x, R);
+}
+
 #define ONE(name, type)                                                                                                \
     static __attribute__((noinline)) void name(float *out, const struct matrix *w, size_t row, size_t n_rows,          \
                                                const struct act_row *x) {                                              \
-        one_token(type, out, w, row, n_rows, x);                                                                       \
+        if (w->octets && n_rows == TILE_ROWS) one_token_octets(type, out, w, row, x);                                  \
+        else one_token(type, out, w, row, n_rows, x);                                                                  \
     }
 ONE(one_q8_0, DTYPE_Q8_0)
 ONE(one_q4_0, DTYPE_Q4_0)

@@ -9,7 +9,7 @@
 #if defined(__AVX2__)
 
 #include "ops/cpu/avx2/kernels.h"
-#include "ops/cpu/avx2/unpack.h"
+#include "ops/cpu/avx2/octets.h"
 #include "ops/cpu/avx2/vec.h"
 
 enum { MAX_N = 4 }; // tokens at a time
@@ -93,21 +93,6 @@ INLINE struct act_tile act_tile_at(const float *x, size_t n_in, size_t t, size_t
 
 INLINE const void *of_token(const void *p, const struct act_tile *x, size_t t) {
     return (const char *)p + t * x->stride;
-}
-
-INLINE __m256i broadcast_4(const void *p) {
-    int v;
-    memcpy(&v, p, sizeof v);
-    return _mm256_set1_epi32(v);
-}
-
-// Adds in the sum's own register. Left to itself, gcc adds in the order of a tree, for which it has too few registers.
-INLINE void add_words(__m256i *sum, __m256i v) {
-    __asm__("vpaddw %1, %0, %0" : "+x"(*sum) : "x"(v));
-}
-
-INLINE void add_dwords(__m256i *sum, __m256i v) {
-    __asm__("vpaddd %1, %0, %0" : "+x"(*sum) : "x"(v));
 }
 
 INLINE __m256i load_8(const void *p) {
@@ -197,11 +182,11 @@ INLINE void add_tile(enum dtype type, float *out, const struct weight_tile *tile
 INLINE void quantised(enum dtype type, float *out, const struct matrix *w, size_t row, size_t n_rows, const float *x,
                       size_t n_tokens) {
     struct weight_tile tile;
-    const char *next = (const char *)w->data + (row + TILE_ROWS) * w->row_bytes;
+    const char *next = next_tile(w, row);
     memset(out, 0, n_tokens * TILE_ROWS * sizeof *out);
     for (size_t k = 0; k < w->n_in; k += TILE_COLUMNS) {
         size_t n = w->n_in - k < TILE_COLUMNS ? w->n_in - k : TILE_COLUMNS;
-        unpack_tile(type, &tile, w, row, n_rows, k, n, &next, type == DTYPE_Q8_0);
+        make_tile(type, &tile, w, row, n_rows, k, n, &next, type == DTYPE_Q8_0);
         for (size_t t = 0; t < n_tokens;) {
             const struct act_tile tokens = act_tile_at(x, w->n_in, t, k);
             float *to = out + t * TILE_ROWS;

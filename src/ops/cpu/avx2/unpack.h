@@ -46,19 +46,22 @@ INLINE void transpose_8(const __m256i *v, __m256i *out) {
     }
 }
 
+// Four columns of eight rows to their place: from `column` on, rows `first` ...
+INLINE void put_columns(struct weight_tile *tile, size_t column, size_t first, __m256i v, const bool wide) {
+    if (!wide) {
+        _mm256_store_si256((__m256i *)(void *)tile->q[column / 4][first], v);
+        return;
+    }
+    __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(v, 8), 8), odd = _mm256_srai_epi16(v, 8);
+    _mm256_store_si256((__m256i *)(void *)tile->wide[column / 4][0][first], even);
+    _mm256_store_si256((__m256i *)(void *)tile->wide[column / 4][1][first], odd);
+}
+
 // 32 elements of each of eight rows to their place: columns `column` .. column + 32, rows `first` ...
 INLINE void put_block(struct weight_tile *tile, size_t column, size_t first, const __m256i *v, const bool wide) {
     __m256i out[OCTET];
     transpose_8(v, out);
-    for (size_t j = 0; j < OCTET; j++) {
-        if (wide) {
-            __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(out[j], 8), 8), odd = _mm256_srai_epi16(out[j], 8);
-            _mm256_store_si256((__m256i *)(void *)tile->wide[column / 4 + j][0][first], even);
-            _mm256_store_si256((__m256i *)(void *)tile->wide[column / 4 + j][1][first], odd);
-        } else {
-            _mm256_store_si256((__m256i *)(void *)tile->q[column / 4 + j][first], out[j]);
-        }
-    }
+    for (size_t j = 0; j < OCTET; j++) put_columns(tile, column + 4 * j, first, out[j], wide);
 }
 
 // Sixteen bytes of rows i and i + 4, `at` bytes from where they point.
@@ -172,11 +175,11 @@ INLINE __m256 signed_byte_to_f32(__m256i v, int i) {
     return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(v, 24 - 8 * i), 24));
 }
 
-// The eight 6-bit scales and minima of Q4_K and Q5_K (layout: format/quant.c), times d and -dmin.
-INLINE void scales_mins(struct weight_tile *tile, size_t first, const uint8_t *const *rows) {
+// The eight 6-bit scales and minima of Q4_K and Q5_K (layout: format/quant.c), times d and -dmin. v: of eight rows d
+// and dmin, then the 12 bytes.
+INLINE void scales_mins(struct weight_tile *tile, size_t first, const __m256i *v) {
     const __m256i six = _mm256_set1_epi8(0x3F), four = _mm256_set1_epi8(0x0F), two = _mm256_set1_epi8(0x30);
-    __m256i v[4], scale[2], min[2]; // v: d and dmin, then 12 bytes
-    four_columns(rows, 0, v);
+    __m256i scale[2], min[2];
     scale[0] = _mm256_and_si256(v[1], six);
     min[0] = _mm256_and_si256(v[2], six);
     scale[1] = _mm256_or_si256(_mm256_and_si256(v[3], four), _mm256_and_si256(_mm256_srli_epi16(v[1], 2), two));
@@ -193,16 +196,21 @@ INLINE void scales_mins(struct weight_tile *tile, size_t first, const uint8_t *c
     }
 }
 
+// Those of Q6_K: v: of eight rows the 16 bytes.
+INLINE void scales_q6_k(struct weight_tile *tile, size_t first, __m256 d, const __m256i *v) {
+    for (int g = 0; g < 16; g++)
+        _mm256_store_ps(&tile->scale[g][first], _mm256_mul_ps(d, signed_byte_to_f32(v[g / 4], g % 4)));
+}
+
 // The scales and minima of `n` columns of eight rows. Not for Q2_K and Q3_K.
 INLINE void load_scales(enum dtype type, struct weight_tile *tile, size_t first, const uint8_t *const *rows, size_t n) {
+    __m256i v[4];
     if (type == DTYPE_Q4_K || type == DTYPE_Q5_K) {
-        scales_mins(tile, first, rows);
+        four_columns(rows, 0, v);
+        scales_mins(tile, first, v);
     } else if (type == DTYPE_Q6_K) {
-        __m256i v[4];
-        __m256 d = halves(rows, 208);
         four_columns(rows, 192, v);
-        for (int g = 0; g < 16; g++)
-            _mm256_store_ps(&tile->scale[g][first], _mm256_mul_ps(d, signed_byte_to_f32(v[g / 4], g % 4)));
+        scales_q6_k(tile, first, halves(rows, 208), v);
     } else {
         const struct small_layout l = small_layout(type);
         for (size_t b = 0; b < n / 32; b++) {

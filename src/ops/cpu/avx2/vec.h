@@ -50,6 +50,21 @@ INLINE float dot16_reduce_at(const float *acc) {
     return dot16_reduce_2(_mm256_loadu_ps(acc), _mm256_loadu_ps(acc + 8));
 }
 
+INLINE __m256i broadcast_4(const void *p) {
+    int v;
+    memcpy(&v, p, sizeof v);
+    return _mm256_set1_epi32(v);
+}
+
+// Adds in the sum's own register. Left to itself, gcc adds in the order of a tree, for which it has too few registers.
+INLINE void add_words(__m256i *sum, __m256i v) {
+    __asm__("vpaddw %1, %0, %0" : "+x"(*sum) : "x"(v));
+}
+
+INLINE void add_dwords(__m256i *sum, __m256i v) {
+    __asm__("vpaddd %1, %0, %0" : "+x"(*sum) : "x"(v));
+}
+
 // exp32 in eight lanes.
 INLINE __m256 exp32_8(__m256 x) {
     const __m256 magic = _mm256_set1_ps(12582912.0f), one = _mm256_set1_ps(1.0f);

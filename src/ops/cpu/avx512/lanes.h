@@ -39,10 +39,10 @@ INLINE void add_tile(enum dtype type, float *out, const struct weight_tile *tile
 INLINE void quantised(enum dtype type, float *out, const struct matrix *w, size_t row, size_t n_rows, const float *x,
                       size_t n_tokens) {
     struct weight_tile tile;
-    const char *next = (const char *)w->data + (row + TILE_ROWS) * w->row_bytes;
+    const char *next = next_tile(w, row);
     for (size_t k = 0; k < w->n_in; k += TILE_COLUMNS) {
         size_t n = w->n_in - k < TILE_COLUMNS ? w->n_in - k : TILE_COLUMNS;
-        unpack_tile(type, &tile, w, row, n_rows, k, n, &next, false);
+        make_tile(type, &tile, w, row, n_rows, k, n, &next, false);
         struct act_row rows[MAX_N];
         size_t t = 0;
         for (; t + MAX_N <= n_tokens; t += MAX_N) {

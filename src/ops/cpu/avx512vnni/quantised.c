@@ -4,7 +4,7 @@
 
 #if defined(__AVX512VNNI__)
 
-#include "ops/cpu/avx2/unpack.h"
+#include "ops/cpu/avx2/octets.h"
 #include "ops/cpu/avx2/vec.h"
 
 enum { MAX_N = 8 };
