@@ -31,9 +31,12 @@ struct run {
     float *rows;      // [max_logit_rows, hidden]
     float *logits;    // [max_logit_rows, n_vocab]
     // On a device only.
-    float *rope;      // [max_positions, head_dim] the cosines and sines of every position
-    int32_t *arrays;  // [n_arrays] a step's batch
-    int32_t *staging; // [n_arrays] the same on the host
+    float *rope;  // [max_positions, head_dim] the cosines and sines of every position
+    float *board; // what a kernel of all layers keeps from step to step
+    size_t n_board;
+    struct layer_refs *refs; // [n_layers] its arguments
+    int32_t *arrays;         // [n_arrays] a step's batch
+    int32_t *staging;        // [n_arrays] the same on the host
     size_t n_arrays;
     struct greedy_choice *choices; // [max_logit_rows] on the host, where the device writes too
     float *fetched;                // [max_logit_rows, n_vocab] the logits on the host
@@ -45,6 +48,10 @@ static size_t batch_arrays(const struct run_options *o) {
     if (!pages && !size_mul(per_seq, o->max_tokens, &pages)) return SIZE_MAX;
     size_t n;
     return size_mul_add(o->max_tokens + 4, 7, pages, &n) ? n : SIZE_MAX;
+}
+
+static struct layers_shape shape_of(const struct model_config *c) {
+    return (struct layers_shape){c->n_layers, c->hidden, c->n_ff, c->n_heads, c->n_kv_heads, c->head_dim};
 }
 
 // The pieces of run.memory, in order; each is aligned to 16 floats. Returns the floats needed, SIZE_MAX on overflow.
@@ -66,6 +73,8 @@ static size_t lay_out(const struct model_config *c, const struct run_options *o,
     if (o->ops->scratch_floats && !o->ops->scratch_floats(o->ops, &limits, &own)) return SIZE_MAX;
     if (own > scratch) scratch = own;
     bool device = o->ops->device != NULL;
+    struct layers_shape shape = shape_of(c);
+    size_t board = o->ops->board_floats ? o->ops->board_floats(o->ops, &shape) : 0;
     struct {
         size_t rows, columns;
         float **at;
@@ -85,6 +94,7 @@ static size_t lay_out(const struct model_config *c, const struct run_options *o,
         {1, scratch, run ? &run->ctx.scratch : NULL},
         {device ? o->max_positions : 0, c->head_dim, run ? &run->rope : NULL},
         {device ? batch_arrays(o) : 0, 1, run ? (float **)&run->arrays : NULL},
+        {board, 1, run ? &run->board : NULL},
     };
     size_t total = 0;
     for (size_t i = 0; i < sizeof parts / sizeof parts[0]; i++) {
@@ -95,6 +105,7 @@ static size_t lay_out(const struct model_config *c, const struct run_options *o,
             return SIZE_MAX;
     }
     if (run) run->ctx.scratch_floats = scratch;
+    if (run) run->n_board = board;
     return total;
 }
 
@@ -130,6 +141,9 @@ static bool create_device_parts(struct run *run, const struct model *m, const st
     run->choices = d->alloc_host(d, o->max_logit_rows * sizeof *run->choices);
     if (!run->staging || !run->fetched || !run->choices)
         return error_set(err, "out of host memory for the logits of %zu rows", o->max_logit_rows);
+    run->refs = size_alloc_zero(m->config.n_layers, sizeof *run->refs);
+    if (!run->refs) return error_set(err, "out of memory for %zu layers", m->config.n_layers);
+    d->fill(d, run->board, 0xFF, run->n_board * sizeof *run->board);
     size_t row = m->config.head_dim, n_rows = o->max_positions;
     float *table = size_alloc(n_rows, row * sizeof *table);
     int32_t *position = size_alloc(n_rows, sizeof *position);
@@ -183,6 +197,7 @@ void run_free(struct run *run) {
         d->free_host(d, run->staging);
         d->free_host(d, run->fetched);
         d->free_host(d, run->choices);
+        free(run->refs);
     } else {
         free(run->memory);
         free(run->choices);
@@ -272,6 +287,33 @@ static void mlp_block(const struct model *m, struct run *r, const struct batch *
     ops_tap(&r->ctx, "resid", r->x, b->n_tokens, m->config.hidden);
 }
 
+// Whether nobody wants to see what a step of one token a sequence does inside.
+static bool runs_as_one(const struct run *r, const struct batch *b) {
+    uint32_t all;
+    return fusion_available(r->ctx.ops, FUSED_STEP) && fusion_parse("on", &all, NULL) && r->ctx.fusion == all &&
+           !r->ctx.tap && b->n_tokens == b->n_seqs;
+}
+
+// All layers as one op, where the backend has it for this step.
+static bool all_layers(const struct model *m, struct run *r, struct kv_store *kv, const struct batch *b) {
+    const struct model_config *c = &m->config;
+    if (!r->n_board || !runs_as_one(r, b)) return false;
+    for (size_t i = 0; i < c->n_layers; i++) {
+        const struct layer_weights *w = &r->weights->layers[i];
+        r->refs[i] = (struct layer_refs){w->attn_norm, w->mlp_norm, w->bq,    w->bk,      w->bv,
+                                         w->q_norm,    w->k_norm,   &w->wq,   &w->wk,     &w->wv,
+                                         &w->wo,       &w->w_gate,  &w->w_up, &w->w_down, &kv->layers[i]};
+    }
+    return r->ctx.ops->layers(&r->ctx, &(struct layers_args){.shape = shape_of(c),
+                                                             .batch = b,
+                                                             .layers = r->refs,
+                                                             .eps = (float)c->rms_eps,
+                                                             .scale = (float)(1 / sqrt((double)c->head_dim)),
+                                                             .cos_sin = r->cos_sin,
+                                                             .x = r->x,
+                                                             .board = r->board});
+}
+
 // THE layer sequence.
 static void run_layers(const struct model *m, struct run *r, struct kv_store *kv, const struct batch *b) {
     const struct device_weights *w = r->weights;
@@ -280,7 +322,8 @@ static void run_layers(const struct model *m, struct run *r, struct kv_store *kv
     else rope_table(m, b, r->cos_sin);
     r->ctx.ops->embed(&r->ctx, r->x, &w->embed, b->token, b->n_tokens);
     ops_tap(&r->ctx, "embed", r->x, b->n_tokens, m->config.hidden);
-    for (size_t i = 0; i < m->config.n_layers; i++) {
+    bool done = all_layers(m, r, kv, b);
+    for (size_t i = 0; !done && i < m->config.n_layers; i++) {
         r->ctx.layer = (int)i;
         attention_block(m, r, &kv->layers[i], b, &w->layers[i]);
         mlp_block(m, r, b, &w->layers[i]);
@@ -346,10 +389,7 @@ void run_store_kv(struct run *r, struct kv_layer *layer, const struct batch *b, 
 // not to be recorded.
 static uint64_t record_key(const struct run *r, const struct kv_store *kv, const struct batch *b) {
     enum { MAX_RECORDED = 256 }; // sequences
-    uint32_t all;
-    if (!fusion_available(r->ctx.ops, FUSED_STEP) || !fusion_parse("on", &all, NULL) || r->ctx.fusion != all ||
-        r->ctx.tap || b->n_tokens != b->n_seqs || b->n_seqs > MAX_RECORDED)
-        return 0;
+    if (!runs_as_one(r, b) || b->n_seqs > MAX_RECORDED) return 0;
     int32_t longest = ATTN_CHUNK;
     for (size_t i = 0; i < b->n_seqs; i++)
         while (longest < b->kv_len[i]) longest *= 2;

@@ -198,6 +198,25 @@ struct norm_head_args {
     float *logits;        // [n_logit_rows, n_vocab]
 };
 
+// layers: every layer of a step, x in place; where the backend has a kernel for it.
+struct layers_shape {
+    size_t n_layers, hidden, n_ff, n_heads, n_kv_heads, head_dim;
+};
+struct layer_refs {
+    const float *attn_norm, *mlp_norm, *bq, *bk, *bv, *q_norm, *k_norm;
+    const struct matrix *wq, *wk, *wv, *wo, *w_gate, *w_up, *w_down;
+    struct kv_layer *kv;
+};
+struct layers_args {
+    struct layers_shape shape;
+    const struct batch *batch;
+    const struct layer_refs *layers; // [n_layers]
+    float eps, scale;                // 1 / sqrt(head_dim)
+    const float *cos_sin;            // [n_tokens, head_dim]
+    float *x;                        // [n_tokens, hidden]
+    float *board;                    // [board_floats] of this model's alone; all bits set before its first use
+};
+
 // ---- The table -----------------------------------------------------------------------------------------------------
 
 // One backend's ops. Filled portable-first, then overridden; chosen once at start.
@@ -261,6 +280,9 @@ struct ops {
     void (*norm_gate_up)(const struct op_ctx *ctx, const struct norm_gate_up_args *a);
     void (*down_residual)(const struct op_ctx *ctx, const struct proj_residual_args *a);
     void (*norm_head)(const struct op_ctx *ctx, const struct norm_head_args *a);
+    // False: not this shape, or not this batch; nothing was done. Memory: 0 floats: never. NULL: the backend has none.
+    bool (*layers)(const struct op_ctx *ctx, const struct layers_args *a);
+    size_t (*board_floats)(const struct ops *ops, const struct layers_shape *shape);
 };
 
 // The CPU's table for this machine, or for a named instruction set ("portable", "avx2", "avx512", ...; NULL or "auto":

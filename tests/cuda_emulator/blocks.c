@@ -24,16 +24,35 @@ void emulated_syncwarp(void);
 uint32_t emulated_shuffle_xor(uint32_t v, int mask);
 void emulated_mma(float d[4], const uint32_t a[4], const uint32_t b[2]);
 void emulated_dependency_wait(void);
-void emulated_barrier_init(uint64_t *barrier);
+void emulated_barrier_init(uint64_t *barrier, unsigned n_threads);
+void emulated_barrier_arrive(uint64_t *barrier);
 void emulated_barrier_expect(uint64_t *barrier, uint32_t bytes);
 void emulated_barrier_wait(uint64_t *barrier, uint32_t parity);
 void emulated_bulk_copy(void *to, const void *from, uint32_t bytes, uint64_t *barrier);
 void emulated_pause(void);
+void emulated_spin(void);
+void emulated_sync_some(int id, unsigned n);
+unsigned emulated_cluster_rank(void);
+void emulated_cluster_sync(void);
+void emulated_push(void *at, const void *data, unsigned bytes, uint64_t *barrier, unsigned rank);
 
 int emulator_mistake;
 
-enum { STACK = 96 * 1024, GUARD = 4096, WARP = 32, MOST_WARPS = MOST_THREADS / WARP, MOST_COPIES = 512 };
-enum thread_state { RUNNING, READY, AT_BARRIER, IN_WARP, AT_COPY, AT_DEPENDENCY, ENDED, N_STATES };
+enum { STACK = 96 * 1024, GUARD = 4096, WARP = 32, MOST_WARPS = MOST_THREADS / WARP, MOST_COPIES = 4096 };
+enum thread_state {
+    RUNNING,
+    READY,
+    AT_BARRIER,
+    AT_SOME,    // a barrier of some of the block's threads
+    AT_CLUSTER, // the cluster's barrier
+    IN_WARP,
+    AT_COPY,
+    AT_DEPENDENCY,
+    SPINNING, // looks again at what another block writes
+    ENDED,
+    N_STATES
+};
+enum { MOST_SOME = 16 };
 enum instruction { SYNC_WARP, SHUFFLE, MATRIX };
 
 struct fiber {
@@ -46,6 +65,7 @@ struct fiber {
     enum thread_state state;
     uint64_t *barrier; // AT_COPY: waits for this one's phase to differ from
     uint32_t parity;   // this
+    int some;          // AT_SOME: of this number
 };
 
 // What a lane brings to an instruction of its whole warp.
@@ -62,9 +82,10 @@ struct warp {
 
 struct copy {
     void *to;
-    const void *from;
+    const void *from; // NULL: a push, of `data`
     uint32_t bytes;
     uint64_t *barrier;
+    unsigned char data[16];
 };
 
 struct block {
@@ -79,12 +100,16 @@ struct block {
     struct warp warps[MOST_WARPS];
     struct copy copies[MOST_COPIES];
     unsigned n_copies;
+    unsigned n_at_some[MOST_SOME];
+    struct block **cluster; // its blocks; NULL: none
+    unsigned rank, n_cluster;
     unsigned char *stacks;        // [MOST_THREADS][STACK], the lowest page of each a guard
     unsigned char *shared, *base; // dynamic shared memory, its end at a guard; the mapping
     unsigned char *statics;       // a suspended block's static shared memory
 };
 
 static struct block *now; // the block whose threads run
+static size_t n_moves;    // of threads that waited and of pushes: that a grid does not hang
 
 static unsigned below(unsigned n) {
     return (unsigned)((emulated_random() & 0xFFFFFFFFu) * n >> 32);
@@ -157,6 +182,7 @@ static void prepare(struct fiber *f, unsigned char *stack, size_t bytes, void (*
 #endif
 
 static void set_state(struct block *b, struct fiber *f, enum thread_state state) {
+    if (state == READY && f->state != SPINNING) n_moves++;
     b->n_in[f->state]--;
     f->state = state;
     if (state == READY) b->ready[b->n_in[READY]] = (uint16_t)f->number;
@@ -170,8 +196,8 @@ enum { BARRIER_MADE = 0xB7 };
 
 // What the 64 bits of such a barrier hold.
 struct arrivals {
-    int32_t bytes;    // still to come
-    uint16_t threads; // still to arrive: 1 or 0
+    int32_t bytes;       // still to come
+    uint8_t threads, of; // still to arrive in this phase, and in each
     uint8_t phase, made;
 };
 
@@ -185,7 +211,7 @@ static struct arrivals barrier_read(const uint64_t *barrier) {
 // Writes it back; a complete phase begins the next, and lets threads go on that waited for its end.
 static void barrier_write(struct block *b, uint64_t *barrier, struct arrivals a) {
     bool complete = a.threads == 0 && a.bytes == 0;
-    if (complete) a.phase ^= 1, a.threads = 1;
+    if (complete) a.phase ^= 1, a.threads = a.of;
     memcpy(barrier, &a, sizeof a);
     for (unsigned i = 0; complete && b->n_in[AT_COPY] && i < b->n_threads; i++) {
         struct fiber *f = &b->threads[i];
@@ -196,7 +222,8 @@ static void barrier_write(struct block *b, uint64_t *barrier, struct arrivals a)
 static void carry_out(struct block *b, unsigned i) {
     struct copy c = b->copies[i];
     b->copies[i] = b->copies[--b->n_copies];
-    memcpy(c.to, c.from, c.bytes);
+    memcpy(c.to, c.from ? c.from : c.data, c.bytes);
+    n_moves++;
     struct arrivals a = barrier_read(c.barrier);
     a.bytes -= (int32_t)c.bytes;
     barrier_write(b, c.barrier, a);
@@ -227,7 +254,7 @@ static bool unblock(struct block *b) {
         all_ready(b, AT_BARRIER);
         return true;
     }
-    if (b->n_in[AT_DEPENDENCY] || b->n_in[ENDED] == b->n_threads) return false;
+    if (b->n_in[AT_DEPENDENCY] || b->n_in[ENDED] == b->n_threads || b->cluster) return false;
     emulated_fail("the block hangs: %u threads at a barrier, %u at a warp's instruction, %u wait for a copy, %u ended",
                   b->n_in[AT_BARRIER], b->n_in[IN_WARP], b->n_in[AT_COPY], b->n_in[ENDED]);
 }
@@ -277,6 +304,25 @@ void emulated_pause(void) {
 
 void emulated_syncthreads(void) {
     wait_as(AT_BARRIER);
+}
+
+void emulated_spin(void) {
+    if (!now->cluster) emulated_fail("a thread waits for another block, which may not run at the same time");
+    wait_as(SPINNING);
+}
+
+void emulated_sync_some(int id, unsigned n) {
+    struct block *b = now;
+    if (id < 1 || id >= MOST_SOME || n % WARP || n > b->n_threads) emulated_fail("barrier %d for %u threads", id, n);
+    b->current->some = id;
+    if (++b->n_at_some[id] < n) {
+        wait_as(AT_SOME);
+        return;
+    }
+    b->n_at_some[id] = 0;
+    for (unsigned i = 0; i < b->n_threads; i++)
+        if (b->threads[i].state == AT_SOME && b->threads[i].some == id) set_state(b, &b->threads[i], READY);
+    emulated_pause();
 }
 
 void emulated_dependency_wait(void) {
@@ -391,18 +437,22 @@ static void check_shared(const void *p, size_t bytes, const char *what) {
         emulated_fail("%s is not in the block's shared memory", what);
 }
 
-void emulated_barrier_init(uint64_t *barrier) {
+void emulated_barrier_init(uint64_t *barrier, unsigned n_threads) {
     check_shared(barrier, sizeof *barrier, "a barrier");
-    struct arrivals a = {.threads = 1, .made = BARRIER_MADE};
+    struct arrivals a = {.threads = (uint8_t)n_threads, .of = (uint8_t)n_threads, .made = BARRIER_MADE};
     memcpy(barrier, &a, sizeof a);
 }
 
 void emulated_barrier_expect(uint64_t *barrier, uint32_t bytes) {
     struct arrivals a = barrier_read(barrier);
-    if (a.threads == 0) emulated_fail("two threads arrived at a barrier for one");
+    if (a.threads == 0) emulated_fail("more threads arrived at a barrier than it is for (%u)", a.of);
     a.bytes += (int32_t)bytes;
-    a.threads = 0;
+    a.threads--;
     barrier_write(now, barrier, a);
+}
+
+void emulated_barrier_arrive(uint64_t *barrier) {
+    emulated_barrier_expect(barrier, 0);
 }
 
 void emulated_barrier_wait(uint64_t *barrier, uint32_t parity) {
@@ -420,9 +470,48 @@ void emulated_bulk_copy(void *to, const void *from, uint32_t bytes, uint64_t *ba
     check_shared(to, bytes, "a bulk copy's target");
     emulated_check_range(from, bytes, "a bulk copy's source");
     if (b->n_copies == MOST_COPIES) emulated_fail("more than %d bulk copies under way", MOST_COPIES);
-    b->copies[b->n_copies++] = (struct copy){to, from, bytes, barrier};
+    b->copies[b->n_copies++] = (struct copy){.to = to, .from = from, .bytes = bytes, .barrier = barrier};
     emulated_counts.copies++;
     if (emulated_options.keep_order || (!b->copies_last && emulated_chance(2))) carry_out(b, b->n_copies - 1);
+}
+
+// ---- Clusters
+// -----------------------------------------------------------------------------------------------------------
+
+unsigned emulated_cluster_rank(void) {
+    return now->rank;
+}
+
+void emulated_cluster_sync(void) {
+    struct block *b = now;
+    unsigned waiting = 1, all = 0;
+    for (unsigned i = 0; i < b->n_cluster; i++) {
+        waiting += b->cluster[i]->n_in[AT_CLUSTER];
+        all += b->cluster[i]->n_threads;
+    }
+    if (waiting < all) {
+        wait_as(AT_CLUSTER);
+        return;
+    }
+    for (unsigned i = 0; i < b->n_cluster; i++) all_ready(b->cluster[i], AT_CLUSTER);
+    emulated_pause();
+}
+
+// What a thread writes to another block's shared memory arrives there as copies do.
+void emulated_push(void *at, const void *data, unsigned bytes, uint64_t *barrier, unsigned rank) {
+    if (!now->cluster || rank >= now->n_cluster) emulated_fail("a push to block %u of the cluster", rank);
+    if ((uintptr_t)at % bytes) emulated_fail("a push of %u bytes to %p", bytes, at);
+    check_shared(at, bytes, "a push's target");
+    check_shared(barrier, sizeof *barrier, "a push's barrier");
+    struct block *to = now->cluster[rank];
+    if (to->n_in[ENDED] == to->n_threads) emulated_fail("a push to a block that has ended");
+    if (to->n_copies == MOST_COPIES) emulated_fail("more than %d copies under way", MOST_COPIES);
+    struct copy c = {.bytes = bytes};
+    c.to = to->shared + ((unsigned char *)at - now->shared);
+    c.barrier = (uint64_t *)(void *)(to->shared + ((unsigned char *)barrier - now->shared));
+    memcpy(c.data, data, bytes);
+    to->copies[to->n_copies++] = c;
+    if (emulated_options.keep_order || (!to->copies_last && emulated_chance(2))) carry_out(to, to->n_copies - 1);
 }
 
 // ---- Blocks
@@ -477,7 +566,7 @@ static void must_have_ended(struct block *b) {
     now = NULL;
 }
 
-bool block_start(struct block *b, const struct kernel_node *k, size_t index, bool early) {
+static void prepare_block(struct block *b, const struct kernel_node *k, size_t index, bool early) {
     size_t plane = (size_t)k->grid.x * k->grid.y;
     b->kernel = k;
     b->index =
@@ -489,7 +578,9 @@ bool block_start(struct block *b, const struct kernel_node *k, size_t index, boo
     b->choice = emulated_options.keep_order ? 1 : emulated_chance(8) ? MOST_THREADS : WARP;
     b->copies_last = emulated_chance(2);
     b->n_copies = 0;
+    b->cluster = NULL;
     memset(b->n_in, 0, sizeof b->n_in);
+    memset(b->n_at_some, 0, sizeof b->n_at_some);
     for (unsigned i = 0; i < (b->n_threads + WARP - 1) / WARP; i++) b->warps[i].arrived = b->warps[i].met = 0;
     size_t dynamic = (k->shared + 127) / 128 * 128;
     b->shared = b->base + SHARED_MAPPED - GUARD - dynamic;
@@ -507,6 +598,11 @@ bool block_start(struct block *b, const struct kernel_node *k, size_t index, boo
     all_ready(b, RUNNING);
     emulated_counts.blocks++;
     if (early) emulated_counts.early_blocks++;
+}
+
+bool block_start(struct block *b, const struct kernel_node *k, size_t index, bool early) {
+    prepare_block(b, k, index, early);
+    struct module_memory m = statics();
     if (run(b)) {
         must_have_ended(b);
         return true;
@@ -522,6 +618,38 @@ void block_resume(struct block *b) {
     all_ready(b, AT_DEPENDENCY);
     run(b);
     must_have_ended(b);
+}
+
+// Blocks take turns, each until none of its threads can go on. The kernel has no static shared memory.
+void blocks_run_together(struct block **blocks, size_t n, const struct kernel_node *k) {
+    enum { ROUNDS = 64 };
+    size_t n_ended = 0, still = 0;
+    for (size_t i = 0; i < n; i++) {
+        struct block *b = blocks[i];
+        prepare_block(b, k, i, false);
+        b->rank = (unsigned)(i % k->cluster);
+        b->n_cluster = k->cluster;
+        b->cluster = blocks + i - b->rank;
+    }
+    while (n_ended < n) {
+        size_t first = emulated_options.keep_order ? 0 : (size_t)below((unsigned)n), before = n_moves;
+        for (size_t i = 0; i < n; i++) {
+            struct block *b = blocks[(first + i) % n];
+            if (b->n_in[ENDED] == b->n_threads) continue;
+            all_ready(b, SPINNING);
+            now = b;
+            while (b->n_in[READY] == 0 && unblock(b)) {
+            }
+            now = NULL;
+            if (b->n_in[READY] && run(b)) n_ended++;
+        }
+        still = n_moves == before ? still + 1 : 0;
+        if (still == ROUNDS) {
+            now = blocks[first];
+            emulated_fail("the blocks wait for each other for ever");
+        }
+    }
+    for (size_t i = 0; i < n; i++) must_have_ended(blocks[i]);
 }
 
 void emulated_fail(const char *format, ...) {

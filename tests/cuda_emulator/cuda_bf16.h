@@ -15,6 +15,8 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
+#define __noinline__ __attribute__((noinline))
+#define __grid_constant__
 #define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))
 #define __shared__ static thread_local
@@ -35,11 +37,17 @@ void emulated_syncwarp(void);
 uint32_t emulated_shuffle_xor(uint32_t v, int mask);
 void emulated_mma(float d[4], const uint32_t a[4], const uint32_t b[2]);
 void emulated_dependency_wait(void);
-void emulated_barrier_init(uint64_t *barrier);
+void emulated_barrier_init(uint64_t *barrier, unsigned n_threads);
+void emulated_barrier_arrive(uint64_t *barrier);
 void emulated_barrier_expect(uint64_t *barrier, uint32_t bytes);
 void emulated_barrier_wait(uint64_t *barrier, uint32_t parity);
 void emulated_bulk_copy(void *to, const void *from, uint32_t bytes, uint64_t *barrier);
 void emulated_pause(void); // another thread may go on here
+void emulated_spin(void);  // all others that can go on do, before this one looks again
+void emulated_sync_some(int id, unsigned n);
+unsigned emulated_cluster_rank(void);
+void emulated_cluster_sync(void);
+void emulated_push(void *at, const void *data, unsigned bytes, uint64_t *barrier, unsigned rank);
 }
 
 static constexpr const dim3 &threadIdx = emulated_place.thread;
@@ -77,6 +85,10 @@ struct alignas(16) float4 {
 
 static inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) {
     return {x, y, z, w};
+}
+
+static inline uint2 make_uint2(uint32_t x, uint32_t y) {
+    return {x, y};
 }
 
 static inline float2 make_float2(float x, float y) {

@@ -19,6 +19,7 @@ typedef enum cudaError {
     cudaErrorMemoryAllocation,
     cudaErrorInsufficientDriver = 35,
     cudaErrorNoDevice = 100,
+    cudaErrorLaunchTimeout = 702,
     cudaErrorStreamCaptureUnsupported = 900,
 } cudaError_t;
 
@@ -31,7 +32,10 @@ enum cudaMemcpyKind {
 enum { cudaStreamNonBlocking = 1, cudaHostAllocDefault = 0 };
 enum cudaStreamCaptureMode { cudaStreamCaptureModeThreadLocal = 1 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
-enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization = 6 };
+enum cudaLaunchAttributeID {
+    cudaLaunchAttributeClusterDimension = 4,
+    cudaLaunchAttributeProgrammaticStreamSerialization = 6
+};
 
 typedef struct emulated_stream *cudaStream_t;
 typedef struct emulated_graph *cudaGraph_t;
@@ -55,6 +59,9 @@ typedef struct cudaLaunchAttribute {
     enum cudaLaunchAttributeID id;
     struct {
         int programmaticStreamSerializationAllowed;
+        struct {
+            unsigned x, y, z;
+        } clusterDim;
     } val;
 } cudaLaunchAttribute;
 
@@ -100,6 +107,7 @@ struct emulated_kernel {
 };
 cudaError_t emulated_launch(const cudaLaunchConfig_t *config, struct emulated_kernel kernel);
 cudaError_t emulated_allow_shared(const void *kernel, int bytes);
+cudaError_t emulated_clusters(int *n, const cudaLaunchConfig_t *config);
 
 #ifdef __cplusplus
 }
@@ -131,6 +139,10 @@ static cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t *config, void (*k
 
 template <typename K> static cudaError_t cudaFuncSetAttribute(K kernel, cudaFuncAttribute, int value) {
     return emulated_allow_shared((const void *)kernel, value);
+}
+
+template <typename K> static cudaError_t cudaOccupancyMaxActiveClusters(int *n, K, const cudaLaunchConfig_t *config) {
+    return emulated_clusters(n, config);
 }
 }
 #endif

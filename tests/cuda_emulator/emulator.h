@@ -5,7 +5,9 @@
 // - What is queued on a stream runs when somebody waits for it, not before: so host memory that changes too early
 // shows.
 // - The threads of a block are fibers that change only where they must wait (barriers, warp instructions, copies): one
-//   may be a whole phase ahead of the others. The blocks of a grid run one after another, in any order.
+//   may be a whole phase ahead of the others. The blocks of a grid run one after another, in any order;
+//   those of a grid of clusters side by side, taking turns where they wait. What one pushes to another's shared memory
+//   arrives like a bulk copy.
 // - Some blocks of the next three kernels of a stream begin early, up to their dependency_wait, while device memory can
 //   only be read; a graph's first kernel does not.
 // - Bulk copies happen any time between being asked for and being waited for.
@@ -31,7 +33,7 @@ void emulator_set(const struct emulator_options *options);
 
 // What has happened since the program began.
 struct emulator_counts {
-    size_t launches, replayed, blocks, early_blocks, copies, late_copies, matrix_steps;
+    size_t launches, together, replayed, blocks, early_blocks, copies, late_copies, matrix_steps;
 };
 struct emulator_counts emulator_counts(void);
 

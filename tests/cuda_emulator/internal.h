@@ -5,7 +5,7 @@
 #include "cuda_runtime_api.h"
 #include "emulator.h"
 
-enum { MOST_THREADS = 256, MOST_SHARED = 227 * 1024 };
+enum { MOST_THREADS = 320, MOST_SHARED = 227 * 1024 };
 
 extern struct emulator_options emulated_options;
 extern struct emulator_counts emulated_counts;
@@ -16,7 +16,8 @@ struct kernel_node {
     dim3 grid;
     unsigned threads;
     size_t shared;
-    bool early; // may begin before the kernel before has ended
+    bool early;       // may begin before the kernel before has ended
+    unsigned cluster; // blocks of a cluster; 0: none. Then all blocks of the grid run side by side
 };
 
 uint64_t emulated_random(void);
@@ -34,6 +35,8 @@ void block_free(struct block *b);
 // before (false).
 bool block_start(struct block *b, const struct kernel_node *k, size_t index, bool early);
 void block_resume(struct block *b); // to its end
+// Runs all n blocks of a grid of clusters, side by side, to their end.
+void blocks_run_together(struct block **blocks, size_t n, const struct kernel_node *k);
 
 // Which allocation an address belongs to or lies near, in words; for messages.
 void emulated_describe(const void *address, char *text, size_t size);

@@ -211,7 +211,9 @@ struct early {
     struct block *block;
 };
 
-static struct block *plain;
+enum { MOST_TOGETHER = 132 };
+
+static struct block *plain, *together[MOST_TOGETHER];
 static struct early early[MOST_EARLY];
 
 static void create_blocks(void) {
@@ -230,6 +232,7 @@ static size_t n_blocks(const struct kernel_node *k) {
 static void begin_early(const struct emulated_graph *q, size_t at) {
     for (size_t i = at + 1; i < q->n && i <= at + MOST_EARLY && q->nodes[i].kind == KERNEL && q->nodes[i].kernel.early;
          i++) {
+        if (q->nodes[i].kernel.cluster) break;
         struct early *free_one = NULL;
         bool begun = false;
         for (int j = 0; j < MOST_EARLY; j++) {
@@ -250,6 +253,15 @@ static void begin_early(const struct emulated_graph *q, size_t at) {
 static void run_kernel(const struct emulated_graph *q, size_t at) {
     const struct kernel_node *k = &q->nodes[at].kernel;
     size_t n = n_blocks(k);
+    if (k->cluster) {
+        for (size_t i = 0; i < n; i++)
+            if (!together[i] && !(together[i] = block_create())) emulated_fail("out of memory");
+        begin_early(q, at);
+        blocks_run_together(together, n, k);
+        emulated_counts.launches++;
+        emulated_counts.together++;
+        return;
+    }
     uint32_t *order = malloc(n * sizeof *order);
     if (!order) emulated_fail("out of memory");
     for (size_t i = 0; i < n; i++) {
@@ -298,11 +310,20 @@ cudaError_t cudaGetDeviceCount(int *n) {
     return cudaSuccess;
 }
 
+static int sms(void) {
+    return emulated_options.n_sms ? emulated_options.n_sms : 8;
+}
+
+cudaError_t emulated_clusters(int *n, const cudaLaunchConfig_t *c) {
+    *n = sms() / (int)c->attrs[1].val.clusterDim.x;
+    return cudaSuccess;
+}
+
 cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *p, int device) {
     if (device != 0) return cudaErrorInvalidValue;
     *p = (struct cudaDeviceProp){.totalGlobalMem = total_memory, .major = 9, .minor = 0};
     snprintf(p->name, sizeof p->name, "emulated on the CPU");
-    p->multiProcessorCount = emulated_options.n_sms ? emulated_options.n_sms : 8;
+    p->multiProcessorCount = sms();
     return cudaSuccess;
 }
 
@@ -493,13 +514,23 @@ cudaError_t emulated_launch(const cudaLaunchConfig_t *c, struct emulated_kernel 
         return cudaErrorInvalidValue;
     }
     bool may_begin = false;
+    unsigned cluster = 0;
+    for (unsigned i = 0; i < c->numAttrs; i++)
+        if (c->attrs[i].id == cudaLaunchAttributeClusterDimension) cluster = c->attrs[i].val.clusterDim.x;
+    // They wait for each other: a GPU that does not hold all of them would hang.
+    if (cluster && (g.y != 1 || g.z != 1 || g.x % cluster || g.x > MOST_TOGETHER || g.x > (unsigned)sms())) {
+        free(kernel.arguments);
+        return cudaErrorInvalidValue;
+    }
     for (unsigned i = 0; i < c->numAttrs; i++)
         may_begin |= c->attrs[i].id == cudaLaunchAttributeProgrammaticStreamSerialization &&
                      c->attrs[i].val.programmaticStreamSerializationAllowed;
-    append(target(c->stream),
-           (struct node){
-               .kind = KERNEL,
-               .kernel = {
-                   .kernel = kernel, .grid = g, .threads = b.x, .shared = c->dynamicSmemBytes, .early = may_begin}});
+    append(target(c->stream), (struct node){.kind = KERNEL,
+                                            .kernel = {.kernel = kernel,
+                                                       .grid = g,
+                                                       .threads = b.x,
+                                                       .shared = c->dynamicSmemBytes,
+                                                       .early = may_begin,
+                                                       .cluster = cluster}});
     return cudaSuccess;
 }

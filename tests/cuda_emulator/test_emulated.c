@@ -215,6 +215,38 @@ static void test_quantised_values(void **state) {
     ops_close(cuda);
 }
 
+// All layers in one kernel, whose blocks run side by side: two clusters, each with a KV head; three, one without;
+// across the ends of a page and of chunks, beyond a chunk for every block of a cluster, and where it hands over.
+static void test_persistent(void **state) {
+    (void)state;
+    static const struct {
+        int n_sms;
+        struct part part;
+    } shapes[] = {
+        {24, {.n_layers = 3, .n_vocab = 96, .n_ff = 700}},
+        {16, {.n_layers = 1, .n_vocab = 96, .n_ff = 300, .n_heads = 2, .n_kv_heads = 2, .head_dim = 128}},
+        {8, {.n_layers = 2, .n_vocab = 96, .n_ff = 128, .n_heads = 2, .n_kv_heads = 1, .head_dim = 128}},
+    };
+    static const size_t depths[] = {0, 30, 254, 510, 2046, 2303, 4094};
+    for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; i++) {
+        double start = clock_seconds();
+        struct subject s;
+        open_gpu(20 + i, shapes[i].n_sms);
+        open_part(&s, "models/tandem-tiny", &shapes[i].part);
+        uint32_t variant = 0;
+        for (size_t k = 0; k < cuda->device->n_variants; k++)
+            if (strcmp(cuda->device->variant_names[k], "persistent") == 0) variant = 1u << k;
+        size_t before = emulator_counts().together, n = sizeof depths / sizeof depths[0] - (i == 1 ? 2 : 0);
+        size_t different = compare_depths(&s, variant, depths, n), ran = emulator_counts().together - before;
+        print_message("shape %zu: %zu steps in one kernel, %zu differ, %.1f s\n", i, ran, different,
+                      clock_seconds() - start);
+        close_subject(&s);
+        ops_close(cuda);
+        assert_int_equal(different, 0);
+        assert_int_equal(ran, i == 1 ? 15 : 20); // the last step of all is too deep
+    }
+}
+
 // ---- Against the oracle
 // ----------------------------------------------------------------------------------------------------------
 
@@ -284,15 +316,11 @@ static int say_counts(void **state) {
 
 int main(int argc, char **argv) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_qwen3),
-        cmocka_unit_test(test_split),
-        cmocka_unit_test(test_tiles),
-        cmocka_unit_test(test_heads),
-        cmocka_unit_test(test_oracle),
-        cmocka_unit_test(test_doctor),
-        cmocka_unit_test(test_quantised),
-        cmocka_unit_test(test_quantised_tiles),
-        cmocka_unit_test(test_quantised_values),
+        cmocka_unit_test(test_qwen3),           cmocka_unit_test(test_split),
+        cmocka_unit_test(test_tiles),           cmocka_unit_test(test_heads),
+        cmocka_unit_test(test_persistent),      cmocka_unit_test(test_oracle),
+        cmocka_unit_test(test_doctor),          cmocka_unit_test(test_quantised),
+        cmocka_unit_test(test_quantised_tiles), cmocka_unit_test(test_quantised_values),
     };
     if (argc > 1) cmocka_set_test_filter(argv[1]);
     else if (strstr(argv[0], "test_emulated_80")) cmocka_set_test_filter("test_heads");

@@ -15,7 +15,7 @@
 
 #include <cmocka.h>
 
-enum { MAX_ROWS = 512, KEEP_EVERY = 37 };
+enum { MAX_ROWS = 512, KEEP_EVERY = 37, STEPS_AT_DEPTH = 3 };
 
 const struct ops *cuda;
 struct pool *pool;
@@ -159,7 +159,7 @@ static void add_way(struct ways *all, uint32_t fusion, size_t chunk, size_t n_se
              fusion_text(fusion, text, sizeof text), chunk, n_seqs, backwards ? ", pages backwards" : "");
 }
 
-// Each of the device's other kernels, or those that it stands in for, in steps of many tokens.
+// Each of the device's other kernels, or those that it stands in for, in steps of many tokens and of one.
 static void add_variants(struct ways *all, const struct plan *p) {
     const uint32_t watched = all_fused() & ~unwatched;
     for (size_t i = 0; i < cuda->device->n_variants; i++) {
@@ -168,11 +168,12 @@ static void add_variants(struct ways *all, const struct plan *p) {
             if (p->chunks[k] > 31 && p->chunks[k] <= p->length) add_way(all, watched, p->chunks[k], 1, k % 2);
         add_way(all, watched, p->length, 1, true);
         if (p->n_ragged) add_way(all, watched, 40, p->n_ragged, true);
+        add_way(all, all_fused(), 1, 1, true);
         for (; from < all->n; from++) {
             struct way *w = &all->list[from];
             size_t used = strlen(w->name);
             w->variants = 1u << i;
-            w->lead = 0;
+            if (w->chunk > 1) w->lead = 0;
             snprintf(w->name + used, sizeof w->name - used, ", %s %s", cuda->device->variant_names[i],
                      cuda->device->variants >> i & 1 ? "off" : "on");
         }
@@ -245,6 +246,75 @@ size_t compare_ways(const struct subject *s, const char *name, const struct plan
     free(expected);
     free(found);
     free(all);
+    return different;
+}
+
+// Small finite numbers in all pages.
+static void fill_randomly(struct kv_store *kv) {
+    size_t n = kv->bytes / 2;
+    uint16_t *random = checked(n, sizeof *random);
+    uint32_t rng = 12345;
+    for (size_t i = 0; i < n; i++) {
+        rng = rng * 1664525u + 1013904223u;
+        random[i] = (uint16_t)((rng >> 16 & 0x807Fu) | (0x3E80u + (rng >> 8 & 0x100u)));
+    }
+    cuda->device->put(cuda->device, kv->memory, random, kv->bytes);
+    free(random);
+}
+
+static void run_at_depths(const struct subject *s, const size_t *depths, size_t n_depths, float *out) {
+    const struct model_config *c = &s->model->config;
+    struct error err = {0};
+    size_t most = 0;
+    for (size_t i = 0; i < n_depths; i++) most = depths[i] + STEPS_AT_DEPTH > most ? depths[i] + STEPS_AT_DEPTH : most;
+    size_t n_pages = (most + KV_PAGE_TOKENS - 1) / KV_PAGE_TOKENS;
+    struct run_options o = {.ops = cuda,
+                            .pool = pool,
+                            .fusion = all_fused(),
+                            .max_tokens = 1,
+                            .max_logit_rows = 1,
+                            .max_positions = most,
+                            .weights = s->weights,
+                            .max_pages = n_pages};
+    struct run *run = run_create(s->model, &o, &err);
+    struct kv_store kv;
+    if (!run || !kv_store_create_on(cuda->device, &kv, c, DTYPE_BF16, n_pages, &err)) fail_msg("%s", err.text);
+    int32_t *pages = checked(n_pages, sizeof *pages);
+    for (size_t i = 0; i < n_pages; i++) pages[i] = (int32_t)(n_pages - 1 - i);
+    fill_randomly(&kv);
+    for (size_t i = 0; i < n_depths * STEPS_AT_DEPTH; i++, out += c->n_vocab) {
+        int32_t position = (int32_t)(depths[i / STEPS_AT_DEPTH] + i % STEPS_AT_DEPTH), kv_len = position + 1;
+        int32_t token = id_at(s->model, 0, (size_t)position), zero = 0, starts[] = {0, 1};
+        int32_t page_start[] = {0, position / KV_PAGE_TOKENS + 1};
+        struct batch b = {1, 1, 1, &token, &position, &zero, starts, page_start, pages, &kv_len, &zero, NULL};
+        const float *logits = model_forward(s->model, run, &kv, &b);
+        if (!run_error(run, &err)) fail_msg("depth %d: %s", (int)position, err.text);
+        memcpy(out, logits, c->n_vocab * sizeof *out);
+    }
+    free(pages);
+    kv_store_free(&kv);
+    run_free(run);
+}
+
+size_t compare_depths(const struct subject *s, uint32_t variant, const size_t *depths, size_t n_depths) {
+    size_t n = s->model->config.n_vocab, steps = n_depths * STEPS_AT_DEPTH, different = 0;
+    float *with = checked(steps * n, sizeof *with), *without = checked(steps * n, sizeof *without);
+    uint32_t variants = cuda->device->variants;
+    cuda->device->variants = variants & ~variant;
+    run_at_depths(s, depths, n_depths, without);
+    cuda->device->variants = variants | variant;
+    run_at_depths(s, depths, n_depths, with);
+    cuda->device->variants = variants;
+    for (size_t i = 0; i < steps; i++) {
+        size_t first = 0, wrong = n_different(without + i * n, with + i * n, n, &first);
+        if (wrong)
+            print_message("depth %zu: %zu of %zu logits differ, the first at %zu: %.9g, not %.9g\n",
+                          depths[i / STEPS_AT_DEPTH] + i % STEPS_AT_DEPTH, wrong, n, first, (double)with[i * n + first],
+                          (double)without[i * n + first]);
+        different += wrong > 0;
+    }
+    free(with);
+    free(without);
     return different;
 }
 

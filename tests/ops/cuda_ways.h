@@ -44,6 +44,10 @@ extern const struct plan long_plan; // a GPU's, but for length
 // How many ways return other bytes of logits than the standard path. Says which.
 size_t compare_ways(const struct subject *s, const char *name, const struct plan *plan, size_t *n_ways);
 
+// One token at each of the depths, three steps each, over pages of random numbers, with and without a variant of the
+// device's: how many steps' logits differ.
+size_t compare_depths(const struct subject *s, uint32_t variant, const size_t *depths, size_t n_depths);
+
 // How many results of one step of 70 tokens are further from T than twice H is, or logits than `logits_limit` of it; by
 // the standard path and fused.
 size_t judge_results(const struct subject *s, const char *name, double logits_limit);

@@ -61,6 +61,25 @@ static void test_full_shape(void **state) {
     same_bits("synthetic:qwen3-0.6b", 280, false);
 }
 
+// One token at depths around the ends of pages and chunks, by the kernel of all layers and by all others.
+static void test_depths(void **state) {
+    (void)state;
+    if (!cuda) skip();
+    static const char *const models[] = {"models/tandem-tiny", "synthetic:qwen3-0.6b"};
+    static const size_t depths[] = {0, 30, 254, 510, 1022, 2046, 2303, 3000, 4094};
+    for (size_t k = 0; k < cuda->device->n_variants; k++) {
+        if (strcmp(cuda->device->variant_names[k], "persistent") != 0) continue;
+        for (size_t i = 0; i < 2; i++) {
+            struct subject s;
+            open_subject(&s, models[i]);
+            size_t different = compare_depths(&s, 1u << k, depths, sizeof depths / sizeof depths[0]);
+            print_message("%s: %zu steps differ\n", models[i], different);
+            close_subject(&s);
+            assert_int_equal(different, 0);
+        }
+    }
+}
+
 static void judge(const char *model, double logits_limit) {
     if (!cuda) skip();
     struct subject s;
@@ -141,7 +160,7 @@ int main(int argc, char **argv) {
         cmocka_unit_test(test_tiny_qwen3),      cmocka_unit_test(test_tiny_qwen2),
         cmocka_unit_test(test_tiny_llama),      cmocka_unit_test(test_tandem_tiny),
         cmocka_unit_test(test_full_shape),      cmocka_unit_test(test_oracle_quantised),
-        cmocka_unit_test(test_quantised),
+        cmocka_unit_test(test_quantised),       cmocka_unit_test(test_depths),
     };
     if (argc > 1) cmocka_set_test_filter(argv[1]);
     return cmocka_run_group_tests(tests, open_gpu, close_gpu);

@@ -111,4 +111,121 @@ static __device__ __forceinline__ void bulk_copy(void *to, const void *from, uin
 #endif
 }
 
+// ---- Clusters: eight blocks that reach into each other's shared memory
+// -----------------------------------------------
+
+static __device__ __forceinline__ unsigned cluster_rank() {
+    unsigned rank = 0;
+#if HOPPER
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#endif
+    return rank;
+}
+
+// All threads of all blocks of the cluster.
+static __device__ __forceinline__ void cluster_sync() {
+#if HOPPER
+    asm volatile("barrier.cluster.arrive.aligned;\n\tbarrier.cluster.wait.aligned;" ::: "memory");
+#endif
+}
+
+static __device__ __forceinline__ void barrier_init_for(uint64_t *bar, unsigned n) {
+#if HOPPER
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(bar)), "r"(n));
+#endif
+}
+
+static __device__ __forceinline__ void barrier_arrive(uint64_t *bar) {
+#if HOPPER
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(bar)) : "memory");
+#endif
+}
+
+// Whether the phase of that parity has ended; waits for a moment. Sees what other blocks pushed.
+static __device__ __forceinline__ bool barrier_try(uint64_t *bar, uint32_t parity) {
+    uint32_t done = 1;
+#if HOPPER
+    asm volatile(
+        "{.reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+        : "=r"(done)
+        : "r"(shared_address(bar)), "r"(parity)
+        : "memory");
+#endif
+    return done != 0;
+}
+
+static __device__ __forceinline__ uint32_t address_in(const void *p, unsigned rank) {
+    uint32_t there = 0;
+#if HOPPER
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(p)), "r"(rank));
+#endif
+    return there;
+}
+
+// Writes to where `at` is in the shared memory of the cluster's block `rank`, and counts the bytes at its `bar`. `at`
+// is aligned to what is written.
+static __device__ __forceinline__ void push16(void *at, float4 v, uint64_t *bar, unsigned rank) {
+#if HOPPER
+    asm volatile(
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+            address_in(at, rank)),
+        "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(address_in(bar, rank))
+        : "memory");
+#endif
+}
+
+static __device__ __forceinline__ void push8(void *at, uint2 v, uint64_t *bar, unsigned rank) {
+#if HOPPER
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.u32 [%0], {%1, %2}, [%3];" ::"r"(
+                     address_in(at, rank)),
+                 "r"(v.x), "r"(v.y), "r"(address_in(bar, rank))
+                 : "memory");
+#endif
+}
+
+static __device__ __forceinline__ void push4(void *at, float v, uint64_t *bar, unsigned rank) {
+#if HOPPER
+    asm volatile(
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(address_in(at, rank)),
+        "f"(v), "r"(address_in(bar, rank))
+        : "memory");
+#endif
+}
+
+// ---- Blocks that wait for each other
+// ---------------------------------------------------------------------------------
+
+// The block's barrier `id` (1 to 15) for n of its threads, whole warps.
+static __device__ __forceinline__ void sync_some(int id, int n) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(n) : "memory");
+}
+
+// One word between blocks, past the caches of the SMs.
+static __device__ __forceinline__ uint32_t load_relaxed(const uint32_t *p) {
+    uint32_t v;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+    return v;
+}
+
+static __device__ __forceinline__ void store_relaxed(uint32_t *p, uint32_t v) {
+    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+
+// Between two looks at a word that another block writes.
+static __device__ __forceinline__ void poll_again() {
+}
+
+static __device__ __forceinline__ unsigned long long nanoseconds() {
+    unsigned long long t;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t));
+    return t;
+}
+
+// Before shared memory that ordinary stores wrote is the target of a bulk copy.
+static __device__ __forceinline__ void stores_before_copies() {
+#if HOPPER
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
 #endif

@@ -18,21 +18,33 @@ struct launch {
     dim3 grid;
     unsigned threads;
     size_t shared;
+    unsigned cluster; // blocks; 0: no clusters
 };
 
-template <typename... P, typename... A>
-static void launch_kernel(struct cuda_state *s, const char *what, void (*kernel)(P...), struct launch l, A... args) {
-    if (s->failed != cudaSuccess || l.grid.x == 0 || l.grid.y == 0 || l.grid.z == 0) return;
-    cudaLaunchAttribute attribute = {};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
+enum { MOST_ATTRIBUTES = 2 };
+
+static inline cudaLaunchConfig_t launch_config(struct cuda_state *s, struct launch l,
+                                               cudaLaunchAttribute (&attributes)[MOST_ATTRIBUTES]) {
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim.x = l.cluster;
+    attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
     cudaLaunchConfig_t config = {};
     config.gridDim = l.grid;
     config.blockDim = dim3(l.threads);
     config.dynamicSmemBytes = l.shared;
     config.stream = s->stream;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
+    config.attrs = attributes;
+    config.numAttrs = l.cluster ? 2 : 1;
+    return config;
+}
+
+template <typename... P, typename... A>
+static void launch_kernel(struct cuda_state *s, const char *what, void (*kernel)(P...), struct launch l, A... args) {
+    if (s->failed != cudaSuccess || l.grid.x == 0 || l.grid.y == 0 || l.grid.z == 0) return;
+    cudaLaunchAttribute attributes[MOST_ATTRIBUTES] = {};
+    cudaLaunchConfig_t config = launch_config(s, l, attributes);
     cuda_check(s, cudaLaunchKernelEx(&config, kernel, P(args)...), what);
 }
 

@@ -11,9 +11,10 @@
 
 enum { MAX_RECORDINGS = 512, CHIP = 90, STAGING = 64 << 20 };
 
-// Those that `make gpu-check` has held against the others on a GPU are on by default.
+// Those that `make gpu-check` has held against the others on a GPU are on by default. persistent: the emulator alone
+// has run it.
 enum { VARIANTS_PROVEN = VARIANT_WIDE_ATTENTION };
-static const char *const variant_names[N_VARIANTS] = {"wide-attention"};
+static const char *const variant_names[N_VARIANTS] = {"wide-attention", "persistent"};
 
 struct recording {
     uint64_t key;
@@ -118,6 +119,8 @@ static void copy(struct cuda_state *s, void *to, const void *from, size_t bytes,
 
 static void wait(struct cuda_state *s) {
     if (s->failed == cudaSuccess) cuda_check(s, cudaStreamSynchronize(s->stream), "running a step");
+    if (s->alarm && *(volatile unsigned *)s->alarm)
+        cuda_check(s, cudaErrorLaunchTimeout, "running all layers in one kernel, whose blocks waited for each other");
 }
 
 static void put(struct device *d, void *to, const void *from, size_t bytes) {
@@ -263,6 +266,7 @@ static bool start(struct cuda_state *s, struct error *err) {
         cuda_quantised_setup(s);
         cuda_attention_setup(s);
         cuda_wide_setup(s);
+        cuda_persistent_setup(s);
         e = s->failed;
     }
     return e == cudaSuccess ||
@@ -305,6 +309,7 @@ const struct ops *ops_cuda_open(int index, struct error *err) {
     cuda_fill_products(&s->ops);
     cuda_fill_attention(&s->ops);
     cuda_fill_choose(&s->ops);
+    cuda_fill_persistent(&s->ops);
     if (start(s, err)) return &s->ops;
     ops_cuda_close(&s->ops);
     return NULL;
@@ -316,6 +321,7 @@ void ops_cuda_close(const struct ops *ops) {
     forget_recordings(s);
     if (s->arrivals) cudaFree(s->arrivals);
     if (s->parts) cudaFree(s->parts);
+    if (s->alarm) cudaFreeHost(s->alarm);
     free_host(&s->device, s->shown);
     if (s->stream) cudaStreamDestroy(s->stream);
     free(s->recordings);

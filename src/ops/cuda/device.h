@@ -17,7 +17,7 @@ enum {
 };
 
 // Kernels that may stand in for others and return the same bits, as device.variants numbers them (device.c names them).
-enum { VARIANT_WIDE_ATTENTION = 1 << 0, N_VARIANTS = 1 };
+enum { VARIANT_WIDE_ATTENTION = 1 << 0, VARIANT_PERSISTENT = 1 << 1, N_VARIANTS = 2 };
 
 // One opened GPU. `ops` comes first: a table's address is its state's.
 struct cuda_state {
@@ -30,6 +30,8 @@ struct cuda_state {
     const char *failed_at; // what was being done
     unsigned *arrivals;    // [SPLIT_ROWS] zero between launches
     void *parts;           // for choose
+    unsigned *alarm;       // on the host: a kernel whose blocks wait for each other has waited too long
+    int n_clusters;        // of eight blocks that the GPU holds at once, each with an SM's shared memory
     void *shown;           // for device.show
     size_t shown_bytes;
     struct recording *recordings;
@@ -48,10 +50,12 @@ void cuda_fill_pointwise(struct ops *ops);
 void cuda_fill_products(struct ops *ops);
 void cuda_fill_attention(struct ops *ops);
 void cuda_fill_choose(struct ops *ops);
+void cuda_fill_persistent(struct ops *ops);
 size_t cuda_choose_bytes(void);
 bool cuda_products_setup(struct cuda_state *s);
 bool cuda_attention_setup(struct cuda_state *s);
 bool cuda_wide_setup(struct cuda_state *s);
+bool cuda_persistent_setup(struct cuda_state *s);
 // Rows [row, row + n_rows) of a matrix, as stored, to their places in the device's order.
 void cuda_pack_rows(struct cuda_state *s, const struct matrix *out, const void *rows, size_t row, size_t n_rows);
 // The same for quantised weights; the bytes of 8 rows by 128 columns of such (0: not a type that is multiplied here),

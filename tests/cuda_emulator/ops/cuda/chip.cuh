@@ -44,7 +44,7 @@ static inline void mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uin
 
 #if HOPPER
 static inline void barrier_init(uint64_t *bar) {
-    emulated_barrier_init(bar);
+    emulated_barrier_init(bar, 1);
 }
 
 static inline void barrier_expect(uint64_t *bar, uint32_t bytes) {
@@ -58,6 +58,39 @@ static inline void barrier_wait(uint64_t *bar, uint32_t parity) {
 static inline void bulk_copy(void *to, const void *from, uint32_t bytes, uint64_t *bar) {
     emulated_bulk_copy(to, from, bytes, bar);
 }
+
+static inline void barrier_init_for(uint64_t *bar, unsigned n) {
+    emulated_barrier_init(bar, n);
+}
+
+static inline void barrier_arrive(uint64_t *bar) {
+    emulated_barrier_arrive(bar);
+}
+
+static inline bool barrier_try(uint64_t *bar, uint32_t parity) {
+    emulated_barrier_wait(bar, parity);
+    return true;
+}
+
+static inline void push16(void *at, float4 v, uint64_t *bar, unsigned rank) {
+    emulated_push(at, &v, sizeof v, bar, rank);
+}
+
+static inline void push8(void *at, uint2 v, uint64_t *bar, unsigned rank) {
+    emulated_push(at, &v, sizeof v, bar, rank);
+}
+
+static inline void push4(void *at, float v, uint64_t *bar, unsigned rank) {
+    emulated_push(at, &v, sizeof v, bar, rank);
+}
+
+static inline unsigned cluster_rank() {
+    return emulated_cluster_rank();
+}
+
+static inline void cluster_sync() {
+    emulated_cluster_sync();
+}
 #else
 static inline void barrier_init(uint64_t *) {
 }
@@ -67,7 +100,50 @@ static inline void barrier_wait(uint64_t *, uint32_t) {
 }
 static inline void bulk_copy(void *, const void *, uint32_t, uint64_t *) {
 }
+static inline void barrier_init_for(uint64_t *, unsigned) {
+}
+static inline void barrier_arrive(uint64_t *) {
+}
+static inline bool barrier_try(uint64_t *, uint32_t) {
+    return true;
+}
+static inline void push16(void *, float4, uint64_t *, unsigned) {
+}
+static inline void push8(void *, uint2, uint64_t *, unsigned) {
+}
+static inline void push4(void *, float, uint64_t *, unsigned) {
+}
+static inline unsigned cluster_rank() {
+    return 0;
+}
+static inline void cluster_sync() {
+}
 #endif
+
+static inline void sync_some(int id, int n) {
+    emulated_sync_some(id, (unsigned)n);
+}
+
+static inline uint32_t load_relaxed(const uint32_t *p) {
+    return *(const volatile uint32_t *)p;
+}
+
+static inline void store_relaxed(uint32_t *p, uint32_t v) {
+    emulated_pause();
+    *(volatile uint32_t *)p = v;
+}
+
+static inline void poll_again() {
+    emulated_spin();
+}
+
+// Nobody grows impatient: the emulator itself sees when nothing moves any more.
+static inline unsigned long long nanoseconds() {
+    return 0;
+}
+
+static inline void stores_before_copies() {
+}
 
 static inline void barrier_fence() {
 }
