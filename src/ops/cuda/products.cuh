@@ -40,13 +40,15 @@ static __device__ __forceinline__ const float *input_row(const product_args &p, 
 // ---- Weights
 // ---------------------------------------------------------------------------------------------------------
 
-// A kind of weights has a RECORD, the bytes of 8 rows by a slice of columns, and
+// A kind of weights has a RECORD, the bytes of 8 rows by a slice of columns, says whether it is RARE (then fewer
+// kernels are made for it), and has
 //   slice<MT, NT, PAIRED>(d, records, stride, lane, input)
 // which sets d[i][j] to the slice's sums of pair i of units and 8 tokens j, in mma's order: unit 2 i is rows 0 to 7 and
 // unit 2 i + 1 rows 8 to 15 (zeros unless PAIRED), their records stand `stride` bytes apart, and input(j, c) is this
 // lane's share of the slice's columns 32 c to 32 c + 31 of the tokens.
 struct bf16_weights {
     static constexpr int RECORD = SLICE * 16;
+    static constexpr bool RARE = false;
 
     template <int MT, int NT, bool PAIRED, typename INPUT>
     static __device__ __forceinline__ void slice(float (&d)[MT][NT][4], const unsigned char *records, int stride,

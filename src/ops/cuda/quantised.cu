@@ -9,7 +9,13 @@ template <typename F> static bool with_format(enum dtype type, F f) {
     switch (type) {
     case DTYPE_Q8_0: f(q8_0()); return true;
     case DTYPE_Q4_0: f(q4_0()); return true;
+    case DTYPE_Q4_1: f(q4_1()); return true;
+    case DTYPE_Q5_0: f(q5_0()); return true;
+    case DTYPE_Q5_1: f(q5_1()); return true;
+    case DTYPE_Q2_K: f(q2_k()); return true;
+    case DTYPE_Q3_K: f(q3_k()); return true;
     case DTYPE_Q4_K: f(q4_k()); return true;
+    case DTYPE_Q5_K: f(q5_k()); return true;
     case DTYPE_Q6_K: f(q6_k()); return true;
     default: return false;
     }
@@ -87,15 +93,25 @@ template <enum product_mode MODE> static constexpr int most_pairs() {
 template <typename W, enum product_mode MODE, bool NORM>
 static void product(const struct op_ctx *ctx, const char *what, const product_args &p, size_t pairs) {
     size_t n_sms = (size_t)cuda_of(ctx)->n_sms, tokens = (size_t)p.n_tokens;
-    constexpr int MOST = most_pairs<MODE>();
-    // The next products' weights shall fit beside.
-    bool many = pairs > n_sms && tokens <= 4 && (size_t)(p.columns / SLICE) * W::RECORD * 2 * MOST <= MAX_SHARED / 2;
-    if (tokens <= SMALL_TOKENS && many && launch_small<W, MODE, NORM, MOST>(ctx, what, p, pairs)) return;
+    if constexpr (!W::RARE) {
+        // The next products' weights shall fit beside.
+        constexpr int MOST = most_pairs<MODE>();
+        bool fit = (size_t)(p.columns / SLICE) * W::RECORD * 2 * MOST <= MAX_SHARED / 2;
+        if (pairs > n_sms && tokens <= 4 && fit && launch_small<W, MODE, NORM, MOST>(ctx, what, p, pairs)) return;
+    }
     if (tokens <= SMALL_TOKENS && launch_small<W, MODE, NORM, 1>(ctx, what, p, pairs)) return;
-    size_t large = round_up(pairs, 8) / 8 * (round_up(tokens, 64) / 64);
-    if (tokens <= 32) launch_tiles<W, MODE, NORM, 1, 1>(ctx, what, p, pairs);
-    else if (tokens > 64 && large * 4 >= n_sms * 3) launch_tiles<W, MODE, NORM, 4, 2>(ctx, what, p, pairs);
-    else launch_tiles<W, MODE, NORM, 2, 2>(ctx, what, p, pairs);
+    if constexpr (!W::RARE) {
+        size_t large = round_up(pairs, 8) / 8 * (round_up(tokens, 64) / 64);
+        if (tokens <= 32) {
+            launch_tiles<W, MODE, NORM, 1, 1>(ctx, what, p, pairs);
+            return;
+        }
+        if (tokens > 64 && large * 4 >= n_sms * 3) {
+            launch_tiles<W, MODE, NORM, 4, 2>(ctx, what, p, pairs);
+            return;
+        }
+    }
+    launch_tiles<W, MODE, NORM, 2, 2>(ctx, what, p, pairs);
 }
 
 void quantised_product(const struct op_ctx *ctx, const char *what, const product_args &p, enum product_mode mode,
@@ -111,10 +127,12 @@ void quantised_product(const struct op_ctx *ctx, const char *what, const product
 
 template <typename W, enum product_mode MODE, bool NORM> static void allow_all(struct cuda_state *s) {
     allow_small<W, MODE, NORM, 1>(s);
-    allow_small<W, MODE, NORM, most_pairs<MODE>()>(s);
-    allow_tile<W, MODE, 1, 1>(s);
     allow_tile<W, MODE, 2, 2>(s);
-    allow_tile<W, MODE, 4, 2>(s);
+    if constexpr (!W::RARE) {
+        allow_small<W, MODE, NORM, most_pairs<MODE>()>(s);
+        allow_tile<W, MODE, 1, 1>(s);
+        allow_tile<W, MODE, 4, 2>(s);
+    }
 }
 
 extern "C" void cuda_quantised_setup(struct cuda_state *s) {

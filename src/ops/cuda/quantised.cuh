@@ -57,30 +57,36 @@ struct half_scales {
     }
 };
 
-struct q8_0 : half_scales {
-    static constexpr int BITS = 8, BIAS = 128;
-    static __device__ unsigned stored(const unsigned char *row, int k) {
-        return row[k / 32 * 34 + 2 + k % 32] ^ 0x80u;
-    }
-    static __device__ void put_scales(unsigned char *to, const unsigned char *row, int slice, int n_in) {
-        put(to, row, slice, n_in, 34);
-    }
-};
+// One f16 scale and one f16 minimum for 32 columns: a chunk's d [2], m [2].
+struct half_min_scales {
+    static constexpr int GROUP = 32, SCALE_BYTES = 16;
+    static constexpr bool HAS_MIN = true;
 
-struct q4_0 : half_scales {
-    static constexpr int BITS = 4, BIAS = 8;
-    static __device__ unsigned stored(const unsigned char *row, int k) {
-        return row[k / 32 * 18 + 2 + k % 16] >> (k / 16 % 2 * 4) & 15u;
+    struct scales {
+        uint4 raw;
+        __device__ __forceinline__ uint32_t chunk(int c) const {
+            return c == 0 ? raw.x : c == 1 ? raw.y : c == 2 ? raw.z : raw.w;
+        }
+        __device__ __forceinline__ float scale(int c, int) const {
+            return half_64(chunk(c), 0);
+        }
+        __device__ __forceinline__ float min(int c, int) const {
+            return half_to_float((uint16_t)(chunk(c) >> 16));
+        }
+    };
+    static __device__ __forceinline__ scales load(const unsigned char *p) {
+        return {*reinterpret_cast<const uint4 *>(p)};
     }
-    static __device__ void put_scales(unsigned char *to, const unsigned char *row, int slice, int n_in) {
-        put(to, row, slice, n_in, 18);
+    static __device__ void put(unsigned char *to, const unsigned char *row, int slice, int n_in, int block_bytes) {
+        for (int i = 0; i < 16 && slice * SLICE + i / 4 * 32 < n_in; i++)
+            to[i] = row[(slice * 4 + i / 4) * block_bytes + i % 4];
     }
 };
 
 // A scale and a minimum of six bits for 32 columns, in units of two f16s that 256 columns share: d [2], dmin [2], the
 // slice's scales [4] and minima [4].
-struct q4_k {
-    static constexpr int BITS = 4, BIAS = 0, GROUP = 32, SCALE_BYTES = 12;
+struct k_min_scales_32 {
+    static constexpr int GROUP = 32, SCALE_BYTES = 12;
     static constexpr bool HAS_MIN = true;
 
     struct scales {
@@ -96,13 +102,11 @@ struct q4_k {
         const uint32_t *w = reinterpret_cast<const uint32_t *>(p);
         return {w[0], w[1], w[2]};
     }
-    static __device__ unsigned stored(const unsigned char *row, int k) {
-        return row[k / 256 * 144 + 16 + k / 64 % 4 * 32 + k % 32] >> (k / 32 % 2 * 4) & 15u;
-    }
-    static __device__ void put_scales(unsigned char *to, const unsigned char *row, int slice, int) {
-        const unsigned char *b = row + slice / 2 * 144, *packed = b + 4;
-        for (int i = 0; i < 4; i++) to[i] = b[i];
-        for (int i = 0; i < 4; i++) { // format/groups.c has the order of the bits
+    // `block`: the 256 columns'; the order of the bits is that of format/groups.c.
+    static __device__ void put(unsigned char *to, const unsigned char *block, int slice) {
+        const unsigned char *packed = block + 4;
+        for (int i = 0; i < 4; i++) to[i] = block[i];
+        for (int i = 0; i < 4; i++) {
             bool first = slice % 2 == 0;
             to[4 + i] = (unsigned char)(first ? packed[i] & 63 : (packed[8 + i] & 15) | (packed[i] >> 2 & 48));
             to[8 + i] = (unsigned char)(first ? packed[4 + i] & 63 : packed[8 + i] >> 4 | (packed[4 + i] >> 2 & 48));
@@ -112,8 +116,8 @@ struct q4_k {
 
 // A signed scale of eight bits for 16 columns, in units of an f16 that 256 columns share: d [2], nothing [2], the
 // slice's scales [8].
-struct q6_k {
-    static constexpr int BITS = 6, BIAS = 32, GROUP = 16, SCALE_BYTES = 12;
+struct k_scales_16 {
+    static constexpr int GROUP = 16, SCALE_BYTES = 12;
     static constexpr bool HAS_MIN = false;
 
     struct scales {
@@ -129,6 +133,154 @@ struct q6_k {
         const uint32_t *w = reinterpret_cast<const uint32_t *>(p);
         return {w[0], {w[1], w[2]}};
     }
+};
+
+// The formats, in the order of enum dtype. RARE: fewer kernels.
+
+struct q8_0 : half_scales {
+    static constexpr int BITS = 8, BIAS = 128;
+    static constexpr bool RARE = false;
+    static __device__ unsigned stored(const unsigned char *row, int k) {
+        return row[k / 32 * 34 + 2 + k % 32] ^ 0x80u;
+    }
+    static __device__ void put_scales(unsigned char *to, const unsigned char *row, int slice, int n_in) {
+        put(to, row, slice, n_in, 34);
+    }
+};
+
+// Nibble k % 32 of a block of 16 bytes: the low ones first.
+static __device__ __forceinline__ unsigned nibble(const unsigned char *block, int k) {
+    return block[k % 16] >> (k / 16 % 2 * 4) & 15u;
+}
+
+// The fifth bit of it, at its place.
+static __device__ __forceinline__ unsigned fifth_bit(const unsigned char *bits, int k) {
+    return (bits[k % 32 / 8] >> k % 8 & 1u) << 4;
+}
+
+struct q4_0 : half_scales {
+    static constexpr int BITS = 4, BIAS = 8;
+    static constexpr bool RARE = false;
+    static __device__ unsigned stored(const unsigned char *row, int k) {
+        return nibble(row + k / 32 * 18 + 2, k);
+    }
+    static __device__ void put_scales(unsigned char *to, const unsigned char *row, int slice, int n_in) {
+        put(to, row, slice, n_in, 18);
+    }
+};
+
+struct q4_1 : half_min_scales {
+    static constexpr int BITS = 4, BIAS = 0;
+    static constexpr bool RARE = true;
+    static __device__ unsigned stored(const unsigned char *row, int k) {
+        return nibble(row + k / 32 * 20 + 4, k);
+    }
+    static __device__ void put_scales(unsigned char *to, const unsigned char *row, int slice, int n_in) {
+        put(to, row, slice, n_in, 20);
+    }
+};
+
+struct q5_0 : half_scales {
+    static constexpr int BITS = 6, BIAS = 16;
+    static constexpr bool RARE = true;
+    static __device__ unsigned stored(const unsigned char *row, int k) {
+        const unsigned char *b = row + k / 32 * 22;
+        return nibble(b + 6, k) | fifth_bit(b + 2, k);
+    }
+    static __device__ void put_scales(unsigned char *to, const unsigned char *row, int slice, int n_in) {
+        put(to, row, slice, n_in, 22);
+    }
+};
+
+struct q5_1 : half_min_scales {
+    static constexpr int BITS = 6, BIAS = 0;
+    static constexpr bool RARE = true;
+    static __device__ unsigned stored(const unsigned char *row, int k) {
+        const unsigned char *b = row + k / 32 * 24;
+        return nibble(b + 8, k) | fifth_bit(b + 4, k);
+    }
+    static __device__ void put_scales(unsigned char *to, const unsigned char *row, int slice, int n_in) {
+        put(to, row, slice, n_in, 24);
+    }
+};
+
+// Four bits for a scale and four for a minimum of 16 columns: d [2], dmin [2], the slice's pairs [8].
+struct q2_k {
+    static constexpr int BITS = 4, BIAS = 0, GROUP = 16, SCALE_BYTES = 12;
+    static constexpr bool HAS_MIN = true, RARE = true;
+
+    struct scales {
+        uint32_t d, pairs[2];
+        __device__ __forceinline__ uint32_t pair(int c, int j) const {
+            return pairs[c / 2] >> (c % 2 * 16 + j * 8);
+        }
+        __device__ __forceinline__ float scale(int c, int j) const {
+            return half_64(d, 0) * (float)(pair(c, j) & 15u);
+        }
+        __device__ __forceinline__ float min(int c, int j) const {
+            return -(half_to_float((uint16_t)(d >> 16)) * (float)(pair(c, j) >> 4 & 15u));
+        }
+    };
+    static __device__ __forceinline__ scales load(const unsigned char *p) {
+        const uint32_t *w = reinterpret_cast<const uint32_t *>(p);
+        return {w[0], {w[1], w[2]}};
+    }
+    static __device__ unsigned stored(const unsigned char *row, int k) {
+        return row[k / 256 * 84 + 16 + k / 128 % 2 * 32 + k % 32] >> (k / 32 % 4 * 2) & 3u;
+    }
+    static __device__ void put_scales(unsigned char *to, const unsigned char *row, int slice, int) {
+        const unsigned char *b = row + slice / 2 * 84;
+        for (int i = 0; i < 4; i++) to[i] = b[80 + i];
+        for (int i = 0; i < 8; i++) to[4 + i] = b[slice % 2 * 8 + i];
+    }
+};
+
+struct q3_k : k_scales_16 {
+    static constexpr int BITS = 4, BIAS = 4;
+    static constexpr bool RARE = true;
+    static __device__ unsigned stored(const unsigned char *row, int k) {
+        const unsigned char *b = row + k / 256 * 110;
+        unsigned low = b[32 + k / 128 % 2 * 32 + k % 32] >> (k / 32 % 4 * 2) & 3u;
+        return low | (b[k % 32] >> (k % 256 / 32) & 1u) << 2;
+    }
+    static __device__ void put_scales(unsigned char *to, const unsigned char *row, int slice, int) {
+        const unsigned char *b = row + slice / 2 * 110, *packed = b + 96;
+        for (int i = 0; i < 2; i++) to[i] = b[108 + i];
+        for (int i = 0; i < 8; i++) {
+            int g = slice % 2 * 8 + i; // format/groups.c has the order of the bits
+            int low = packed[g % 8] >> 4 * (g / 8) & 15, high = packed[8 + g % 4] >> 2 * (g / 4) & 3;
+            to[4 + i] = (unsigned char)((low | high << 4) - 32);
+        }
+    }
+};
+
+struct q4_k : k_min_scales_32 {
+    static constexpr int BITS = 4, BIAS = 0;
+    static constexpr bool RARE = false;
+    static __device__ unsigned stored(const unsigned char *row, int k) {
+        return row[k / 256 * 144 + 16 + k / 64 % 4 * 32 + k % 32] >> (k / 32 % 2 * 4) & 15u;
+    }
+    static __device__ void put_scales(unsigned char *to, const unsigned char *row, int slice, int) {
+        put(to, row + slice / 2 * 144, slice);
+    }
+};
+
+struct q5_k : k_min_scales_32 {
+    static constexpr int BITS = 6, BIAS = 0;
+    static constexpr bool RARE = true;
+    static __device__ unsigned stored(const unsigned char *row, int k) {
+        const unsigned char *b = row + k / 256 * 176;
+        unsigned low = b[48 + k / 64 % 4 * 32 + k % 32] >> (k / 32 % 2 * 4) & 15u;
+        return low | (b[16 + k % 32] >> (k % 256 / 32) & 1u) << 4;
+    }
+    static __device__ void put_scales(unsigned char *to, const unsigned char *row, int slice, int) {
+        put(to, row + slice / 2 * 176, slice);
+    }
+};
+
+struct q6_k : k_scales_16 {
+    static constexpr int BITS = 6, BIAS = 32;
+    static constexpr bool RARE = false;
     static __device__ unsigned stored(const unsigned char *row, int k) {
         const unsigned char *b = row + k / 256 * 210;
         int half = k / 128 % 2, s = k / 32 % 4;
@@ -149,13 +301,20 @@ struct q6_k {
 // u 2^-133, subnormal or not, and 2^127 is bf16's largest power. `shift`: the values stand so many bits higher.
 template <int BIAS, int SHIFT = 0> static __device__ __forceinline__ uint32_t to_bf16(uint32_t stored) {
     constexpr uint32_t FACTOR = (uint32_t)(254 - SHIFT) << 7; // 2^(127 - SHIFT)
-    constexpr uint32_t OFFSET = BIAS == 128 ? 0xC000u : BIAS == 32 ? 0xBF00u : BIAS == 8 ? 0xBE00u : 0x8000u;
-    static_assert(BIAS == 128 || BIAS == 32 || BIAS == 8 || BIAS == 0, "-BIAS / 64 as bf16");
+    // -BIAS / 64: 2 is 0xC000, and half of a power is 0x80 less.
+    constexpr uint32_t OFFSET = BIAS == 128  ? 0xC000u
+                                : BIAS == 32 ? 0xBF00u
+                                : BIAS == 16 ? 0xBE80u
+                                : BIAS == 8  ? 0xBE00u
+                                : BIAS == 4  ? 0xBD80u
+                                             : 0x8000u;
+    static_assert(BIAS == 0 || OFFSET != 0x8000u, "a bias that is known");
     return fma_bf16x2(stored, FACTOR * 0x10001u, OFFSET * 0x10001u);
 }
 
 template <typename Q> struct quantised_weights {
     static constexpr int INTEGERS = Q::BITS * SLICE, RECORD = INTEGERS + 8 * Q::SCALE_BYTES;
+    static constexpr bool RARE = Q::RARE;
 
     // A lane's share of chunk c as two steps of mma's 8-column operand.
     static __device__ __forceinline__ void fragment(const unsigned char *record, int lane, int c, uint32_t (&f)[4]) {

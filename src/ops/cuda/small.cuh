@@ -153,23 +153,31 @@ template <typename W> static size_t small_shared(const product_args &p, int unit
 // False when the weights do not fit into shared memory.
 template <typename W, enum product_mode MODE, bool NORM, int PAIRS>
 static bool launch_small(const struct op_ctx *ctx, const char *what, const product_args &p, size_t pairs) {
-    int slots = p.n_tokens <= 1 && p.columns <= HELD_COLUMNS ? 1 : p.n_tokens <= 2 ? 2 : p.n_tokens <= 4 ? 4 : 8;
+    int slots = p.n_tokens <= 1 && p.columns <= HELD_COLUMNS ? 1
+                : W::RARE                                    ? 8
+                : p.n_tokens <= 2                            ? 2
+                : p.n_tokens <= 4                            ? 4
+                                                             : 8;
     int units = MODE == PRODUCT_RESIDUAL ? 1 : 2 * PAIRS;
     size_t blocks = MODE == PRODUCT_RESIDUAL ? ((size_t)p.n_out[0] + 7) / 8 : round_up(pairs, PAIRS) / PAIRS;
     struct launch l = {grid_for(blocks), PRODUCT_THREADS, small_shared<W>(p, units, slots)};
     struct cuda_state *s = cuda_of(ctx);
     if (l.shared > MAX_SHARED) return false;
+    if constexpr (!W::RARE) {
+        if (slots == 2) launch_kernel(s, what, k_small<W, MODE, NORM, 2, PAIRS>, l, p);
+        if (slots == 4) launch_kernel(s, what, k_small<W, MODE, NORM, 4, PAIRS>, l, p);
+    }
     if (slots == 1) launch_kernel(s, what, k_small<W, MODE, NORM, 1, PAIRS>, l, p);
-    else if (slots == 2) launch_kernel(s, what, k_small<W, MODE, NORM, 2, PAIRS>, l, p);
-    else if (slots == 4) launch_kernel(s, what, k_small<W, MODE, NORM, 4, PAIRS>, l, p);
-    else launch_kernel(s, what, k_small<W, MODE, NORM, 8, PAIRS>, l, p);
+    if (slots == 8) launch_kernel(s, what, k_small<W, MODE, NORM, 8, PAIRS>, l, p);
     return true;
 }
 
 template <typename W, enum product_mode MODE, bool NORM, int PAIRS> static void allow_small(struct cuda_state *s) {
     allow_shared(s, (const void *)k_small<W, MODE, NORM, 1, PAIRS>);
-    allow_shared(s, (const void *)k_small<W, MODE, NORM, 2, PAIRS>);
-    allow_shared(s, (const void *)k_small<W, MODE, NORM, 4, PAIRS>);
+    if constexpr (!W::RARE) {
+        allow_shared(s, (const void *)k_small<W, MODE, NORM, 2, PAIRS>);
+        allow_shared(s, (const void *)k_small<W, MODE, NORM, 4, PAIRS>);
+    }
     allow_shared(s, (const void *)k_small<W, MODE, NORM, 8, PAIRS>);
 }
 
