@@ -313,11 +313,11 @@ static bool run_model(const struct cli_options *o, const struct request *r, stru
     struct error err = {0};
     struct bench *b = refused || options.n_pages == 0 ? NULL : bench_create(e, &options, &err);
     if (b) {
+        snprintf(rep->device, sizeof rep->device, "%s", e->ops->name);
         ok = run_cases(r, rep, b, model, main_type(e->model, type, sizeof type), runs);
         rep->bandwidth = bench_bandwidth(b);
         rep->buffer_bytes = bench_buffer_bytes(b);
         rep->threads = pool_size(e->pool);
-        snprintf(rep->device, sizeof rep->device, "%s", e->ops->name);
     } else if (!refused) {
         cli_fail("%s", err.text[0] ? err.text : "nothing is left to measure");
     }

@@ -42,18 +42,16 @@ static __device__ __forceinline__ const float *input_row(const product_args &p, 
 
 // A kind of weights has a RECORD, the bytes of 8 rows by a slice of columns, says whether it is RARE (then fewer
 // kernels are made for it), and has
-//   slice<MT, NT, PAIRED>(d, records, stride, lane, input)
+//   slice<MT, NT, PAIRED>(d, lane, record, input)
 // which sets d[i][j] to the slice's sums of pair i of units and 8 tokens j, in mma's order: unit 2 i is rows 0 to 7 and
-// unit 2 i + 1 rows 8 to 15 (zeros unless PAIRED), their records stand `stride` bytes apart, and input(j, c) is this
+// unit 2 i + 1 rows 8 to 15 (zeros unless PAIRED), record(u) is where unit u's record stands, and input(j, c) is this
 // lane's share of the slice's columns 32 c to 32 c + 31 of the tokens.
 struct bf16_weights {
     static constexpr int RECORD = SLICE * 16;
     static constexpr bool RARE = false;
 
-    template <int MT, int NT, bool PAIRED, typename INPUT>
-    static __device__ __forceinline__ void slice(float (&d)[MT][NT][4], const unsigned char *records, int stride,
-                                                 int lane, INPUT input) {
-        const unsigned char *at = records + lane * 16;
+    template <int MT, int NT, bool PAIRED, typename RECORDS, typename INPUT>
+    static __device__ __forceinline__ void slice(float (&d)[MT][NT][4], int lane, RECORDS record, INPUT input) {
 #pragma unroll
         for (int i = 0; i < MT; i++)
 #pragma unroll
@@ -67,9 +65,9 @@ struct bf16_weights {
             for (int j = 0; j < NT; j++) x[j] = input(j, c);
 #pragma unroll
             for (int i = 0; i < MT; i++) {
-                const unsigned char *pair = at + 2 * i * stride + c * CHUNK_LANES * 16;
-                uint4 u = *reinterpret_cast<const uint4 *>(pair), v = make_uint4(0, 0, 0, 0);
-                if (PAIRED) v = *reinterpret_cast<const uint4 *>(pair + stride);
+                int at = (c * CHUNK_LANES + lane) * 16;
+                uint4 u = *reinterpret_cast<const uint4 *>(record(2 * i) + at), v = make_uint4(0, 0, 0, 0);
+                if (PAIRED) v = *reinterpret_cast<const uint4 *>(record(2 * i + 1) + at);
 #pragma unroll
                 for (int j = 0; j < NT; j++) mma(d[i][j], u.x, v.x, u.y, v.y, x[j].x, x[j].y);
 #pragma unroll

@@ -343,17 +343,16 @@ template <typename Q> struct quantised_weights {
         }
     }
 
-    template <int MT, int NT, bool PAIRED, typename INPUT>
-    static __device__ __forceinline__ void slice(float (&d)[MT][NT][4], const unsigned char *records, int stride,
-                                                 int lane, INPUT input) {
+    template <int MT, int NT, bool PAIRED, typename RECORDS, typename INPUT>
+    static __device__ __forceinline__ void slice(float (&d)[MT][NT][4], int lane, RECORDS record, INPUT input) {
         constexpr uint32_t ONES = 0x3F803F80u;
         constexpr int GROUPS = 32 / Q::GROUP; // of a chunk
         typename Q::scales upper[MT], lower[MT];
 #pragma unroll
         for (int i = 0; i < MT; i++) {
-            const unsigned char *p = records + 2 * i * stride + INTEGERS + lane / 4 * Q::SCALE_BYTES;
-            upper[i] = Q::load(p);
-            if (PAIRED) lower[i] = Q::load(p + stride);
+            int at = INTEGERS + lane / 4 * Q::SCALE_BYTES;
+            upper[i] = Q::load(record(2 * i) + at);
+            if (PAIRED) lower[i] = Q::load(record(2 * i + 1) + at);
 #pragma unroll
             for (int j = 0; j < NT; j++)
 #pragma unroll
@@ -367,8 +366,8 @@ template <typename Q> struct quantised_weights {
             for (int j = 0; j < NT; j++) x[j] = input(j, c);
 #pragma unroll
             for (int i = 0; i < MT; i++) {
-                fragment(records + 2 * i * stride, lane, c, u[i]);
-                if (PAIRED) fragment(records + (2 * i + 1) * stride, lane, c, v[i]);
+                fragment(record(2 * i), lane, c, u[i]);
+                if (PAIRED) fragment(record(2 * i + 1), lane, c, v[i]);
                 else v[i][0] = v[i][1] = v[i][2] = v[i][3] = 0;
             }
 #pragma unroll

@@ -35,7 +35,8 @@ static __global__ void __launch_bounds__(PRODUCT_THREADS)
                 r[i] = rounded_pair(in, s * SLICE + c * 32 + i * 8 + 2 * t, n_in);
             return make_uint4(r[0], r[1], r[2], r[3]);
         };
-        if (s < n_slices) W::template slice<1, 1, true>(d, records + (size_t)s * W::RECORD, unit, lane, input);
+        auto record = [&](int u) { return records + (size_t)u * unit + (size_t)s * W::RECORD; };
+        if (s < n_slices) W::template slice<1, 1, true>(d, lane, record, input);
         part[warp][g * 8 + 2 * t] = d[0][0][0];
         part[warp][g * 8 + 2 * t + 1] = d[0][0][1];
         part[warp][(g + 8) * 8 + 2 * t] = d[0][0][2];
@@ -117,7 +118,8 @@ static __global__ void __launch_bounds__(PRODUCT_THREADS) k_small(product_args p
             if (g >= SLOTS) return make_uint4(0, 0, 0, 0);
             return *reinterpret_cast<const uint4 *>(acts + ((s * 4 + c) * SLOTS + g) * 64 + t * 16);
         };
-        W::template slice<PAIRS, 1, (UNITS > 1)>(d, shared + s * W::RECORD, unit, lane, input);
+        auto record = [&](int u) { return shared + u * unit + s * W::RECORD; };
+        W::template slice<PAIRS, 1, (UNITS > 1)>(d, lane, record, input);
         // Results' rows of a block: pair by pair; GATE_UP's gate rows before all up rows.
         float *sum = part + s * ROWS * SLOTS;
 #pragma unroll

@@ -103,7 +103,8 @@ static __global__ void __launch_bounds__(PRODUCT_THREADS, 1) k_tile(product_args
         auto input = [&](int j, int c) {
             return *reinterpret_cast<const uint4 *>(b + j * S::INPUT + c * CHUNK_LANES * 16);
         };
-        W::template slice<MT, NT, true>(d, stage + wm * MT * 2 * W::RECORD, W::RECORD, lane, input);
+        auto record = [&](int u) { return stage + (wm * MT * 2 + u) * W::RECORD; };
+        W::template slice<MT, NT, true>(d, lane, record, input);
 #pragma unroll
         for (int i = 0; i < MT; i++)
 #pragma unroll
