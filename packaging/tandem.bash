@@ -9,9 +9,10 @@ _tandem() {
         return
     fi
     case $prev in
-    --think | --fusion | --sandbox | --repack) mapfile -t COMPREPLY < <(compgen -W "on off" -- "$cur") && return ;;
+    --think | --fusion | --sandbox) mapfile -t COMPREPLY < <(compgen -W "on off" -- "$cur") && return ;;
     --device) mapfile -t COMPREPLY < <(compgen -W "auto cpu cuda" -- "$cur") && return ;;
     --isa) mapfile -t COMPREPLY < <(compgen -W "auto portable avx2 avx512 avx512vnni avx512bf16" -- "$cur") && return ;;
+    --repack) mapfile -t COMPREPLY < <(compgen -W "on memory off" -- "$cur") && return ;;
     --path) mapfile -t COMPREPLY < <(compgen -W "fused standard T H" -- "$cur") && return ;;
     --kv-type) mapfile -t COMPREPLY < <(compgen -W "bf16 f16 f32 q8_0" -- "$cur") && return ;;
     --synthetic)

@@ -19,7 +19,8 @@ enum {
     DEVICE_CHUNK = 2048,
     DEFAULT_BATCH = 8,
     MAX_BATCH = 1024,
-    MAX_CHUNK = 65536
+    MAX_CHUNK = 65536,
+    REPACK_KEPT = 32 << 20, // fewer bytes of weights are repacked faster than a file is opened
 };
 
 const char *tandem_version(void) {
@@ -202,13 +203,24 @@ static bool settle_device(tandem_engine *e, const tandem_options *o, struct erro
     return e->ops != NULL;
 }
 
-// The weights in the order that the ops like best; without enough memory for it they stay as they are.
-static bool pack_weights(tandem_engine *e, const tandem_options *o, struct error *err) {
+// Checks the weights' values and puts the weights in the order that the ops like best; without room for that they stay
+// as they are.
+static bool prepare_weights(tandem_engine *e, const tandem_options *o, struct error *err) {
     const char *how = o->repack ? o->repack : "on";
-    bool on = strcmp(how, "on") == 0;
-    if (!on && strcmp(how, "off") != 0) return error_set(err, "repack: expected on or off, found \"%s\"", how);
-    if (on && e->ops->takes_octets) model_pack(e->model, &(struct pack_options){.pool = e->pool, .log = &e->log});
-    return true;
+    const bool on = strcmp(how, "on") == 0, memory = strcmp(how, "memory") == 0;
+    struct buffer cache = {0};
+    if (!on && !memory && strcmp(how, "off") != 0)
+        return error_set(err, "repack: expected on, memory or off, found \"%s\"", how);
+    const bool packs = (on || memory) && e->ops->takes_octets, keeps = packs && on && hub_own_cache(&cache);
+    struct pack_options pack = {
+        .pool = e->pool, .log = &e->log, .cache = keeps ? cache.data : NULL, .cache_least = REPACK_KEPT};
+    bool ok = packs && model_pack_cached(e->model, &pack);
+    if (!ok) {
+        ok = model_check_values(e->model, e->pool, &e->log, err);
+        if (ok && packs) model_pack(e->model, &pack);
+    }
+    buffer_free(&cache);
+    return ok;
 }
 
 static bool open_parts(tandem_engine *e, const tandem_options *o, struct error *err) {
@@ -222,9 +234,9 @@ static bool open_parts(tandem_engine *e, const tandem_options *o, struct error *
     bool ok = e->ops && fusion_parse(o->fusion ? o->fusion : "on", &e->fusion, err) &&
               (e->pool = pool_create(o->threads, err)) != NULL && hub_resolve(o->model, &kind, &path, err);
     if (ok) {
-        struct model_load_options load = {.check_values = true, .pool = e->pool, .log = &e->log};
+        struct model_load_options load = {.pool = e->pool, .log = &e->log};
         e->model = model_load(kind, path.data, &load, err);
-        ok = e->model && settle_device(e, o, err) && choose_limits(e, o, err) && pack_weights(e, o, err) &&
+        ok = e->model && settle_device(e, o, err) && prepare_weights(e, o, err) && choose_limits(e, o, err) &&
              open_text(e, o, err) && plan_memory(e, o, err);
     }
     buffer_free(&path);

@@ -64,6 +64,13 @@ static bool append_hf_home(struct buffer *path, const char **from, struct error 
     return ok || out_of_memory(err);
 }
 
+bool hub_own_cache(struct buffer *path) {
+    const char *value = environment("XDG_CACHE_HOME");
+    if (value) return append_path(path, value) && buffer_append_text(path, "/tandem");
+    value = environment("HOME");
+    return value && buffer_printf(path, "%s/.cache/tandem", value);
+}
+
 // Appends the cache's root; `from` says which variable names it.
 static bool append_cache_root(struct buffer *path, const char **from, struct error *err) {
     const char *value = environment(*from = "HF_HUB_CACHE");

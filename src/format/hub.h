@@ -22,6 +22,10 @@ bool hub_resolve(const char *model, enum model_kind *kind, struct buffer *path, 
 // Is it OWNER/NAME, in the hub's letters?
 bool hub_is_name(const char *model);
 
+// Appends the folder of what tandem itself keeps: $XDG_CACHE_HOME/tandem, else ~/.cache/tandem. False: neither variable
+// is set.
+bool hub_own_cache(struct buffer *path);
+
 // What the variables of huggingface_hub say. All zero can be freed.
 struct hub_settings {
     struct buffer endpoint; // HF_ENDPOINT, else https://huggingface.co; no '/' at the end

@@ -61,11 +61,18 @@ bool model_bind(struct model *model, const struct log *log, struct error *err);
 struct pack_options {
     struct pool *pool;
     const struct log *log; // progress, and what is not done and why
+    const char *cache;     // the folder in which the copies of large GGUF files are kept; NULL: nowhere
+    size_t cache_least;    // bytes of weights from which on a file is large
 };
-// Gives the matrices with quantised weights their octets, for ops that take them (ops.h): as much memory again as they
-// take. False, with a message to the log: there is not so much memory, and the model is as it was. The bits of every
-// product stay the same.
+// Gives the matrices with quantised weights their octets, for ops that take them (ops.h), from the cache: true if it
+// has them, whole and made from this very file. Their values were checked before they were kept.
+bool model_pack_cached(struct model *model, const struct pack_options *options);
+// The same by making them, which takes as much memory again as they have, or a file of the cache, which is mapped.
+// False, with a message to the log: there is room for neither, and the model is as it was. The bits of every product
+// stay the same.
 bool model_pack(struct model *model, const struct pack_options *options);
+// What model_load's check_values does.
+bool model_check_values(const struct model *model, struct pool *pool, const struct log *log, struct error *err);
 
 // ---- Weights on a device
 // ---------------------------------------------------------------------------------------------

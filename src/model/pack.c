@@ -1,19 +1,15 @@
 // pack.c: the copy of a model's quantised matrices in the order in which the CPU multiplies them (format/octets.h). It
-// owns that copy's memory; the file's own rows stay where they are, for whoever reads single rows.
+// owns that copy's memory; the file's own rows stay where they are, for whoever reads single rows. What the cache's
+// file looks like is pack_cache.c's.
+#include "model/pack.h"
+#include "base/file_cache.h"
 #include "base/memory.h"
 #include "base/size.h"
 #include "format/octets.h"
-#include "model/model.h"
 
 #include <stdlib.h>
 
 enum { ALIGNMENT = 64, MATRICES_OF_LAYER = 7, ROWS_AT_A_TIME = 64 };
-
-struct packed {
-    struct matrix **matrices; // [n]
-    size_t *at;               // [n] where each one's octets begin
-    size_t n, bytes;
-};
 
 static size_t octets_bytes(const struct matrix *m) {
     return m->n_out / OCTET_ROWS * OCTET_ROWS * m->row_bytes;
@@ -77,30 +73,64 @@ static bool fits_memory(size_t bytes) {
     return available > margin && available - margin >= bytes + bytes / 16;
 }
 
+static void free_packed(struct packed *p) {
+    free(p->matrices);
+    free(p->at);
+}
+
+static void use(const struct packed *p, const unsigned char *octets) {
+    for (size_t i = 0; i < p->n; i++) p->matrices[i]->octets = octets + p->at[i];
+}
+
+bool model_pack_cached(struct model *m, const struct pack_options *o) {
+    struct packed p = {0};
+    struct pack_cache cache = {0};
+    struct error why = {0};
+    bool ok = !m->packed.data && collect(&p, m) && pack_cache_find(&cache, m, &p, o) &&
+              pack_cache_open(&cache, &p, o->pool, &m->packed, &why);
+    if (ok) use(&p, m->packed.data + PACK_HEADER);
+    else if (why.text[0]) log_info(o->log, "repacked weights are made anew: %s", why.text);
+    pack_cache_free(&cache);
+    free_packed(&p);
+    return ok;
+}
+
+// Into the cache's file. False: `why` it cannot be, and nothing is done.
+static bool pack_file(struct model *m, const struct packed *p, const struct pack_cache *cache,
+                      const struct pack_options *o, struct error *why) {
+    struct file_cache file;
+    if (!file_cache_begin(&file, cache->path.data, PACK_HEADER + p->bytes, why)) return false;
+    pack_all(m, p, file.data + PACK_HEADER, o);
+    bool ok = pack_cache_seal(cache, p, o->pool, file.data, why);
+    if (!ok) file_cache_abandon(&file);
+    return ok && file_cache_publish(&file, why) && pack_cache_open(cache, p, o->pool, &m->packed, why);
+}
+
+static bool pack_memory(struct model *m, const struct packed *p, const struct pack_options *o, struct error *why) {
+    unsigned char *memory = NULL;
+    if (!fits_memory(p->bytes))
+        return error_set(why, "%zu MB of free memory are wanted, %zu MB are there", p->bytes / 1000000,
+                         memory_available() / 1000000);
+    if (!file_map_memory(&m->packed, p->bytes, &memory, why)) return false;
+    pack_all(m, p, memory, o);
+    return true;
+}
+
 bool model_pack(struct model *m, const struct pack_options *o) {
     struct packed p = {0};
-    unsigned char *memory = NULL;
-    struct error err = {0};
-    bool ok = false;
-    if (m->packed.data) return true;
-    if (!collect(&p, m)) {
-        error_set(&err, "out of memory");
-        goto done;
+    struct pack_cache cache = {0};
+    struct error why = {0};
+    bool ok = m->packed.data != NULL, in_file = false;
+    if (ok) return true;
+    ok = collect(&p, m) || error_set(&why, "out of memory");
+    if (ok && p.n > 0) {
+        in_file = pack_cache_find(&cache, m, &p, o) && pack_file(m, &p, &cache, o, &why);
+        if (!in_file && why.text[0]) log_info(o->log, "repacked weights are not kept: %s", why.text);
+        ok = in_file || pack_memory(m, &p, o, &why);
+        if (ok) use(&p, m->packed.data + (in_file ? PACK_HEADER : 0));
     }
-    ok = p.n == 0;
-    if (ok) goto done;
-    if (!fits_memory(p.bytes)) {
-        error_set(&err, "%zu MB of free memory are wanted, %zu MB are there", p.bytes / 1000000,
-                  memory_available() / 1000000);
-        goto done;
-    }
-    ok = file_map_memory(&m->packed, p.bytes, &memory, &err);
-    if (!ok) goto done;
-    pack_all(m, &p, memory, o);
-    for (size_t i = 0; i < p.n; i++) p.matrices[i]->octets = memory + p.at[i];
-done:
-    if (!ok) log_info(o->log, "weights are multiplied as the file has them, which is slower: %s", err.text);
-    free(p.matrices);
-    free(p.at);
+    if (!ok) log_info(o->log, "weights are multiplied as the file has them, which is slower: %s", why.text);
+    pack_cache_free(&cache);
+    free_packed(&p);
     return ok;
 }

@@ -241,15 +241,15 @@ static bool check_matrix(const struct matrix *m, struct pool *pool, struct error
                      row, column);
 }
 
-static bool check_values(const struct model *m, const struct model_load_options *o, struct error *err) {
-    if (!check_matrix(&m->embed, o->pool, err)) return false;
-    if (!m->config.tied && !check_matrix(&m->head, o->pool, err)) return false;
+bool model_check_values(const struct model *m, struct pool *pool, const struct log *log, struct error *err) {
+    if (!check_matrix(&m->embed, pool, err)) return false;
+    if (!m->config.tied && !check_matrix(&m->head, pool, err)) return false;
     for (size_t i = 0; i < m->config.n_layers; i++) {
         const struct layer_weights *w = &m->layers[i];
         const struct matrix *all[] = {&w->wq, &w->wk, &w->wv, &w->wo, &w->w_gate, &w->w_up, &w->w_down};
         for (size_t k = 0; k < sizeof all / sizeof all[0]; k++)
-            if (!check_matrix(all[k], o->pool, err)) return false;
-        log_progress(o->log, "loading", i + 1, m->config.n_layers);
+            if (!check_matrix(all[k], pool, err)) return false;
+        log_progress(log, "loading", i + 1, m->config.n_layers);
     }
     return true;
 }
@@ -300,7 +300,8 @@ struct model *model_load(enum model_kind kind, const char *path, const struct mo
     bool ok = m->path || error_set(err, "out of memory");
     if (ok && kind == MODEL_FOLDER) ok = open_folder(m, err);
     else if (ok) ok = gguf_open(path, &m->gguf, err) && model_config_from_gguf(&m->gguf, &m->config, err);
-    ok = ok && model_bind(m, options->log, err) && (!options->check_values || check_values(m, options, err));
+    ok = ok && model_bind(m, options->log, err) &&
+         (!options->check_values || model_check_values(m, options->pool, options->log, err));
     if (!ok) {
         model_free(m);
         return NULL;
