@@ -10,6 +10,7 @@ measured in one run, in turns, since a machine that others use has no constant s
 """
 import argparse
 import json
+import os
 import pathlib
 import random
 import re
@@ -56,6 +57,15 @@ def first_token_seconds(server, body):
             if first is None and (b'"content": "' in got or b'"reasoning_content": "' in got):
                 first = time.perf_counter() - begin
         return first
+
+
+def hurry(on):
+    """The clients stand for other machines: they shall not wait for the cores that the server keeps busy, which would be
+    measured as the server's time. Only root may; servers must be started before, since they would inherit it."""
+    try:
+        os.setpriority(os.PRIO_PROCESS, 0, -15 if on else 0)
+    except PermissionError:
+        pass
 
 
 def until_idle(server, wait):
@@ -235,12 +245,14 @@ def overload(scale):
     server = Server("--max-queue", "64")
     peaks, goods, rates, rejected, others = [], [], [], [], 0
     try:
+        hurry(True)
         Offer(server, body).closed_loop(32, 2)
         until_idle(server, 60)
         turns = 4
         for _ in range(turns):  # in turns: the machine's speed changes
             calm = Offer(server, body)
             peaks.append(calm.closed_loop(64, max(4, 15 * scale)))
+            assert peaks[-1] > 0, "no request came to its end: this machine is too busy"
             calm.close()
             until_idle(server, 60)
             storm = Offer(server, body)
@@ -257,6 +269,7 @@ def overload(scale):
                       f"times the peak of {peak:.1f}/s: goodput {good:.1f}/s, {100 * good / peak:.0f} % (limit 90); {len(rejected)} rejected, "
                       f"p50 {statistics.median(rejected) * 1e3:.2f} ms, p99 {p99 * 1e3:.2f} ms (limit 10); {others} lost")
     finally:
+        hurry(False)
         assert server.stop() == 0
 
 
