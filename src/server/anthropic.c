@@ -340,7 +340,7 @@ static void messages_end(struct generation *g) {
 
 static void messages_fail(struct generation *g, int status, const char *message) {
     buffer_clear(&g->scratch);
-    tell(g, "error", error_json(&g->scratch, ANTHROPIC, status, NULL, message));
+    tell(g, "error", error_json(&g->scratch, ANTHROPIC, status, NULL, NULL, message));
 }
 
 static void messages_whole(struct generation *g, struct buffer *out) {
@@ -429,7 +429,7 @@ void handle_messages(struct exchange *x) {
         generation_submit(g);
         return;
     }
-    exchange_fail(x, f.status, f.param, f.error.text);
+    exchange_fault(x, &f);
     generation_free(g);
 }
 
@@ -444,7 +444,7 @@ void handle_count_tokens(struct exchange *x) {
     if (read_prompt(x->server, &arena, body, &p, &budget, &f) && prompt_ids(x->server, x->tenant, &p, &ids, &f) &&
         buffer_printf(&out, "{\"input_tokens\": %zu}", ids.n))
         exchange_reply(x, 200, &out);
-    else exchange_fail(x, f.status ? f.status : 500, f.param, f.error.text);
+    else exchange_fault(x, &f);
     buffer_free(&out);
     token_ids_free(&ids);
     arena_free(&arena);

@@ -51,7 +51,7 @@ bool openai_timings(struct generation *g, struct buffer *out) {
 
 void openai_fail(struct generation *g, int status, const char *message) {
     buffer_clear(&g->scratch);
-    if (error_json(&g->scratch, OPENAI, status, NULL, message)) generation_write(g, NULL, &g->scratch);
+    if (error_json(&g->scratch, OPENAI, status, NULL, NULL, message)) generation_write(g, NULL, &g->scratch);
 }
 
 void openai_start(struct generation *g, bool ok, const struct fault *f) {
@@ -59,7 +59,7 @@ void openai_start(struct generation *g, bool ok, const struct fault *f) {
         generation_submit(g);
         return;
     }
-    exchange_fail(g->x, f->status, f->param, f->error.text);
+    exchange_fault(g->x, f);
     generation_free(g);
 }
 

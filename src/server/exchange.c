@@ -157,7 +157,8 @@ static void clean(char *text, size_t n) {
     }
 }
 
-bool error_json(struct buffer *out, enum dialect dialect, int status, const char *param, const char *given) {
+bool error_json(struct buffer *out, enum dialect dialect, int status, const char *param, const char *code,
+                const char *given) {
     char message[sizeof(struct error)];
     snprintf(message, sizeof message, "%s", given);
     size_t n = strlen(message);
@@ -170,11 +171,19 @@ bool error_json(struct buffer *out, enum dialect dialect, int status, const char
               buffer_printf(out, ", \"type\": \"%s\", \"param\": ", openai_type(status));
     if (param && *param) ok = ok && pyjson_write_string(param, strlen(param), out);
     else ok = ok && buffer_append_text(out, "null");
+    if (code) return ok && buffer_printf(out, ", \"code\": \"%s\"}}", code);
     return ok && buffer_printf(out, ", \"code\": %d}}", status);
 }
 
 void exchange_fail(struct exchange *x, int status, const char *param, const char *message) {
     struct buffer body = {0};
-    error_json(&body, x->route ? x->route->dialect : OPENAI, status, param, message);
+    error_json(&body, x->route ? x->route->dialect : OPENAI, status, param, NULL, message);
+    exchange_reply(x, status, &body);
+}
+
+void exchange_fault(struct exchange *x, const struct fault *f) {
+    struct buffer body = {0};
+    int status = f->status ? f->status : 500;
+    error_json(&body, x->route->dialect, status, f->param, f->code, f->status ? f->error.text : "out of memory");
     exchange_reply(x, status, &body);
 }

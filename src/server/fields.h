@@ -12,6 +12,7 @@
 struct fault {
     int status; // 0: nothing is wrong
     char param[64];
+    const char *code; // a name that clients know; NULL: the status
     struct error error;
 };
 

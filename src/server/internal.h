@@ -153,12 +153,14 @@ void exchange_reply(struct exchange *x, int status, struct buffer *body);
 void exchange_reply_type(struct exchange *x, int status, struct buffer *body, const char *content_type);
 // An error object of the route's dialect. `param`: the field, or NULL.
 void exchange_fail(struct exchange *x, int status, const char *param, const char *message);
+void exchange_fault(struct exchange *x, const struct fault *f);      // the same; status 0: out of memory
 void exchange_stream(struct exchange *x);                            // begins a stream of events
 void exchange_write(struct exchange *x, const struct buffer *bytes); // more of it
 void exchange_end(struct exchange *x);                               // its end
 bool exchange_is_gone(struct exchange *x);                           // nobody will read the answer
-// The error object as JSON.
-bool error_json(struct buffer *out, enum dialect dialect, int status, const char *param, const char *message);
+// The error object as JSON. `code`: NULL: the status.
+bool error_json(struct buffer *out, enum dialect dialect, int status, const char *param, const char *code,
+                const char *message);
 
 // ---- The rest
 

@@ -30,7 +30,10 @@ bool prompt_check_model(const struct server *s, const struct pyjson *body, struc
 
 bool prompt_fits(const struct server *s, size_t n_ids, struct fault *f) {
     if (n_ids <= s->engine->context) return true;
-    return fault_set(f, 400, "messages", "the prompt has %zu tokens, the context holds %zu", n_ids, s->engine->context);
+    // Clients that shorten a conversation look for these words, or for this code.
+    f->code = "context_length_exceeded";
+    return fault_set(f, 400, "messages", "prompt is too long: %zu tokens > %zu maximum, which the context holds", n_ids,
+                     s->engine->context);
 }
 
 // ---- Messages

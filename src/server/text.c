@@ -12,7 +12,7 @@ static bool put_ids(struct buffer *out, const struct token_ids *ids) {
 // Answers with `out`, or with what is wrong.
 static void answer(struct exchange *x, bool ok, struct buffer *out, const struct fault *f) {
     if (ok) exchange_reply(x, 200, out);
-    else exchange_fail(x, f->status ? f->status : 500, f->param, f->status ? f->error.text : "out of memory");
+    else exchange_fault(x, f);
     buffer_free(out);
 }
 

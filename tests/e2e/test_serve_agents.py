@@ -258,6 +258,18 @@ def test_a_schema_beside_json_object(server):
     assert json.loads(answer["choices"][0]["message"]["content"]) in ({"a": 1}, {"a": 2})
 
 
+def test_a_prompt_that_is_too_long_is_known_as_such(server):
+    """Agents shorten their conversation when they read this: by the code, or by the message's first words."""
+    long = "word " * 5000
+    for path, body in (("/v1/chat/completions", chat(long)), ("/v1/completions", {"prompt": long}), ("/v1/responses", {"input": long})):
+        status, _, data = server.request("POST", path, body)
+        error = json.loads(data)["error"]
+        assert status == 400 and error["code"] == "context_length_exceeded" and error["message"].startswith("prompt is too long: "), error
+    status, _, data = server.request("POST", "/v1/messages", claude(messages=[{"role": "user", "content": long}]))
+    error = json.loads(data)["error"]
+    assert status == 400 and error["type"] == "invalid_request_error" and error["message"].startswith("prompt is too long: ")
+
+
 # ---- Addresses, as users write them
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions/", "//v1/chat/completions", "/v1//chat/completions", "/chat/completions"])
