@@ -4,9 +4,10 @@
 //
 //   speed_products [--isa avx2,portable] [--threads N] [--types bf16,q8_0] [--tokens 1,8,64] [--rounds N]
 //                  [--columns 1024] [--mib 96] [--attention 512,4096] [--kv bf16,q8_0]
-//                  [--clock wall|cpu]
+//                  [--clock wall|cpu] [--octets on|off]
 #include "base/clock.h"
 #include "base/size.h"
+#include "format/octets.h"
 #include "ops/kv_page.h"
 #include "ops/ops.h"
 
@@ -136,6 +137,7 @@ int main(int argc, char **argv) {
                 depths = split(""), kvs = split("bf16");
     int n_threads = 0;
     size_t n_rounds = 5, n_in = 1024, mib = 96;
+    bool octets = false; // any bytes are as good as packed ones
     for (int i = 1; i + 1 < argc; i += 2) {
         if (strcmp(argv[i], "--isa") == 0) isas = split(argv[i + 1]);
         else if (strcmp(argv[i], "--types") == 0) types = split(argv[i + 1]);
@@ -146,6 +148,7 @@ int main(int argc, char **argv) {
         else if (strcmp(argv[i], "--rounds") == 0) n_rounds = strtoul(argv[i + 1], NULL, 10);
         else if (strcmp(argv[i], "--columns") == 0) n_in = strtoul(argv[i + 1], NULL, 10);
         else if (strcmp(argv[i], "--clock") == 0) cpu_time = strcmp(argv[i + 1], "cpu") == 0;
+        else if (strcmp(argv[i], "--octets") == 0) octets = strcmp(argv[i + 1], "on") == 0;
         else if (strcmp(argv[i], "--mib") == 0) mib = strtoul(argv[i + 1], NULL, 10);
         else return fprintf(stderr, "unknown option %s\n", argv[i]), 2;
     }
@@ -173,8 +176,9 @@ int main(int argc, char **argv) {
             for (size_t k = 0; k < tokens.n && n_cases < MAX_CASES; k++) {
                 size_t n = strtoul(tokens.text[k], NULL, 10), n_out = bytes / row_bytes;
                 if (n > 32 && n_out > 8192) n_out = 8192; // long enough without
-                cases[n_cases++] =
-                    (struct measured){isas.text[i], type, n, 0, {"w", type, n_out, n_in, row_bytes, memory, NULL}, {0}};
+                const unsigned char *packed = octets && octets_known(type) ? memory : NULL;
+                struct matrix w = {"w", type, n_out, n_in, row_bytes, memory, packed};
+                cases[n_cases++] = (struct measured){isas.text[i], type, n, 0, w, {0}};
                 if (n > max_tokens) max_tokens = n;
             }
         }
