@@ -162,6 +162,12 @@ $(BUILD)/$(EMULATOR)/test_emulated: $(BUILD)/$(EMULATOR)/test_emulated.o $(WAYS_
 	$(link_emulated)
 $(BUILD)/$(EMULATOR)/test_emulated_80: $(BUILD)/$(EMULATOR)/test_emulated.o $(WAYS_OBJ) $(call emulated_objects,emulated_80) $(BUILD)/libtandem_all.a
 	$(link_emulated)
+# Products alone, every tile: build/tests/cuda_emulator/speed-emulated --check --small --shapes --tokens 9,33
+$(BUILD)/$(EMULATOR)/speed_cuda.o: tests/ops/speed_cuda.c
+	@mkdir -p $(@D)
+	$(CC) $(call EMULATED_CPPFLAGS,emulated_90) $(CFLAGS) -MMD -MP -c -o $@ $<
+$(BUILD)/$(EMULATOR)/speed-emulated: $(BUILD)/$(EMULATOR)/speed_cuda.o $(call emulated_objects,emulated_90) $(BUILD)/libtandem_all.a
+	$(CC) $(LDFLAGS) -o $@ $^ $(LDLIBS)
 # The command line: build/tests/cuda_emulator/tandem-emulated check --device cuda MODEL
 $(BUILD)/$(EMULATOR)/tandem-emulated: $(CLI_OBJ) $(call emulated_objects,emulated_90) $(BUILD)/libtandem_all.a
 	$(CC) $(LDFLAGS) -o $@ $^ $(LDLIBS) -ledit

@@ -3,6 +3,7 @@
 #include "internal.h"
 
 #include <link.h>
+#include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -35,6 +36,12 @@ void emulated_sync_some(int id, unsigned n);
 unsigned emulated_cluster_rank(void);
 void emulated_cluster_sync(void);
 void emulated_push(void *at, const void *data, unsigned bytes, uint64_t *barrier, unsigned rank);
+uint32_t emulated_shared_address(const void *p);
+void emulated_group_fence(void);
+void emulated_group_mma(float *d, int n, const uint32_t a[4], uint64_t b, bool add);
+void emulated_group_commit(void);
+void emulated_group_wait(int most);
+void emulated_group_registers(int n);
 
 int emulator_mistake;
 
@@ -52,8 +59,8 @@ enum thread_state {
     ENDED,
     N_STATES
 };
-enum { MOST_SOME = 16 };
-enum instruction { SYNC_WARP, SHUFFLE, MATRIX };
+enum { MOST_SOME = 16, MOST_CHAINS = 8, MOST_STEPS = 16, MOST_COLUMNS = 256 };
+enum instruction { SYNC_WARP, SHUFFLE, MATRIX, GROUP_FENCE, GROUP_MATRIX, GROUP_COMMIT, GROUP_WAIT, REGISTERS };
 
 struct fiber {
 #if defined(__x86_64__)
@@ -72,6 +79,27 @@ struct fiber {
 struct share {
     uint32_t a[4], b[2];
     float d[4];
+    float *to; // of a group's instruction: its d
+};
+
+// Asynchronous matrix instructions of one warp on the same d, one after the other.
+struct group_chain {
+    float *to[WARP]; // each lane's d
+    int n, n_steps;
+    bool is_committed, at_once; // at_once: b is read when the instruction is issued, else when it is waited for
+    struct {
+        uint32_t a[WARP][4];
+        uint64_t b;
+    } steps[MOST_STEPS];
+    float sums[16][MOST_COLUMNS];
+};
+
+// What a warp has issued of them and not yet waited for, oldest first.
+struct group_warp {
+    struct group_chain chains[MOST_CHAINS];
+    int n_chains;
+    bool is_fenced;
+    unsigned n_issued; // since the block began
 };
 
 struct warp {
@@ -98,6 +126,7 @@ struct block {
     struct fiber outside, threads[MOST_THREADS], *current;
     uint16_t ready[MOST_THREADS]; // [n_in[READY]]
     struct warp warps[MOST_WARPS];
+    struct group_warp groups[MOST_WARPS];
     struct copy copies[MOST_COPIES];
     unsigned n_copies;
     unsigned n_at_some[MOST_SOME];
@@ -331,6 +360,8 @@ void emulated_dependency_wait(void) {
 }
 
 static void multiply(struct share shares[WARP]);
+static void group_issue(struct share shares[WARP]);
+static void group_wait(int most);
 
 // Where a thread's share of its warp's next instruction belongs.
 static struct share *my_share(void) {
@@ -352,6 +383,8 @@ static struct share *meet(enum instruction instruction) {
         return shares;
     }
     if (instruction == MATRIX) multiply(shares);
+    else if (instruction == GROUP_MATRIX) group_issue(shares);
+    else if (instruction == GROUP_WAIT) group_wait((int)shares[0].a[0]);
     w->arrived = 0;
     w->met++;
     for (unsigned i = 0; i < WARP; i++)
@@ -427,6 +460,131 @@ void emulated_mma(float d[4], const uint32_t a[4], const uint32_t b[2]) {
     memcpy(mine->d, d, sizeof mine->d);
     meet(MATRIX);
     memcpy(d, mine->d, sizeof mine->d);
+}
+
+static struct group_warp *my_group(void) {
+    return &now->groups[now->current->number / WARP];
+}
+
+// One step of a chain: what shared memory holds now.
+static void group_step(struct group_chain *c, int step) {
+    uint64_t b = c->steps[step].b;
+    size_t at = (size_t)(b & 0x3FFF) << 4, k_step = (size_t)(b >> 16 & 0x3FFF) << 4,
+           column_step = (size_t)(b >> 32 & 0x3FFF) << 4;
+    float x[16][16], y[16][8], d[16][8];
+    if (b >> 46)
+        emulated_fail("a group's operand in another order than the emulator knows: %llx", (unsigned long long)b);
+    if (at + k_step + (size_t)(c->n / 8 - 1) * column_step + 128 > now->kernel->shared)
+        emulated_fail("a group's operand reaches beyond shared memory");
+    emulated_counts.matrix_steps += (size_t)c->n / 8;
+    for (unsigned lane = 0; lane < WARP; lane++)
+        for (unsigned i = 0; i < 4; i++) {
+            unsigned row = lane / 4 + i % 2 * 8, column = lane % 4 * 2 + i / 2 * 8;
+            x[row][column] = low_half(c->steps[step].a[lane][i]);
+            x[row][column + 1] = high_half(c->steps[step].a[lane][i]);
+        }
+    for (int j = 0; j < c->n / 8; j++) {
+        for (size_t k = 0; k < 16; k++)
+            for (size_t column = 0; column < 8; column++) {
+                uint16_t v;
+                memcpy(&v, now->shared + at + (size_t)j * column_step + k / 8 * k_step + column * 16 + k % 8 * 2, 2);
+                y[k][column] = low_half(v);
+            }
+        for (unsigned row = 0; row < 16; row++) memcpy(d[row], &c->sums[row][j * 8], sizeof d[row]);
+        multiply_tiles(d, x, y);
+        for (unsigned row = 0; row < 16; row++) memcpy(&c->sums[row][j * 8], d[row], sizeof d[row]);
+    }
+}
+
+// A warp's lanes have brought their shares: a in a, b in b, n in the first lane's d[0], and whether to add in d[1].
+static void group_issue(struct share shares[WARP]) {
+    struct group_warp *g = my_group();
+    struct group_chain *c = NULL;
+    int n = (int)shares[0].d[0];
+    bool add = shares[0].d[1] != 0;
+    if (!g->is_fenced) emulated_fail("a group's matrix instruction without a fence before it");
+    for (unsigned lane = 1; lane < WARP; lane++)
+        if (memcmp(shares[lane].b, shares[0].b, sizeof shares[0].b) != 0)
+            emulated_fail("a warp's lanes name different operands");
+    for (int i = 0; i < g->n_chains; i++)
+        if (g->chains[i].to[0] == shares[0].to) c = &g->chains[i];
+    if (c && c->is_committed) emulated_fail("a group's sums are used again before they were waited for");
+    if (!c) {
+        if (g->n_chains == MOST_CHAINS) emulated_fail("more than %d chains of a group under way", MOST_CHAINS);
+        c = &g->chains[g->n_chains++];
+        c->n = n;
+        c->n_steps = 0;
+        c->is_committed = false;
+        c->at_once = emulated_options.keep_order || emulated_chance(2);
+        for (unsigned lane = 0; lane < WARP; lane++) {
+            c->to[lane] = shares[lane].to;
+            for (int i = 0; i < n / 2; i++) {
+                int row = (int)lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + (int)lane % 4 * 2 + i % 2;
+                c->sums[row][column] = add ? shares[lane].to[i] : 0.0f;
+                shares[lane].to[i] = NAN; // nobody's before the wait
+            }
+        }
+    } else if (!add) emulated_fail("a chain of a group begins anew before it was waited for");
+    if (c->n_steps == MOST_STEPS || c->n != n)
+        emulated_fail("a group's chain of %d steps and %d columns", c->n_steps, n);
+    for (unsigned lane = 0; lane < WARP; lane++)
+        memcpy(c->steps[c->n_steps].a[lane], shares[lane].a, sizeof shares[lane].a);
+    memcpy(&c->steps[c->n_steps].b, shares[0].b, sizeof c->steps[0].b);
+    if (c->at_once) group_step(c, c->n_steps);
+    c->n_steps++;
+    g->n_issued++;
+}
+
+// Chains were committed one by one: all but the last `most` of them are done.
+static void group_wait(int most) {
+    struct group_warp *g = my_group();
+    int committed = 0, done = 0;
+    for (int i = 0; i < g->n_chains; i++) committed += g->chains[i].is_committed;
+    for (; committed - done > most; done++) {
+        struct group_chain *c = &g->chains[done];
+        for (int i = 0; !c->at_once && i < c->n_steps; i++) group_step(c, i);
+        for (int lane = 0; lane < WARP; lane++)
+            for (int i = 0; i < c->n / 2; i++)
+                c->to[lane][i] = c->sums[lane / 4 + i / 2 % 2 * 8][i / 4 * 8 + lane % 4 * 2 + i % 2];
+    }
+    memmove(g->chains, g->chains + done, (size_t)(g->n_chains - done) * sizeof *g->chains);
+    g->n_chains -= done;
+    g->is_fenced = false;
+}
+
+void emulated_group_fence(void) {
+    my_group()->is_fenced = true;
+    meet(GROUP_FENCE);
+}
+
+void emulated_group_mma(float *d, int n, const uint32_t a[4], uint64_t b, bool add) {
+    struct share *mine = my_share();
+    memcpy(mine->a, a, sizeof mine->a);
+    memcpy(mine->b, &b, sizeof mine->b);
+    mine->d[0] = (float)n;
+    mine->d[1] = add;
+    mine->to = d;
+    meet(GROUP_MATRIX);
+}
+
+void emulated_group_commit(void) {
+    struct group_warp *g = my_group();
+    for (int i = 0; i < g->n_chains; i++) g->chains[i].is_committed = true;
+    meet(GROUP_COMMIT);
+}
+
+void emulated_group_wait(int most) {
+    my_share()->a[0] = (uint32_t)most;
+    meet(GROUP_WAIT);
+}
+
+void emulated_group_registers(int n) {
+    if (n < 24 || n > 256 || n % 8) emulated_fail("%d registers for a warp's threads", n);
+    meet(REGISTERS);
+}
+
+uint32_t emulated_shared_address(const void *p) {
+    return (uint32_t)((const unsigned char *)p - now->shared);
 }
 
 static void check_shared(const void *p, size_t bytes, const char *what) {
@@ -562,6 +720,12 @@ static bool run(struct block *b) {
 static void must_have_ended(struct block *b) {
     now = b; // for the message
     if (b->n_copies) emulated_fail("the block ended with %u copies under way", b->n_copies);
+    for (unsigned i = 0; i < b->n_threads / WARP; i++) {
+        if (b->groups[i].n_chains) emulated_fail("warp %u ended with matrix instructions under way", i);
+        if (b->groups[i].n_issued != b->groups[i / 4 * 4].n_issued)
+            emulated_fail("the warps of a group issued %u and %u matrix instructions", b->groups[i].n_issued,
+                          b->groups[i / 4 * 4].n_issued);
+    }
     if (!b->has_waited) emulated_fail("the block ended without a wait for the kernel before");
     now = NULL;
 }
@@ -581,7 +745,12 @@ static void prepare_block(struct block *b, const struct kernel_node *k, size_t i
     b->cluster = NULL;
     memset(b->n_in, 0, sizeof b->n_in);
     memset(b->n_at_some, 0, sizeof b->n_at_some);
-    for (unsigned i = 0; i < (b->n_threads + WARP - 1) / WARP; i++) b->warps[i].arrived = b->warps[i].met = 0;
+    for (unsigned i = 0; i < (b->n_threads + WARP - 1) / WARP; i++) {
+        b->warps[i].arrived = b->warps[i].met = 0;
+        b->groups[i].n_chains = 0;
+        b->groups[i].n_issued = 0;
+        b->groups[i].is_fenced = false;
+    }
     size_t dynamic = (k->shared + 127) / 128 * 128;
     b->shared = b->base + SHARED_MAPPED - GUARD - dynamic;
     memset(b->shared, 0xFF, dynamic);

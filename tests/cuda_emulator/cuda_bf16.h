@@ -42,6 +42,13 @@ void emulated_barrier_arrive(uint64_t *barrier);
 void emulated_barrier_expect(uint64_t *barrier, uint32_t bytes);
 void emulated_barrier_wait(uint64_t *barrier, uint32_t parity);
 void emulated_bulk_copy(void *to, const void *from, uint32_t bytes, uint64_t *barrier);
+uint32_t emulated_shared_address(const void *p);
+// The asynchronous matrix instructions of a group of four warps (src/ops/cuda/groups.cuh): d [n / 2] of this lane.
+void emulated_group_fence(void);
+void emulated_group_mma(float *d, int n, const uint32_t a[4], uint64_t b, bool add);
+void emulated_group_commit(void);
+void emulated_group_wait(int most);
+void emulated_group_registers(int n);
 void emulated_pause(void); // another thread may go on here
 void emulated_spin(void);  // all others that can go on do, before this one looks again
 void emulated_sync_some(int id, unsigned n);

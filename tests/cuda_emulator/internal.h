@@ -5,7 +5,7 @@
 #include "cuda_runtime_api.h"
 #include "emulator.h"
 
-enum { MOST_THREADS = 320, MOST_SHARED = 227 * 1024 };
+enum { MOST_THREADS = 384, MOST_SHARED = 227 * 1024 };
 
 extern struct emulator_options emulated_options;
 extern struct emulator_counts emulated_counts;

@@ -10,6 +10,7 @@
 #include "base/clock.h"
 #include "doctor/doctor.h"
 #include "format/noise.h"
+#include "ops/cuda/device.h"
 
 #include <math.h>
 #include <setjmp.h>
@@ -88,6 +89,26 @@ static void test_tiles(void **state) {
         same_bits("synthetic:tiny-llama", (struct part){.n_layers = 1, .n_vocab = 70, .n_ff = 768},
                   (struct plan){.length = 72, .lead = 69, .standard_chunk = 36, .chunks = chunks, .n_chunks = 2}, 3,
                   n_sms);
+}
+
+// Every tile of the products by warp groups.
+static void test_groups(void **state) {
+    (void)state;
+    static const size_t chunks[] = {40};
+    for (int shape = 1; shape <= 7; shape++) {
+        struct subject s;
+        struct plan plan = {.length = 68, .lead = 66, .standard_chunk = 34, .chunks = chunks, .n_chunks = 1};
+        size_t n_ways = 0;
+        open_gpu((uint64_t)shape, 2);
+        ((struct cuda_state *)(uintptr_t)cuda)->tile_shape = shape;
+        open_part(&s, "synthetic:tiny-qwen3",
+                  &(struct part){.n_layers = 1, .n_vocab = 150, .n_ff = shape % 2 ? 256 : 200});
+        size_t different = compare_ways(&s, "groups", &plan, &n_ways);
+        close_subject(&s);
+        ops_close(cuda);
+        print_message("tile %d: %zu ways, %zu differ\n", shape, n_ways, different);
+        assert_int_equal(different, 0);
+    }
 }
 
 // Grouped heads of other widths, biases, no norm of heads.
@@ -324,6 +345,7 @@ int main(int argc, char **argv) {
         cmocka_unit_test(test_persistent),      cmocka_unit_test(test_oracle),
         cmocka_unit_test(test_doctor),          cmocka_unit_test(test_quantised),
         cmocka_unit_test(test_quantised_tiles), cmocka_unit_test(test_quantised_values),
+        cmocka_unit_test(test_groups),
     };
     if (argc > 1) cmocka_set_test_filter(argv[1]);
     else if (strstr(argv[0], "test_emulated_80")) cmocka_set_test_filter("test_heads");

@@ -13,8 +13,8 @@ enum { MAX_RECORDINGS = 512, CHIP = 90, STAGING = 64 << 20 };
 
 // Those that `make gpu-check` has held against the others on a GPU are on by default. persistent: the emulator alone
 // has run it.
-enum { VARIANTS_PROVEN = VARIANT_WIDE_ATTENTION };
-static const char *const variant_names[N_VARIANTS] = {"wide-attention", "persistent"};
+enum { VARIANTS_PROVEN = VARIANT_WIDE_ATTENTION | VARIANT_WGMMA };
+static const char *const variant_names[N_VARIANTS] = {"wide-attention", "persistent", "wgmma"};
 
 struct recording {
     uint64_t key;
@@ -41,6 +41,7 @@ static void forget_recordings(struct cuda_state *s) {
 
 static bool begin(struct device *d, uint64_t key) {
     struct cuda_state *s = state(d);
+    s->packed = NULL;
     if (s->failed != cudaSuccess) return true;
     for (size_t i = 0; i < s->n_recordings; i++) {
         if (s->recordings[i].key != key) continue;
@@ -113,6 +114,7 @@ static void free_host(struct device *d, void *memory) {
 
 static void copy(struct cuda_state *s, void *to, const void *from, size_t bytes, enum cudaMemcpyKind kind) {
     cudaSetDevice(s->index); // the calling thread may be a new one
+    s->packed = NULL;
     if (s->failed != cudaSuccess || bytes == 0) return;
     cuda_check(s, cudaMemcpyAsync(to, from, bytes, kind, s->stream), "copying");
 }
@@ -143,6 +145,7 @@ static void move(struct device *d, void *to, const void *from, size_t bytes) {
 
 static void fill(struct device *d, void *to, uint8_t byte, size_t bytes) {
     struct cuda_state *s = state(d);
+    s->packed = NULL;
     if (s->failed == cudaSuccess) cuda_check(s, cudaMemsetAsync(to, byte, bytes, s->stream), "filling memory");
 }
 
@@ -267,6 +270,7 @@ static bool start(struct cuda_state *s, struct error *err) {
         cuda_attention_setup(s);
         cuda_wide_setup(s);
         cuda_persistent_setup(s);
+        cuda_groups_setup(s);
         e = s->failed;
     }
     return e == cudaSuccess ||

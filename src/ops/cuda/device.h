@@ -17,7 +17,7 @@ enum {
 };
 
 // Kernels that may stand in for others and return the same bits, as device.variants numbers them (device.c names them).
-enum { VARIANT_WIDE_ATTENTION = 1 << 0, VARIANT_PERSISTENT = 1 << 1, N_VARIANTS = 2 };
+enum { VARIANT_WIDE_ATTENTION = 1 << 0, VARIANT_PERSISTENT = 1 << 1, VARIANT_WGMMA = 1 << 2, N_VARIANTS = 3 };
 
 // One opened GPU. `ops` comes first: a table's address is its state's.
 struct cuda_state {
@@ -37,6 +37,11 @@ struct cuda_state {
     struct recording *recordings;
     size_t n_recordings;
     uint64_t recording; // the key of the sequence being recorded, 0: none
+    // The last op's result that also stands in scratch as the next product takes it: valid until anything else is
+    // queued.
+    const float *packed;
+    int packed_tokens;
+    int tile_shape; // of products by warp groups: 0, or one to be measured (groups.cu)
 };
 
 static inline struct cuda_state *cuda_of(const struct op_ctx *ctx) {
@@ -56,6 +61,7 @@ bool cuda_products_setup(struct cuda_state *s);
 bool cuda_attention_setup(struct cuda_state *s);
 bool cuda_wide_setup(struct cuda_state *s);
 bool cuda_persistent_setup(struct cuda_state *s);
+bool cuda_groups_setup(struct cuda_state *s);
 // Rows [row, row + n_rows) of a matrix, as stored, to their places in the device's order.
 void cuda_pack_rows(struct cuda_state *s, const struct matrix *out, const void *rows, size_t row, size_t n_rows);
 // The same for quantised weights; the bytes of 8 rows by 128 columns of such (0: not a type that is multiplied here),

@@ -1,0 +1,97 @@
+// groups.cuh: Hopper's asynchronous matrix instructions, which four warps (a warp group) issue together: wgmma. The
+// tests have another file of this name (tests/cuda_emulator).
+//
+// d += a b: a 64 rows by 16, b 16 by N columns, bf16 in, f32 sums. Warp w of the group has rows 16 w .. 16 w + 15 of a
+// and of d, in the lanes' order of chip.cuh's mma; d[4 j .. 4 j + 3] is what that has as d for columns 8 j .. 8 j + 7.
+// b lies in shared memory as matrices of 8 columns by 8 k, 128 bytes each, a column's 8 k beside each other.
+//
+// Order: group_fence; group_mma one after the other on the same d (the next one waits for the last one's sums by
+// itself); group_commit ends a batch; group_wait<P> waits until at most P batches are under way. From group_mma until
+// then nothing may read or write its d or its a, nor overwrite its b. After other instructions have written d or a,
+// group_fence comes first.
+#ifndef TANDEM_OPS_CUDA_GROUPS_CUH
+#define TANDEM_OPS_CUDA_GROUPS_CUH
+
+#include "ops/cuda/chip.cuh"
+
+// Where b lies: 8 columns' matrices for consecutive k are `k_step` bytes apart, columns' neighbours `column_step`.
+static __device__ __forceinline__ uint64_t group_operand(const void *b, uint32_t k_step, uint32_t column_step) {
+    return (uint64_t)((shared_address(b) & 0x3FFFFu) >> 4) | (uint64_t)(k_step >> 4) << 16 |
+           (uint64_t)(column_step >> 4) << 32;
+}
+
+static __device__ __forceinline__ void group_fence() {
+#if HOPPER
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#endif
+}
+
+static __device__ __forceinline__ void group_commit() {
+#if HOPPER
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#endif
+}
+
+#define GROUP_D8(d, i)                                                                                                 \
+    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]),        \
+        "+f"(d[i + 7])
+
+// The sums' registers are named, so that the compiler reads none of them earlier.
+template <int P> static __device__ __forceinline__ void group_wait(float (&d)[16]) {
+#if HOPPER
+    asm volatile("wgmma.wait_group.sync.aligned %16;" : GROUP_D8(d, 0), GROUP_D8(d, 8) : "n"(P) : "memory");
+#endif
+}
+
+template <int P> static __device__ __forceinline__ void group_wait(float (&d)[32]) {
+#if HOPPER
+    asm volatile("wgmma.wait_group.sync.aligned %32;"
+                 : GROUP_D8(d, 0), GROUP_D8(d, 8), GROUP_D8(d, 16), GROUP_D8(d, 24)
+                 : "n"(P)
+                 : "memory");
+#endif
+}
+
+// `add`: 0 takes d as +0.
+static __device__ __forceinline__ void group_mma(float (&d)[16], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                                                 uint64_t b, uint32_t add) {
+#if HOPPER
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %21, 0; wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
+                 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, {%16,%17,%18,%19}, %20, p, 1, 1, 0;}"
+                 : GROUP_D8(d, 0), GROUP_D8(d, 8)
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(add));
+#endif
+}
+
+static __device__ __forceinline__ void group_mma(float (&d)[32], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                                                 uint64_t b, uint32_t add) {
+#if HOPPER
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %37, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+                 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,"
+                 "%27,%28,%29,%30,%31}, {%32,%33,%34,%35}, %36, p, 1, 1, 0;}"
+                 : GROUP_D8(d, 0), GROUP_D8(d, 8), GROUP_D8(d, 16), GROUP_D8(d, 24)
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(add));
+#endif
+}
+
+// The same number, of which the compiler knows nothing: what depends on it is computed where it stands, and takes no
+// register before.
+static __device__ __forceinline__ int opaque(int v) {
+    asm volatile("" : "+r"(v));
+    return v;
+}
+
+// Registers of a warp group's threads from here on; every warp of it comes here.
+template <int N> static __device__ __forceinline__ void registers_up() {
+#if HOPPER
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
+#endif
+}
+
+template <int N> static __device__ __forceinline__ void registers_down() {
+#if HOPPER
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
+#endif
+}
+
+#endif

@@ -1,0 +1,43 @@
+// groups.cuh: in the place of src/ops/cuda/groups.cuh, for the emulator (emulator.h).
+#ifndef TANDEM_TESTS_GROUPS_CUH
+#define TANDEM_TESTS_GROUPS_CUH
+
+#include "ops/cuda/chip.cuh"
+
+static inline uint64_t group_operand(const void *b, uint32_t k_step, uint32_t column_step) {
+    return (uint64_t)((emulated_shared_address(b) & 0x3FFFFu) >> 4) | (uint64_t)(k_step >> 4) << 16 |
+           (uint64_t)(column_step >> 4) << 32;
+}
+
+static inline void group_fence() {
+    emulated_group_fence();
+}
+
+static inline void group_commit() {
+    emulated_group_commit();
+}
+
+template <int P, int N> static inline void group_wait(float (&)[N]) {
+    emulated_group_wait(P);
+}
+
+template <int N>
+static inline void group_mma(float (&d)[N], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b,
+                             uint32_t add) {
+    const uint32_t a[4] = {a0, a1, a2, a3};
+    emulated_group_mma(d, 2 * N, a, b, add != 0);
+}
+
+static inline int opaque(int v) {
+    return v;
+}
+
+template <int N> static inline void registers_up() {
+    emulated_group_registers(N);
+}
+
+template <int N> static inline void registers_down() {
+    emulated_group_registers(N);
+}
+
+#endif
