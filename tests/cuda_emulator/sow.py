@@ -9,7 +9,7 @@ import re
 import sys
 
 # name, what finds it (PAGES: chunks and pages; SPLIT: contexts of two chunks;
-# TILES: many tokens), then file, before, after; M is its number.
+# TILES: many tokens; LAYERS: all layers in one kernel), then file, before, after; M is its number.
 MISTAKES = [
     ("no barrier before a product's inputs are read", "PAGES",
      ("small.cuh", "    __syncthreads();\n    barrier_wait(&arrived, 0);",
@@ -68,6 +68,17 @@ MISTAKES = [
      ("groups.cu", "if (k < p.n_in) v =", "if (k < p.n_in || M) v =")),
     ("a wide tile counted from the first token of all", "PAGES",
      ("wide.cu", "            token = start + tile * size;", "            token = (M ? 0 : start) + tile * size;")),
+    ("no barrier before slices of q, k and v are added", "LAYERS",
+     ("persistent.cu", "            sync_some(1, WORKERS);\n            if (thread < (16 * GROUP",
+      "            if (!M) sync_some(1, WORKERS);\n            if (thread < (16 * GROUP")),
+    ("the board's other half not emptied", "LAYERS",
+     ("persistent.cu", "if (lane % 4 == 0 && r < n_rows) old[s * MOST_HIDDEN + first + r] = EMPTY;",
+      "if (lane % 4 == 0 && r < n_rows && !M) old[s * MOST_HIDDEN + first + r] = EMPTY;")),
+    ("slots of the ring filled again while they are read", "LAYERS",
+     ("persistent.cu", "if (wrapped) wait_for(p, &sh->empty[at.slot], at.parity ^ 1);",
+      "if (wrapped && !M) wait_for(p, &sh->empty[at.slot], at.parity ^ 1);")),
+    ("this token's k and v not in the page in shared memory", "LAYERS",
+     ("persistent.cu", "here[index] = there[index] =", "(M ? there : here)[index] = there[index] =")),
 ]
 
 

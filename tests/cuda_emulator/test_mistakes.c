@@ -17,10 +17,10 @@
 
 #include <cmocka.h>
 
-enum place { PAGES, SPLIT, TILES };
+enum place { PAGES, SPLIT, TILES, LAYERS };
 struct mistake {
     const char *name;
-    enum place place; // of the two examinations below, the one that shows it
+    enum place place; // of the examinations below, the one that shows it
 };
 #include "mistakes.inc"
 enum { N_MISTAKES = sizeof mistakes / sizeof mistakes[0] };
@@ -31,7 +31,26 @@ static void open_gpu(void) {
     if (!cuda) fail_msg("%s", err.text);
 }
 
+// All layers in one kernel, against the others.
+static bool is_found_in_layers(uint64_t seed) {
+    static const size_t depths[] = {30, 254};
+    static const struct part part = {
+        .n_layers = 2, .n_vocab = 64, .n_ff = 200, .n_heads = 2, .n_kv_heads = 1, .head_dim = 128};
+    struct subject s;
+    uint32_t variant = 0;
+    emulator_set(&(struct emulator_options){.seed = seed, .n_sms = 8});
+    open_gpu();
+    open_part(&s, "models/tandem-tiny", &part);
+    for (size_t i = 0; i < cuda->device->n_variants; i++)
+        if (strcmp(cuda->device->variant_names[i], "persistent") == 0) variant = 1u << i;
+    size_t different = compare_depths(&s, variant, depths, 2);
+    close_subject(&s);
+    ops_close(cuda);
+    return different > 0;
+}
+
 static bool is_found(enum place place, uint64_t seed) {
+    if (place == LAYERS) return is_found_in_layers(seed);
     static const size_t chunks[] = {9, 33}, neighbours[] = {3};
     const struct plan plans[] = {
         [PAGES] = {.length = 37,
@@ -76,7 +95,7 @@ static bool is_found_apart(int number, enum place place) {
 
 static void test_none(void **state) {
     (void)state;
-    for (int place = PAGES; place <= TILES; place++) assert_false(is_found_apart(0, (enum place)place));
+    for (int place = PAGES; place <= LAYERS; place++) assert_false(is_found_apart(0, (enum place)place));
 }
 
 static void test_each(void **state) {

@@ -194,17 +194,16 @@ static __device__ __forceinline__ float collect(const persistent_args &p, const 
     for (int first = 0; first < n; first += AT_ONCE) {
         uint32_t v[AT_ONCE];
 #pragma unroll
-        for (int i = 0; i < AT_ONCE; i++)
-            v[i] = first + i < n ? load_relaxed(row + (size_t)(first + i) * MOST_HIDDEN) : 0;
+        for (int i = 0; i < AT_ONCE; i++) v[i] = first + i < n ? EMPTY : 0;
         for (;;) {
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; i++)
+                if (v[i] == EMPTY) v[i] = load_relaxed(row + (size_t)(first + i) * MOST_HIDDEN);
             bool missing = false;
 #pragma unroll
             for (int i = 0; i < AT_ONCE; i++) missing |= v[i] == EMPTY;
             if (!missing || gives_up(p, w)) break;
             poll_again();
-#pragma unroll
-            for (int i = 0; i < AT_ONCE; i++)
-                if (v[i] == EMPTY) v[i] = load_relaxed(row + (size_t)(first + i) * MOST_HIDDEN);
         }
 #pragma unroll
         for (int i = 0; i < AT_ONCE; i++) {
@@ -305,50 +304,83 @@ static __device__ __forceinline__ float add_slices(const persistent_args &p, con
     return s;
 }
 
-// A warp's 16 of the block's rows, SLICES slices of columns side by side in memory; inputs: all of them. Each slice's
-// sums go to the board, from `row` on; what the last launch wrote there, to its other half, is emptied.
+// A warp's 16 of the block's rows times SLICES slices of inputs, each of which has a sum of its own, to the board from
+// `row` on. u: the first unit's slices; the other unit's stand `next` further. What the last launch wrote there, to the
+// board's other half, is emptied.
 template <int SLICES>
-static __device__ __forceinline__ void to_board(const persistent_args &p, persistent_shared *sh, ring_place at,
+static __device__ __forceinline__ void to_board(const persistent_args &p, const uint4 *const (&u)[SLICES], int next,
                                                 const unsigned char *inputs, uint32_t *row, uint32_t *old, int rank,
                                                 int warp, int lane) {
-    constexpr int UNITS = 8 / SLICES; // a slot
-    ring_place mine = at.ahead((unsigned)(2 * warp / UNITS));
-    wait_for(p, &sh->full[mine.slot], mine.parity);
-    const uint4 *u = reinterpret_cast<const uint4 *>(sh->ring[mine.slot]) + 2 * warp % UNITS * SLICES * SLICE + lane;
     int first = rank * OWN_ROWS + warp * 16, n_rows = min(16, p.hidden - first);
     float d[SLICES][4] = {};
     uint4 x[SLICES][4];
+    if (n_rows <= 0) return;
 #pragma unroll
     for (int s = 0; s < SLICES; s++) load_inputs(x[s], inputs + s * SLICE * 2, lane);
-    if (n_rows > 0) {
 #pragma unroll
-        for (int c = 0; c < 4; c++)
+    for (int c = 0; c < 4; c++)
 #pragma unroll
-            for (int s = 0; s < SLICES; s++) {
-                uint4 low = u[(s * 4 + c) * CHUNK_LANES], high = make_uint4(0, 0, 0, 0);
-                if (n_rows > 8) high = u[(SLICES * 4 + s * 4 + c) * CHUNK_LANES];
-                multiply(d[s], low, high, x[s][c]);
-            }
-#pragma unroll
-        for (int s = 0; s < SLICES; s++)
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                int r = i * 8 + lane / 4;
-                if (lane % 4 != 0 || r >= n_rows) continue;
-                store_relaxed(row + s * MOST_HIDDEN + first + r, __float_as_uint(d[s][2 * i]));
-            }
-    }
+        for (int s = 0; s < SLICES; s++) {
+            uint4 low = u[s][c * CHUNK_LANES], high = make_uint4(0, 0, 0, 0);
+            if (n_rows > 8) high = u[s][next + c * CHUNK_LANES];
+            multiply(d[s], low, high, x[s][c]);
+        }
 #pragma unroll
     for (int s = 0; s < SLICES; s++)
 #pragma unroll
-        for (int i = 0; i < 2; i++)
-            if (lane % 4 == 0 && i * 8 + lane / 4 < n_rows) old[s * MOST_HIDDEN + first + i * 8 + lane / 4] = EMPTY;
+        for (int i = 0; i < 2; i++) {
+            int r = i * 8 + lane / 4;
+            if (lane % 4 == 0 && r < n_rows)
+                store_relaxed(row + s * MOST_HIDDEN + first + r, __float_as_uint(d[s][2 * i]));
+        }
 #pragma unroll
-    for (int i = 0; i < 2 * SLICES; i++) {
+    for (int s = 0; s < SLICES; s++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            int r = i * 8 + lane / 4;
+            if (lane % 4 == 0 && r < n_rows) old[s * MOST_HIDDEN + first + r] = EMPTY;
+        }
+}
+
+// The next n slots are no longer needed, whether this warp has read them or not.
+static __device__ __forceinline__ void pass(const persistent_args &p, persistent_shared *sh, ring_place &at, int n,
+                                            int lane) {
+#pragma unroll 1
+    for (int i = 0; i < n; i++) {
         wait_for(p, &sh->full[at.slot], at.parity);
         release(sh, at, lane);
         at.step();
     }
+}
+
+// A warp's share of slot `at`, when it is there.
+static __device__ __forceinline__ const uint4 *arrived(const persistent_args &p, const persistent_shared *sh,
+                                                       ring_place at, int index) {
+    wait_for(p, const_cast<uint64_t *>(&sh->full[at.slot]), at.parity);
+    return reinterpret_cast<const uint4 *>(sh->ring[at.slot]) + index;
+}
+
+// The out product: the heads' slices side by side in a slot.
+template <int GROUP>
+static __device__ __forceinline__ void out_sums(const persistent_args &p, persistent_shared *sh, ring_place at,
+                                                uint32_t *row, uint32_t *old, int rank, int warp, int lane) {
+    constexpr int UNITS = 8 / GROUP; // a slot
+    const uint4 *u[GROUP];
+    u[0] = arrived(p, sh, at.ahead((unsigned)(2 * warp / UNITS)), 2 * warp % UNITS * GROUP * SLICE + lane);
+    for (int s = 1; s < GROUP; s++) u[s] = u[0] + s * SLICE;
+    to_board<GROUP>(p, u, GROUP * SLICE, sh->inputs, row, old, rank, warp, lane);
+}
+
+// SLICES slices of the down product from `slice` of the cluster's on, two slots each.
+template <int SLICES>
+static __device__ __forceinline__ void down_sums(const persistent_args &p, persistent_shared *sh, ring_place at,
+                                                 int slice, uint32_t *row, uint32_t *old, int rank, int warp,
+                                                 int lane) {
+    const uint4 *u[SLICES];
+#pragma unroll
+    for (int s = 0; s < SLICES; s++)
+        u[s] = arrived(p, sh, at.ahead((unsigned)(2 * s + warp / 4)), 2 * warp % 8 * SLICE + lane);
+    to_board<SLICES>(p, u, SLICE, sh->act[slice], row, old, rank, warp, lane);
 }
 
 // ---- q, k and v
@@ -382,66 +414,71 @@ static __device__ __forceinline__ void push_qkv(const persistent_args &p, persis
 // ---- Attention
 // -------------------------------------------------------------------------------------------------------
 
-// q's rows, and where this block has the token's own page, k and v: into the page and beside.
+// q's rows, a warp each.
 template <int GROUP>
-static __device__ __forceinline__ void prepare_heads(const persistent_args &p, persistent_shared *sh,
-                                                     const block_place &me, const persistent_layer &w, bool owns,
-                                                     int position, int page, int warp, int lane) {
-    constexpr int PAIRS = head_registers<HEAD>::PAIRS, HALF = HEAD / 2;
-    const float *q_norm = w.q_norm ? sh->head_norms[0] : NULL, *k_norm = w.k_norm ? sh->head_norms[1] : NULL;
-    if (warp < GROUP) {
-        head_registers<HEAD> x = load_head<HEAD>(sh->qkv + warp * HEAD, q_norm, sh->cos_sin, p.eps, lane);
-#pragma unroll
-        for (int i = 0; i < PAIRS; i++) {
-            put_q(&sh->q, warp, lane + 32 * i, x.lo[i]);
-            put_q(&sh->q, warp, lane + 32 * i + HALF, x.hi[i]);
-        }
-    }
-    if (!owns || warp < WORKER_WARPS - 2) return;
-    bool of_v = warp == WORKER_WARPS - 1;
+static __device__ __forceinline__ void prepare_q(const persistent_args &p, persistent_shared *sh, bool has_norm,
+                                                 int warp, int lane) {
+    if (warp >= GROUP) return;
     head_registers<HEAD> x =
-        load_head<HEAD>(sh->qkv + (GROUP + of_v) * HEAD, of_v ? NULL : k_norm, of_v ? NULL : sh->cos_sin, p.eps, lane);
-    kv_view kv = {w.k, w.v, p.n_kv_heads, HEAD};
-    int slot = position % KV_PAGE_TOKENS;
+        load_head<HEAD>(sh->qkv + warp * HEAD, has_norm ? sh->head_norms[0] : NULL, sh->cos_sin, p.eps, lane);
 #pragma unroll
-    for (int i = 0; i < 2 * PAIRS; i++) {
-        int c = lane + 32 * (i / 2) + i % 2 * HALF;
-        __nv_bfloat16 rounded = __float2bfloat16_rn(i % 2 ? x.hi[i / 2] : x.lo[i / 2]);
-        sh->fresh[of_v][c] = rounded;
-        if (of_v) kv.v[v_index(kv, page, me.kv_head, slot, c)] = rounded;
-        else kv.k[k_index(kv, page, me.kv_head, slot, c)] = rounded;
+    for (int i = 0; i < head_registers<HEAD>::PAIRS; i++) {
+        put_q(&sh->q, warp, lane + 32 * i, x.lo[i]);
+        put_q(&sh->q, warp, lane + 32 * i + HEAD / 2, x.hi[i]);
     }
 }
 
-// A warp's page, `index` of the sequence: o, maximum and sum of each row.
+// This token's k and v, by the last two warps: into their page, in memory and where it stands in the ring.
+template <int GROUP>
+static __device__ __forceinline__ void put_kv(const persistent_args &p, persistent_shared *sh, const block_place &me,
+                                              const persistent_layer &w, ring_place at, int position, int page,
+                                              int warp, int lane) {
+    if (warp < WORKER_WARPS - 2) return;
+    bool of_v = warp == WORKER_WARPS - 1;
+    head_registers<HEAD> x =
+        load_head<HEAD>(sh->qkv + (GROUP + of_v) * HEAD, of_v || !w.k_norm ? NULL : sh->head_norms[1],
+                        of_v ? NULL : sh->cos_sin, p.eps, lane);
+    kv_view kv = {w.k, w.v, p.n_kv_heads, HEAD};
+    int slot = position % KV_PAGE_TOKENS;
+    __nv_bfloat16 *here = reinterpret_cast<__nv_bfloat16 *>(sh->ring[at.slot]) + of_v * (SLOT_BYTES / 4);
+    __nv_bfloat16 *there = (of_v ? w.v : w.k) + head_page(kv, page, me.kv_head);
+    wait_for(p, &sh->full[at.slot], at.parity);
+#pragma unroll
+    for (int i = 0; i < 2 * head_registers<HEAD>::PAIRS; i++) {
+        int c = lane + 32 * (i / 2) + i % 2 * (HEAD / 2);
+        size_t index =
+            of_v ? unit_index((size_t)c, (size_t)slot, KV_PAGE_TOKENS) : unit_index((size_t)slot, (size_t)c, HEAD);
+        here[index] = there[index] = __float2bfloat16_rn(i % 2 ? x.hi[i / 2] : x.lo[i / 2]);
+    }
+    stores_before_copies();
+}
+
+// A warp's page, of which n positions are seen: o, maximum and sum of each row.
 template <int GROUP>
 static __device__ __forceinline__ void attend_page(const persistent_args &p, persistent_shared *sh, ring_place at,
-                                                   int index, int last_page, int position, int warp, int lane) {
-    int g = lane / 4, t = lane % 4, n = position + 1 - index * ATTN_BLOCK, slot = position % KV_PAGE_TOKENS;
-    uint4 *k = reinterpret_cast<uint4 *>(sh->ring[at.slot]), *v = k + SLOT_BYTES / 32;
+                                                   int n, int warp, int lane) {
+    int g = lane / 4, t = lane % 4;
+    const uint4 *k = reinterpret_cast<const uint4 *>(sh->ring[at.slot]), *v = k + SLOT_BYTES / 32 + lane;
     float s[4][4], m, l;
     uint32_t pairs[4], none[4] = {0, 0, 0, 0};
     wait_for(p, &sh->full[at.slot], at.parity);
-    if (index == last_page) {
-        for (int c = lane; c < HEAD; c += 32) {
-            reinterpret_cast<__nv_bfloat16 *>(k)[unit_index((size_t)slot, (size_t)c, HEAD)] = sh->fresh[0][c];
-            reinterpret_cast<__nv_bfloat16 *>(v)[unit_index((size_t)c, (size_t)slot, KV_PAGE_TOKENS)] = sh->fresh[1][c];
-        }
-        __syncwarp();
-        if (n < ATTN_BLOCK) clear_slots<HEAD>(v, n, lane);
-        stores_before_copies();
-        __syncwarp();
-    }
     scores<HEAD, false>(s, &sh->q, k, p.scale, lane);
     softmax_row(pairs, m, l, s, 0, n, t);
     if (t == 0 && g < GROUP) {
         sh->max[warp][g] = m;
         sh->sum[warp][g] = l;
     }
-#pragma unroll 4
+#pragma unroll 8
     for (int i = 0; i < HEAD / 8; i++) {
         float d[4];
-        values(d, pairs, none, v[i * CHUNK_LANES + lane]);
+        uint4 x = v[i * CHUNK_LANES];
+        if (n < ATTN_BLOCK) { // what an unused slot holds may be no number
+            x.x = real_slots(x.x, 2 * t, n);
+            x.y = real_slots(x.y, 8 + 2 * t, n);
+            x.z = real_slots(x.z, 16 + 2 * t, n);
+            x.w = real_slots(x.w, 24 + 2 * t, n);
+        }
+        values(d, pairs, none, x);
         if (g < GROUP) *reinterpret_cast<float2 *>(sh->o[warp] + g * HEAD + i * 8 + 2 * t) = make_float2(d[0], d[1]);
     }
 }
@@ -531,6 +568,11 @@ static __device__ __forceinline__ void push_act(const persistent_args &p, persis
 // ---- The kernel
 // ------------------------------------------------------------------------------------------------------
 
+// q's weights, then k's.
+static __device__ __forceinline__ float head_norms_of(const persistent_layer &w, int thread) {
+    return (thread < HEAD ? w.q_norm : w.k_norm)[thread % HEAD];
+}
+
 template <int GROUP>
 static __device__ __forceinline__ void work(const persistent_args &p, persistent_shared *sh, const block_place &me,
                                             int position, int token_page, int thread) {
@@ -541,13 +583,12 @@ static __device__ __forceinline__ void work(const persistent_args &p, persistent
     uint32_t phase = 0, x_phase = 0;
     ring_place at = {0, 0};
     float x = thread < OWN_ROWS && row < p.hidden ? p.x[row] : 0.0f;
+    float4 attn_norm = load4(p.layer[0].attn_norm, warp * SLICE + 4 * lane, p.hidden);
+    float head_norm = p.layer[0].q_norm ? head_norms_of(p.layer[0], thread) : 0.0f;
 #pragma unroll 1
     for (int l = 0; l < p.n_layers; l++, phase ^= 1) {
         const persistent_layer &w = p.layer[l];
-        float4 attn_norm = load4(w.attn_norm, warp * SLICE + 4 * lane, p.hidden);
-        float4 mlp_norm = load4(w.mlp_norm, warp * SLICE + 4 * lane, p.hidden);
-        if (attends && w.q_norm)
-            sh->head_norms[thread / HEAD][thread % HEAD] = (thread < HEAD ? w.q_norm : w.k_norm)[thread % HEAD];
+        if (attends) sh->head_norms[thread / HEAD][thread % HEAD] = head_norm;
         if (thread < OWN_ROWS && row < p.hidden && l > 0)
             x += collect(p, board_row(p, GROUP, half, l - 1, out_rows) + row, ff_rows);
         if (me.kv_head >= 0) {
@@ -555,29 +596,36 @@ static __device__ __forceinline__ void work(const persistent_args &p, persistent
             if (thread < OWN_ROWS) push_x(sh, me.rank, x, thread);
             norm_inputs(p, sh, attn_norm, x_phase, warp, lane);
             x_phase ^= 1;
+            // The next layer's, long before they are wanted.
+            if (l + 1 < p.n_layers) {
+                attn_norm = load4(p.layer[l + 1].attn_norm, warp * SLICE + 4 * lane, p.hidden);
+                if (w.q_norm) head_norm = head_norms_of(p.layer[l + 1], thread);
+            }
             by_slices<GROUP + 2>(p, sh, at, 0, warp, lane);
             sync_some(1, WORKERS);
             if (thread < (16 * GROUP + 32 + 31) / 32 * 32) push_qkv<GROUP>(p, sh, me, w, n_attending, thread);
             if (attends) {
                 if (thread == 0) barrier_expect(&sh->qkv_arrived, (GROUP + 2) * HEAD * 4);
                 wait_for(p, &sh->qkv_arrived, phase);
-                prepare_heads<GROUP>(p, sh, me, w, owns, position, token_page, warp, lane);
+                prepare_q<GROUP>(p, sh, w.q_norm != NULL, warp, lane);
+                if (owns && me.rank == me.n_chunks - 1)
+                    put_kv<GROUP>(p, sh, me, w, at.ahead((unsigned)(me.last_page % CHUNK_PAGES)), position, token_page,
+                                  warp, lane);
                 sync_some(1, WORKERS);
 #pragma unroll 1
                 for (int chunk = me.rank; chunk < me.n_chunks; chunk += CLUSTER) {
-                    int index = chunk * CHUNK_PAGES + warp,
-                        n = min((int)CHUNK_PAGES, me.last_page + 1 - chunk * CHUNK_PAGES);
+                    int first = chunk * CHUNK_PAGES, n = min((int)CHUNK_PAGES, me.last_page + 1 - first);
                     if (warp < n)
-                        attend_page<GROUP>(p, sh, at.ahead((unsigned)warp), index, me.last_page, position, warp, lane);
+                        attend_page<GROUP>(p, sh, at.ahead((unsigned)warp), position + 1 - (first + warp) * ATTN_BLOCK,
+                                           warp, lane);
                     sync_some(1, WORKERS);
                     push_chunk<GROUP>(sh, chunk, n, thread);
-#pragma unroll 1
-                    for (int i = 0; i < n; i++) {
-                        wait_for(p, &sh->full[at.slot], at.parity);
-                        release(sh, at, lane);
-                        at.step();
-                    }
-                    if (chunk + CLUSTER < me.n_chunks) sync_some(1, WORKERS);
+                    pass(p, sh, at, n, lane);
+                    if (chunk + CLUSTER >= me.n_chunks) break;
+                    if (owns && chunk + CLUSTER == me.n_chunks - 1)
+                        put_kv<GROUP>(p, sh, me, w, at.ahead((unsigned)(me.last_page % CHUNK_PAGES)), position,
+                                      token_page, warp, lane);
+                    sync_some(1, WORKERS);
                 }
             }
             if (thread == 0) barrier_expect(&sh->chunks_arrived, (uint32_t)me.n_chunks * GROUP * (HEAD * 4 + 16));
@@ -585,10 +633,11 @@ static __device__ __forceinline__ void work(const persistent_args &p, persistent
             chain_chunks<GROUP>(sh, me.n_chunks, thread);
             sync_some(1, WORKERS);
             int head = me.kv_head * GROUP;
-            to_board<GROUP>(p, sh, at, sh->inputs, board_row(p, GROUP, half, l, head),
-                            board_row(p, GROUP, half ^ 1, l, head), me.rank, warp, lane);
-            at = at.ahead(2 * GROUP);
+            out_sums<GROUP>(p, sh, at, board_row(p, GROUP, half, l, head), board_row(p, GROUP, half ^ 1, l, head),
+                            me.rank, warp, lane);
+            pass(p, sh, at, 2 * GROUP, lane);
         }
+        float4 mlp_norm = load4(w.mlp_norm, warp * SLICE + 4 * lane, p.hidden);
         if (thread < OWN_ROWS && row < p.hidden) x += collect(p, board_row(p, GROUP, half, l, 0) + row, out_rows);
         if (me.n_slices == 0) continue;
         if (thread == 0) barrier_expect(&sh->x_arrived, CLUSTER * (OWN_ROWS + 1) * 4);
@@ -602,11 +651,16 @@ static __device__ __forceinline__ void work(const persistent_args &p, persistent
         if (thread == 0) barrier_expect(&sh->act_arrived, (uint32_t)me.n_slices * SLICE * 2);
         if (warp * 2 < me.n_slices) push_act(p, sh, me, warp, lane);
         wait_for(p, &sh->act_arrived, phase);
+        uint32_t *down = board_row(p, GROUP, half, l, out_rows + me.slice);
+        uint32_t *old = board_row(p, GROUP, half ^ 1, l, out_rows + me.slice);
 #pragma unroll 1
-        for (int s = 0; s < me.n_slices; s++) {
-            to_board<1>(p, sh, at, sh->act[s], board_row(p, GROUP, half, l, out_rows + me.slice + s),
-                        board_row(p, GROUP, half ^ 1, l, out_rows + me.slice + s), me.rank, warp, lane);
-            at = at.ahead(2);
+        for (int s = 0; s < me.n_slices;) {
+            int n = min(2, me.n_slices - s);
+            uint32_t *to = down + s * MOST_HIDDEN, *clear = old + s * MOST_HIDDEN;
+            if (n == 2) down_sums<2>(p, sh, at, s, to, clear, me.rank, warp, lane);
+            else down_sums<1>(p, sh, at, s, to, clear, me.rank, warp, lane);
+            pass(p, sh, at, 2 * n, lane);
+            s += n;
         }
     }
     if (me.cluster != 0 || thread >= OWN_ROWS) return;

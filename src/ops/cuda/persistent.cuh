@@ -67,7 +67,6 @@ struct persistent_shared {
     alignas(16) float o[CHUNK_PAGES][MOST_GROUP * HEAD];
     float max[CHUNK_PAGES][MOST_GROUP], sum[CHUNK_PAGES][MOST_GROUP];
     float head_norms[2][HEAD], cos_sin[HEAD]; // q's and k's
-    __nv_bfloat16 fresh[2][HEAD];             // this token's k and v
     float norm_sums[NORM_WARPS];              // pushed with x
     int page[MOST_CHUNKS];                    // the ids of this rank's pages
     uint64_t full[N_SLOTS], empty[N_SLOTS];
