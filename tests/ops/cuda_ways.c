@@ -3,6 +3,7 @@
 
 #include "base/clock.h"
 #include "base/size.h"
+#include "format/quantize.h"
 #include "model/oracle.h"
 #include "model/synthetic.h"
 
@@ -355,9 +356,7 @@ void open_subject(struct subject *s, const char *model) {
 }
 
 // Fewer of what a model has: rows and columns of its matrices go unused.
-void open_part(struct subject *s, const char *model, const struct part *part) {
-    load_subject(s, model);
-    struct model *m = s->model;
+static void cut(struct model *m, const struct part *part) {
     struct model_config *c = &m->config;
     assert_true(part->n_layers <= c->n_layers && part->n_vocab <= c->n_vocab && part->n_ff <= c->n_ff &&
                 part->head_dim <= c->head_dim && part->n_heads * part->head_dim <= c->n_heads * c->head_dim &&
@@ -375,6 +374,44 @@ void open_part(struct subject *s, const char *model, const struct part *part) {
         w->wq.n_out = w->wo.n_in = c->n_heads * c->head_dim;
         w->wk.n_out = w->wv.n_out = c->n_kv_heads * c->head_dim;
         w->w_gate.n_out = w->w_up.n_out = w->w_down.n_in = c->n_ff;
+    }
+}
+
+// The matrix in another type, in the model's arena.
+static void retype(struct model *m, struct matrix *w, enum dtype type) {
+    size_t row_bytes;
+    assert_true(dtype_row_bytes(type, w->n_in, &row_bytes));
+    unsigned char *data = arena_alloc(&m->arena, w->n_out, row_bytes);
+    float *row = checked(w->n_in, sizeof *row);
+    assert_non_null(data);
+    for (size_t r = 0; r < w->n_out; r++) {
+        dtype_to_f32(w->type, (const unsigned char *)w->data + r * w->row_bytes, row, w->n_in);
+        dtype_from_f32(type, row, data + r * row_bytes, w->n_in);
+    }
+    free(row);
+    w->type = type;
+    w->row_bytes = row_bytes;
+    w->data = data;
+}
+
+void open_part(struct subject *s, const char *model, const struct part *part) {
+    open_part_as(s, model, part, DTYPE_COUNT);
+}
+
+void open_part_as(struct subject *s, const char *model, const struct part *part, enum dtype type) {
+    load_subject(s, model);
+    struct model *m = s->model;
+    cut(m, part);
+    if (type != DTYPE_COUNT) {
+        bool tied = m->head.data == m->embed.data;
+        retype(m, &m->embed, type);
+        if (tied) m->head = m->embed;
+        else retype(m, &m->head, type);
+        for (size_t i = 0; i < m->config.n_layers; i++) {
+            struct layer_weights *w = &m->layers[i];
+            struct matrix *all[] = {&w->wq, &w->wk, &w->wv, &w->wo, &w->w_gate, &w->w_up, &w->w_down};
+            for (size_t k = 0; k < sizeof all / sizeof all[0]; k++) retype(m, all[k], type);
+        }
     }
     upload_subject(s);
 }

@@ -24,6 +24,8 @@ struct part {
     size_t n_layers, n_vocab, n_ff, n_heads, n_kv_heads, head_dim; // the last three together
 };
 void open_part(struct subject *s, const char *model, const struct part *part);
+void open_part_as(struct subject *s, const char *model, const struct part *part,
+                  enum dtype type); // its matrices converted to a type
 void close_subject(struct subject *s);
 
 // What is run: `length` positions of a sequence, the first `lead` of them in one chunk and the rest in the way's.

@@ -10,6 +10,8 @@
 // memory allows.
 #include "ops/cuda/persistent.cuh"
 
+#include <type_traits>
+
 static const uint32_t EMPTY = 0xFFFFFFFFu; // on the board: a NaN that no sum is
 
 // ---- Waiting
@@ -98,7 +100,7 @@ static __device__ __forceinline__ uint32_t *board_row(const persistent_args &p, 
 // ---- Fetching
 // --------------------------------------------------------------------------------------------------------
 
-struct fetcher {
+template <typename W> struct fetcher {
     const persistent_args &p;
     persistent_shared *sh;
     int lane;
@@ -119,29 +121,28 @@ struct fetcher {
         at.step();
         if (at.slot == 0) wrapped = true;
     }
-    __device__ __forceinline__ void unit(const uint4 *w, int index, uint32_t bytes) {
+    __device__ __forceinline__ void unit(const unsigned char *w, int index, uint32_t bytes) {
         unsigned char *to = open(bytes);
-        if (lane == 0) copy(to, w + (size_t)index * (bytes / 16), bytes);
+        if (lane == 0) copy(to, w + (size_t)index * bytes, bytes);
         close();
     }
     // Rows 128 rank + 8 first .. of w, `units` of them, columns from `slice` on, `n_slices` of them.
-    __device__ __forceinline__ void columns(const uint4 *w, int rank, int first, int units, int all_columns, int slice,
-                                            int n_slices) {
-        uint32_t bytes = (uint32_t)n_slices * SLICE * 16;
+    __device__ __forceinline__ void columns(const unsigned char *w, int rank, int first, int units, int all_slices,
+                                            int slice, int n_slices) {
+        uint32_t bytes = (uint32_t)n_slices * W::RECORD;
         int begin = rank * (OWN_ROWS / 8) + first, n = max(0, min(units, (p.hidden + 7) / 8 - begin));
         unsigned char *to = open((uint32_t)n * bytes);
-        if (lane < n)
-            copy(to + lane * bytes, w + ((size_t)(begin + lane) * (all_columns / 32) + slice * 4) * CHUNK_LANES, bytes);
+        if (lane < n) copy(to + lane * bytes, w + ((size_t)(begin + lane) * all_slices + slice) * W::RECORD, bytes);
         close();
     }
 };
 
-template <int GROUP>
+template <typename W, int GROUP>
 static __device__ __forceinline__ void fetch_all(const persistent_args &p, persistent_shared *sh, const block_place &me,
                                                  int lane) {
-    fetcher f = {p, sh, lane, {0, 0}, false};
-    uint32_t unit_bytes = (uint32_t)whole_slices(p.hidden) * SLICE * 16;
-    int out_columns = p.n_kv_heads * GROUP * HEAD, ff_columns = whole_slices(p.n_ff) * SLICE;
+    fetcher<W> f = {p, sh, lane, {0, 0}, false};
+    uint32_t unit_bytes = (uint32_t)whole_slices(p.hidden) * W::RECORD;
+    int out_slices = p.n_kv_heads * GROUP, ff_slices = whole_slices(p.n_ff);
     int ff_units = (p.n_ff + 7) / 8;
 #pragma unroll 1
     for (int l = 0; l < p.n_layers; l++) {
@@ -168,7 +169,7 @@ static __device__ __forceinline__ void fetch_all(const persistent_args &p, persi
                 }
 #pragma unroll 1
             for (int i = 0; i < 2 * GROUP; i++)
-                f.columns(w.wo, me.rank, i * (8 / GROUP), 8 / GROUP, out_columns, me.kv_head * GROUP, GROUP);
+                f.columns(w.wo, me.rank, i * (8 / GROUP), 8 / GROUP, out_slices, me.kv_head * GROUP, GROUP);
         }
 #pragma unroll 1
         for (int s = me.slice; s < me.slice + me.n_slices; s++)
@@ -178,7 +179,7 @@ static __device__ __forceinline__ void fetch_all(const persistent_args &p, persi
 #pragma unroll 1
         for (int s = me.slice; s < me.slice + me.n_slices; s++)
 #pragma unroll 1
-            for (int i = 0; i < 2; i++) f.columns(w.down, me.rank, i * 8, 8, ff_columns, s, 1);
+            for (int i = 0; i < 2; i++) f.columns(w.down, me.rank, i * 8, 8, ff_slices, s, 1);
     }
 }
 
@@ -247,11 +248,9 @@ static __device__ __forceinline__ void norm_inputs(const persistent_args &p, per
 // ---- Products
 // --------------------------------------------------------------------------------------------------------
 
-// The lanes' shares of a slice's inputs.
-static __device__ __forceinline__ void load_inputs(uint4 (&x)[4], const unsigned char *inputs, int lane) {
-#pragma unroll
-    for (int c = 0; c < 4; c++)
-        x[c] = lane < 4 ? *reinterpret_cast<const uint4 *>(inputs + c * 64 + lane * 16) : make_uint4(0, 0, 0, 0);
+// A slice of one token's inputs, as weights' own slices take it.
+static __device__ __forceinline__ uint4 load_input(const unsigned char *inputs, int c, int lane) {
+    return lane < 4 ? *reinterpret_cast<const uint4 *>(inputs + c * 64 + lane * 16) : make_uint4(0, 0, 0, 0);
 }
 
 static __device__ __forceinline__ void multiply(float (&d)[4], uint4 u, uint4 v, uint4 x) {
@@ -260,32 +259,28 @@ static __device__ __forceinline__ void multiply(float (&d)[4], uint4 u, uint4 v,
 }
 
 // PAIRS pairs of whole units, a slice of x a warp: sums to part[slice][first row ..].
-template <int PAIRS>
+template <typename W, int PAIRS>
 static __device__ __forceinline__ void by_slices(const persistent_args &p, persistent_shared *sh, ring_place &at,
                                                  int first_row, int warp, int lane) {
-    const uint4 *w[2 * PAIRS];
+    const unsigned char *w[2 * PAIRS];
     ring_place place = at;
 #pragma unroll
     for (int i = 0; i < 2 * PAIRS; i++) {
-        w[i] = reinterpret_cast<const uint4 *>(sh->ring[place.slot]) + warp * SLICE + lane;
+        w[i] = sh->ring[place.slot] + warp * W::RECORD;
         wait_for(p, &sh->full[place.slot], place.parity);
         place.step();
     }
     if (warp * SLICE < p.hidden) {
-        float d[PAIRS][4] = {};
-        uint4 x[4];
-        load_inputs(x, sh->inputs + warp * SLICE * 2, lane);
-#pragma unroll
-        for (int c = 0; c < 4; c++)
-#pragma unroll
-            for (int i = 0; i < PAIRS; i++)
-                multiply(d[i], w[2 * i][c * CHUNK_LANES], w[2 * i + 1][c * CHUNK_LANES], x[c]);
+        float d[PAIRS][1][4];
+        W::template slice<PAIRS, 1, true>(
+            d, lane, [&](int u) { return w[u]; },
+            [&](int, int c) { return load_input(sh->inputs + warp * SLICE * 2, c, lane); });
         float *to = sh->part[warp] + first_row + lane / 4;
 #pragma unroll
         for (int i = 0; i < PAIRS; i++)
             if (lane % 4 == 0) {
-                to[16 * i] = d[i][0];
-                to[16 * i + 8] = d[i][2];
+                to[16 * i] = d[i][0][0];
+                to[16 * i + 8] = d[i][0][2];
             }
     }
 #pragma unroll
@@ -305,33 +300,40 @@ static __device__ __forceinline__ float add_slices(const persistent_args &p, con
 }
 
 // A warp's 16 of the block's rows times SLICES slices of inputs, each of which has a sum of its own, to the board from
-// `row` on. u: the first unit's slices; the other unit's stand `next` further. What the last launch wrote there, to the
-// board's other half, is emptied.
-template <int SLICES>
-static __device__ __forceinline__ void to_board(const persistent_args &p, const uint4 *const (&u)[SLICES], int next,
-                                                const unsigned char *inputs, uint32_t *row, uint32_t *old, int rank,
-                                                int warp, int lane) {
+// `row` on. u: the first unit's records; the other unit's stand `next` bytes further. What the last launch wrote there,
+// to the board's other half, is emptied.
+template <typename W, int SLICES>
+static __device__ __forceinline__ void to_board(const persistent_args &p, const unsigned char *const (&u)[SLICES],
+                                                int next, const unsigned char *inputs, uint32_t *row, uint32_t *old,
+                                                int rank, int warp, int lane) {
     int first = rank * OWN_ROWS + warp * 16, n_rows = min(16, p.hidden - first);
-    float d[SLICES][4] = {};
-    uint4 x[SLICES][4];
+    float d[SLICES][1][1][4] = {};
     if (n_rows <= 0) return;
+    if (n_rows <= 8) next = 0; // the other unit does not exist
+    if constexpr (std::is_same<W, bf16_weights>::value) {
+        // The slices' chains side by side: each is eight instructions long.
 #pragma unroll
-    for (int s = 0; s < SLICES; s++) load_inputs(x[s], inputs + s * SLICE * 2, lane);
+        for (int c = 0; c < 4; c++)
 #pragma unroll
-    for (int c = 0; c < 4; c++)
+            for (int s = 0; s < SLICES; s++) {
+                const unsigned char *at = u[s] + (c * CHUNK_LANES + lane) * 16;
+                multiply(d[s][0][0], *reinterpret_cast<const uint4 *>(at), *reinterpret_cast<const uint4 *>(at + next),
+                         load_input(inputs + s * SLICE * 2, c, lane));
+            }
+    } else {
 #pragma unroll
-        for (int s = 0; s < SLICES; s++) {
-            uint4 low = u[s][c * CHUNK_LANES], high = make_uint4(0, 0, 0, 0);
-            if (n_rows > 8) high = u[s][next + c * CHUNK_LANES];
-            multiply(d[s], low, high, x[s][c]);
-        }
+        for (int s = 0; s < SLICES; s++)
+            W::template slice<1, 1, true>(
+                d[s], lane, [&](int unit) { return u[s] + unit * next; },
+                [&](int, int c) { return load_input(inputs + s * SLICE * 2, c, lane); });
+    }
 #pragma unroll
     for (int s = 0; s < SLICES; s++)
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             int r = i * 8 + lane / 4;
             if (lane % 4 == 0 && r < n_rows)
-                store_relaxed(row + s * MOST_HIDDEN + first + r, __float_as_uint(d[s][2 * i]));
+                store_relaxed(row + s * MOST_HIDDEN + first + r, __float_as_uint(d[s][0][0][2 * i]));
         }
 #pragma unroll
     for (int s = 0; s < SLICES; s++)
@@ -353,34 +355,34 @@ static __device__ __forceinline__ void pass(const persistent_args &p, persistent
     }
 }
 
-// A warp's share of slot `at`, when it is there.
-static __device__ __forceinline__ const uint4 *arrived(const persistent_args &p, const persistent_shared *sh,
-                                                       ring_place at, int index) {
+// Slot `at`, when all of it is there.
+static __device__ __forceinline__ const unsigned char *arrived(const persistent_args &p, const persistent_shared *sh,
+                                                               ring_place at) {
     wait_for(p, const_cast<uint64_t *>(&sh->full[at.slot]), at.parity);
-    return reinterpret_cast<const uint4 *>(sh->ring[at.slot]) + index;
+    return sh->ring[at.slot];
 }
 
 // The out product: the heads' slices side by side in a slot.
-template <int GROUP>
+template <typename W, int GROUP>
 static __device__ __forceinline__ void out_sums(const persistent_args &p, persistent_shared *sh, ring_place at,
                                                 uint32_t *row, uint32_t *old, int rank, int warp, int lane) {
     constexpr int UNITS = 8 / GROUP; // a slot
-    const uint4 *u[GROUP];
-    u[0] = arrived(p, sh, at.ahead((unsigned)(2 * warp / UNITS)), 2 * warp % UNITS * GROUP * SLICE + lane);
-    for (int s = 1; s < GROUP; s++) u[s] = u[0] + s * SLICE;
-    to_board<GROUP>(p, u, GROUP * SLICE, sh->inputs, row, old, rank, warp, lane);
+    const unsigned char *u[GROUP];
+    u[0] = arrived(p, sh, at.ahead((unsigned)(2 * warp / UNITS))) + 2 * warp % UNITS * GROUP * W::RECORD;
+    for (int s = 1; s < GROUP; s++) u[s] = u[0] + s * W::RECORD;
+    to_board<W, GROUP>(p, u, GROUP * W::RECORD, sh->inputs, row, old, rank, warp, lane);
 }
 
 // SLICES slices of the down product from `slice` of the cluster's on, two slots each.
-template <int SLICES>
+template <typename W, int SLICES>
 static __device__ __forceinline__ void down_sums(const persistent_args &p, persistent_shared *sh, ring_place at,
                                                  int slice, uint32_t *row, uint32_t *old, int rank, int warp,
                                                  int lane) {
-    const uint4 *u[SLICES];
+    const unsigned char *u[SLICES];
 #pragma unroll
     for (int s = 0; s < SLICES; s++)
-        u[s] = arrived(p, sh, at.ahead((unsigned)(2 * s + warp / 4)), 2 * warp % 8 * SLICE + lane);
-    to_board<SLICES>(p, u, SLICE, sh->act[slice], row, old, rank, warp, lane);
+        u[s] = arrived(p, sh, at.ahead((unsigned)(2 * s + warp / 4))) + 2 * warp % 8 * W::RECORD;
+    to_board<W, SLICES>(p, u, W::RECORD, sh->act[slice], row, old, rank, warp, lane);
 }
 
 // ---- q, k and v
@@ -573,7 +575,7 @@ static __device__ __forceinline__ float head_norms_of(const persistent_layer &w,
     return (thread < HEAD ? w.q_norm : w.k_norm)[thread % HEAD];
 }
 
-template <int GROUP>
+template <typename W, int GROUP>
 static __device__ __forceinline__ void work(const persistent_args &p, persistent_shared *sh, const block_place &me,
                                             int position, int token_page, int thread) {
     int warp = thread / 32, lane = thread % 32, row = me.rank * OWN_ROWS + thread;
@@ -601,7 +603,7 @@ static __device__ __forceinline__ void work(const persistent_args &p, persistent
                 attn_norm = load4(p.layer[l + 1].attn_norm, warp * SLICE + 4 * lane, p.hidden);
                 if (w.q_norm) head_norm = head_norms_of(p.layer[l + 1], thread);
             }
-            by_slices<GROUP + 2>(p, sh, at, 0, warp, lane);
+            by_slices<W, GROUP + 2>(p, sh, at, 0, warp, lane);
             sync_some(1, WORKERS);
             if (thread < (16 * GROUP + 32 + 31) / 32 * 32) push_qkv<GROUP>(p, sh, me, w, n_attending, thread);
             if (attends) {
@@ -633,8 +635,8 @@ static __device__ __forceinline__ void work(const persistent_args &p, persistent
             chain_chunks<GROUP>(sh, me.n_chunks, thread);
             sync_some(1, WORKERS);
             int head = me.kv_head * GROUP;
-            out_sums<GROUP>(p, sh, at, board_row(p, GROUP, half, l, head), board_row(p, GROUP, half ^ 1, l, head),
-                            me.rank, warp, lane);
+            out_sums<W, GROUP>(p, sh, at, board_row(p, GROUP, half, l, head), board_row(p, GROUP, half ^ 1, l, head),
+                               me.rank, warp, lane);
             pass(p, sh, at, 2 * GROUP, lane);
         }
         float4 mlp_norm = load4(w.mlp_norm, warp * SLICE + 4 * lane, p.hidden);
@@ -645,8 +647,8 @@ static __device__ __forceinline__ void work(const persistent_args &p, persistent
         norm_inputs(p, sh, mlp_norm, x_phase, warp, lane);
         x_phase ^= 1;
         int done = 0;
-        for (; done + 2 <= me.n_slices; done += 2) by_slices<4>(p, sh, at, done * 32, warp, lane);
-        if (done < me.n_slices) by_slices<2>(p, sh, at, done * 32, warp, lane);
+        for (; done + 2 <= me.n_slices; done += 2) by_slices<W, 4>(p, sh, at, done * 32, warp, lane);
+        if (done < me.n_slices) by_slices<W, 2>(p, sh, at, done * 32, warp, lane);
         sync_some(1, WORKERS);
         if (thread == 0) barrier_expect(&sh->act_arrived, (uint32_t)me.n_slices * SLICE * 2);
         if (warp * 2 < me.n_slices) push_act(p, sh, me, warp, lane);
@@ -657,8 +659,8 @@ static __device__ __forceinline__ void work(const persistent_args &p, persistent
         for (int s = 0; s < me.n_slices;) {
             int n = min(2, me.n_slices - s);
             uint32_t *to = down + s * MOST_HIDDEN, *clear = old + s * MOST_HIDDEN;
-            if (n == 2) down_sums<2>(p, sh, at, s, to, clear, me.rank, warp, lane);
-            else down_sums<1>(p, sh, at, s, to, clear, me.rank, warp, lane);
+            if (n == 2) down_sums<W, 2>(p, sh, at, s, to, clear, me.rank, warp, lane);
+            else down_sums<W, 1>(p, sh, at, s, to, clear, me.rank, warp, lane);
             pass(p, sh, at, 2 * n, lane);
             s += n;
         }
@@ -669,7 +671,7 @@ static __device__ __forceinline__ void work(const persistent_args &p, persistent
     if (me.rank == 0 && thread == 0) *p.launches += 1;
 }
 
-template <int GROUP>
+template <typename W, int GROUP>
 static __global__ void __launch_bounds__(PERSISTENT_THREADS, 1) k_layers(const __grid_constant__ persistent_args p) {
     DYNAMIC_SHARED(raw);
     persistent_shared *sh = reinterpret_cast<persistent_shared *>(raw);
@@ -703,13 +705,13 @@ static __global__ void __launch_bounds__(PERSISTENT_THREADS, 1) k_layers(const _
     cluster_sync();
     bool idle = me.kv_head < 0 && me.n_slices == 0 && me.cluster != 0;
     if (thread >= WORKERS) {
-        if (!idle) fetch_all<GROUP>(p, sh, me, thread % 32);
+        if (!idle) fetch_all<W, GROUP>(p, sh, me, thread % 32);
         dependency_wait();
     } else if (!idle) {
         dependency_wait();
         if (thread < HEAD) sh->cos_sin[thread] = p.cos_sin[thread];
         sync_some(1, WORKERS);
-        work<GROUP>(p, sh, me, position, __ldcg(p.b.pages + first_page + me.last_page), thread);
+        work<W, GROUP>(p, sh, me, position, __ldcg(p.b.pages + first_page + me.last_page), thread);
     } else {
         dependency_wait();
     }
@@ -757,11 +759,22 @@ static size_t board_floats(const struct ops *ops, const struct layers_shape *l) 
     return fits(s, l, first) ? 2 * l->n_layers * rows_of(l) * MOST_HIDDEN + 1 : 0;
 }
 
-static bool is_plain(const struct layer_refs *l) {
+// All matrices have one type, and the kernel is made for it.
+static bool is_plain(const struct layer_refs *l, enum dtype type) {
     const struct matrix *all[] = {l->wq, l->wk, l->wv, l->wo, l->w_gate, l->w_up, l->w_down};
     for (size_t i = 0; i < sizeof all / sizeof all[0]; i++)
-        if (all[i]->type != DTYPE_BF16) return false;
+        if (all[i]->type != type) return false;
     return l->kv->type == DTYPE_BF16;
+}
+
+// Calls f with the weights' class; false when the kernel is not made for the type.
+template <typename F> static bool with_weights(enum dtype type, F f) {
+    switch (type) {
+    case DTYPE_BF16: f(bf16_weights()); return true;
+    case DTYPE_Q8_0: f(quantised_weights<q8_0>()); return true;
+    case DTYPE_Q4_0: f(quantised_weights<q4_0>()); return true;
+    default: return false;
+    }
 }
 
 static bool layers(const struct op_ctx *ctx, const struct layers_args *a) {
@@ -787,14 +800,14 @@ static bool layers(const struct op_ctx *ctx, const struct layers_args *a) {
     p.scale = a->scale * LOG2_E;
     for (size_t i = 0; i < a->shape.n_layers; i++) {
         const struct layer_refs *l = &a->layers[i];
-        if (!is_plain(l)) return false;
-        p.layer[i] = {(const uint4 *)l->wq->data,
-                      (const uint4 *)l->wk->data,
-                      (const uint4 *)l->wv->data,
-                      (const uint4 *)l->wo->data,
-                      (const uint4 *)l->w_gate->data,
-                      (const uint4 *)l->w_up->data,
-                      (const uint4 *)l->w_down->data,
+        if (!is_plain(l, a->layers[0].wq->type)) return false;
+        p.layer[i] = {(const unsigned char *)l->wq->data,
+                      (const unsigned char *)l->wk->data,
+                      (const unsigned char *)l->wv->data,
+                      (const unsigned char *)l->wo->data,
+                      (const unsigned char *)l->w_gate->data,
+                      (const unsigned char *)l->w_up->data,
+                      (const unsigned char *)l->w_down->data,
                       l->attn_norm,
                       l->mlp_norm,
                       l->q_norm,
@@ -807,22 +820,24 @@ static bool layers(const struct op_ctx *ctx, const struct layers_args *a) {
     }
     struct launch l = {grid_for((size_t)s->n_clusters * CLUSTER), PERSISTENT_THREADS, sizeof(persistent_shared),
                        CLUSTER};
-    if (a->shape.n_heads == a->shape.n_kv_heads) launch_kernel(s, "all layers", k_layers<1>, l, p);
-    else launch_kernel(s, "all layers", k_layers<2>, l, p);
-    return true;
+    return with_weights(a->layers[0].wq->type, [&](auto w) {
+        if (a->shape.n_heads == a->shape.n_kv_heads) launch_kernel(s, "all layers", k_layers<decltype(w), 1>, l, p);
+        else launch_kernel(s, "all layers", k_layers<decltype(w), 2>, l, p);
+    });
 }
 
 // All blocks must be on the GPU at once, since they wait for each other: as many clusters as it holds.
-template <int GROUP> static int clusters_that_fit(struct cuda_state *s) {
+template <typename W, int GROUP> static int clusters_that_fit(struct cuda_state *s) {
     int n = 0;
     cuda_check(s,
-               cudaFuncSetAttribute(k_layers<GROUP>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+               cudaFuncSetAttribute(k_layers<W, GROUP>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     (int)sizeof(persistent_shared)),
                "preparing the kernel of all layers");
     struct launch l = {grid_for(CLUSTER), PERSISTENT_THREADS, sizeof(persistent_shared), CLUSTER};
     cudaLaunchAttribute attributes[MOST_ATTRIBUTES] = {};
     cudaLaunchConfig_t config = launch_config(s, l, attributes);
-    cuda_check(s, cudaOccupancyMaxActiveClusters(&n, k_layers<GROUP>, &config), "preparing the kernel of all layers");
+    cuda_check(s, cudaOccupancyMaxActiveClusters(&n, k_layers<W, GROUP>, &config),
+               "preparing the kernel of all layers");
     return n;
 }
 
@@ -831,9 +846,12 @@ extern "C" bool cuda_persistent_setup(struct cuda_state *s) {
     cuda_check(s, cudaHostAlloc((void **)&s->alarm, sizeof *s->alarm, cudaHostAllocDefault), "allocating host memory");
     if (s->failed != cudaSuccess) return false;
     *s->alarm = 0;
-    int one = clusters_that_fit<1>(s), two = clusters_that_fit<2>(s);
-    s->n_clusters = one < two ? one : two;
-    if (s->n_clusters > MOST_CLUSTERS) s->n_clusters = MOST_CLUSTERS;
+    s->n_clusters = MOST_CLUSTERS;
+    for (int type = 0; type < DTYPE_COUNT; type++)
+        with_weights((enum dtype)type, [&](auto w) {
+            s->n_clusters = min(s->n_clusters, clusters_that_fit<decltype(w), 1>(s));
+            s->n_clusters = min(s->n_clusters, clusters_that_fit<decltype(w), 2>(s));
+        });
     return s->failed == cudaSuccess;
 }
 

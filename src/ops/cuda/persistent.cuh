@@ -4,6 +4,7 @@
 
 #include "ops/cuda/attention.cuh"
 #include "ops/cuda/products.cuh"
+#include "ops/cuda/quantised.cuh"
 
 enum {
     CLUSTER = 8,        // blocks; rank r owns columns 128 r .. 128 r + 127 of x
@@ -25,7 +26,7 @@ static_assert((int)NORM_WARPS == (int)WORKER_WARPS && (int)NORM_WARPS == (int)CL
               "a warp of the norm's order is a rank's columns");
 
 struct persistent_layer {
-    const uint4 *wq, *wk, *wv, *wo, *gate, *up, *down; // in units
+    const unsigned char *wq, *wk, *wv, *wo, *gate, *up, *down; // in units
     const float *attn_norm, *mlp_norm, *q_norm, *k_norm, *bq, *bk, *bv;
     __nv_bfloat16 *k, *v;
 };
