@@ -61,7 +61,7 @@ LIB_OBJ = $(addprefix $(BUILD)/,$(addsuffix .o,$(basename $(LIB_SRC))))
 CLI_OBJ = $(CLI_SRC:%.c=$(BUILD)/%.o)
 TEST_SRC := $(sort $(shell find tests -name 'test_*.c'))
 # The doctor's hundred examinations take minutes, and far more in a sanitizer; its other tests run the same code.
-TEST_BIN = $(filter-out $(if $(SAN),%/test_seeded %/test_emulated %/test_emulated_80 %/test_mistakes),\
+TEST_BIN = $(filter-out $(if $(SAN),%/test_seeded %/test_emulated %/test_emulated_80 %/test_steps %/test_mistakes),\
     $(TEST_SRC:%.c=$(BUILD)/%) $(BUILD)/tests/cuda_emulator/test_emulated_80)
 
 .PHONY: all
@@ -154,7 +154,7 @@ $(BUILD)/$(EMULATOR)/test_mistakes.o: $(BUILD)/$(EMULATOR)/mistakes.inc
 $(BUILD)/$(EMULATOR)/%.o: CPPFLAGS += -I$(BUILD)/$(EMULATOR)
 # Fibers and a sanitizer do not know each other.
 $(BUILD)/$(EMULATOR)/blocks.o: SAN =
-WAYS_OBJ = $(BUILD)/tests/ops/cuda_ways.o
+WAYS_OBJ = $(BUILD)/tests/ops/cuda_ways.o $(BUILD)/tests/ops/cuda_sampling.o
 $(BUILD)/tests/ops/test_cuda: $(WAYS_OBJ)
 $(BUILD)/tests/ops/test_cuda: TEST_OBJ = $(WAYS_OBJ)
 link_emulated = $(CC) $(LDFLAGS) -o $@ $^ $(LDLIBS) -lcmocka
@@ -168,6 +168,8 @@ $(BUILD)/$(EMULATOR)/speed_cuda.o: tests/ops/speed_cuda.c
 	$(CC) $(call EMULATED_CPPFLAGS,emulated_90) $(CFLAGS) -MMD -MP -c -o $@ $<
 $(BUILD)/$(EMULATOR)/speed-emulated: $(BUILD)/$(EMULATOR)/speed_cuda.o $(call emulated_objects,emulated_90) $(BUILD)/libtandem_all.a
 	$(CC) $(LDFLAGS) -o $@ $^ $(LDLIBS)
+$(BUILD)/$(EMULATOR)/test_steps: $(BUILD)/$(EMULATOR)/test_steps.o $(call emulated_objects,emulated_90) $(BUILD)/libtandem_all.a
+	$(link_emulated)
 # The command line: build/tests/cuda_emulator/tandem-emulated check --device cuda MODEL
 $(BUILD)/$(EMULATOR)/tandem-emulated: $(CLI_OBJ) $(call emulated_objects,emulated_90) $(BUILD)/libtandem_all.a
 	$(CC) $(LDFLAGS) -o $@ $^ $(LDLIBS) -ledit

@@ -143,8 +143,9 @@ static bool plan_memory(tandem_engine *e, const tandem_options *o, struct error 
     s->kv_len = size_alloc(e->max_batch, sizeof *s->kv_len);
     s->logit_rows = size_alloc(e->max_batch, sizeof *s->logit_rows);
     s->pages = size_mul(per_session, e->max_batch, &step_pages) ? size_alloc(step_pages, sizeof *s->pages) : NULL;
-    if (!s->token || !s->position || !s->seq || !s->seq_start || !s->page_start || !s->kv_len || !s->logit_rows ||
-        !s->pages)
+    s->sample = size_alloc(e->max_batch, sizeof *s->sample);
+    if (!s->sample || !s->token || !s->position || !s->seq || !s->seq_start || !s->page_start || !s->kv_len ||
+        !s->logit_rows || !s->pages)
         return error_set(err, "out of memory for batches of %zu sessions", e->max_batch);
     if (!requests_create(e, o, err)) return false;
     e->memory = memory_of(e, &run, n_pages, e->weights ? e->weights->bytes : e->model->weight_bytes);
@@ -293,6 +294,7 @@ void tandem_close(tandem_engine *e) {
     int32_t *arrays[] = {s->token,      s->position, s->seq,    s->seq_start,
                          s->page_start, s->pages,    s->kv_len, s->logit_rows};
     for (size_t i = 0; i < sizeof arrays / sizeof arrays[0]; i++) free(arrays[i]);
+    free(s->sample);
     sampler_free(&e->sampler);
     kv_pool_free(&e->pages);
     kv_store_free(&e->kv);

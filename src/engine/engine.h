@@ -45,6 +45,7 @@ struct tandem_engine {
     struct sampler sampler;
     struct step_arrays { // one step's batch, as in struct batch
         int32_t *token, *position, *seq, *seq_start, *page_start, *pages, *kv_len, *logit_rows;
+        struct sample_row *sample; // [max_batch]
     } step;
     tandem_memory memory;
 };
@@ -73,6 +74,7 @@ struct engine_share {
     const int32_t *ids;
     const struct kv_seq *kv;
     size_t n, n_rows;
+    const tandem_sampling *sampling; // how a device chooses the token behind them; NULL: greedily
 };
 
 // Runs one ragged batch. Returns the logits, a row for each that is wanted, in order, valid until the next step; the
@@ -82,10 +84,17 @@ const float *engine_run(tandem_engine *engine, const struct engine_share *shares
 // The same without waiting: run_logits and run_choices of engine->run give what came of it.
 void engine_queue(tandem_engine *engine, const struct engine_share *shares, size_t n_shares);
 
+// Whether a device can choose tokens so: no biases, no penalties. The rest is ops/sampling.h's.
+bool engine_can_choose(const tandem_engine *engine, const tandem_sampling *sampling);
+
 // Whether the logits behind the first n tokens of a sequence can be sampled from. NaN or Inf is an error that names the
 // op which made it (tripwire.h); the K and V are still the sequence's, and the caller drops them.
 bool engine_check_logits(tandem_engine *engine, const float *logits, const int32_t *ids, const struct kv_seq *kv,
                          size_t n, struct error *err);
+
+// What to say of logits that are known to hold NaN or Inf.
+void engine_explain_logits(tandem_engine *engine, const int32_t *ids, const struct kv_seq *kv, size_t n,
+                           struct error *err);
 
 // Fills `to` with a copy of `from` whose biases are owned by the caller: free *ids and *bias. Checks every field.
 bool engine_copy_sampling(const tandem_engine *engine, const tandem_sampling *from, tandem_sampling *to, int32_t **ids,
@@ -94,6 +103,8 @@ bool engine_copy_sampling(const tandem_engine *engine, const tandem_sampling *fr
 // ---- Requests (request.c)
 bool requests_create(tandem_engine *engine, const tandem_options *options, struct error *err);
 void requests_free(tandem_engine *engine);
+// Waits for the requests' steps under way and keeps what they chose: others may run steps now.
+void requests_settle(tandem_engine *engine);
 
 // Where a sampling value came from, for people.
 struct sampling_sources {

@@ -205,13 +205,17 @@ bool kv_reserve(struct kv_pool *p, struct kv_seq *seq, size_t n, struct kv_copy 
     return true;
 }
 
-void kv_commit(struct kv_pool *p, struct kv_seq *seq, const int32_t *ids, size_t n) {
-    seq->n_kv += n;
+void kv_chain(struct kv_pool *p, struct kv_seq *seq, const int32_t *ids) {
     if (seq->tenant == KV_PRIVATE) return;
     while ((seq->n_chain + 1) * p->page_tokens <= seq->n_kv) {
         if (chain_end(p, seq) == 0) return; // a page in front was forgotten: what hangs behind it cannot be named
         chain_page(p, seq, ids + seq->n_chain * p->page_tokens);
     }
+}
+
+void kv_commit(struct kv_pool *p, struct kv_seq *seq, const int32_t *ids, size_t n) {
+    seq->n_kv += n;
+    kv_chain(p, seq, ids);
 }
 
 void kv_trim(struct kv_pool *p, struct kv_seq *seq, size_t n) {

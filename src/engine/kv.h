@@ -86,6 +86,8 @@ bool kv_reserve(struct kv_pool *p, struct kv_seq *seq, size_t n, struct kv_copy 
 // n more positions were computed; `ids` are the sequence's, from position 0. Pages that became full are cached. Where
 // the same page is cached already, the sequence changes over to it: its bits are the same.
 void kv_commit(struct kv_pool *p, struct kv_seq *seq, const int32_t *ids, size_t n);
+// Its second half alone, for who raises n_kv before the ids are known.
+void kv_chain(struct kv_pool *p, struct kv_seq *seq, const int32_t *ids);
 
 void kv_trim(struct kv_pool *p, struct kv_seq *seq, size_t n);                 // drops positions from n on
 void kv_fork(struct kv_pool *p, struct kv_seq *to, const struct kv_seq *from); // `to` is empty

@@ -20,6 +20,7 @@ struct choice {
     struct request *request;
     size_t index;
     tandem_sampling sampling; // the request's, with a seed of its own
+    size_t n_known; // of seq.ids: a stand-in for the token that a step under way chooses may stand behind them
     uint64_t hash;
     bool ended;
 };
@@ -29,21 +30,43 @@ struct request {
     struct request *prev, *next; // in the inbox, then among the live ones
     struct choice *choices;      // [n_choices]
     size_t n_choices, n_live;
-    size_t n_told; // PROMPT events up to this position were given
-    bool started;
+    size_t n_told;         // PROMPT events up to this position were given
+    size_t n_flying;       // shares of steps under way
+    bool started, dropped; // dropped: the last step under way frees it
     int32_t *bias_ids;
     float *bias;
     tandem_request_options options; // its pointers are not used
 };
 
+// A sequence's part of a step under way.
+struct flight_share {
+    struct choice *choice;
+    size_t n_rows, row; // its rows of logits; the first of them
+    size_t at;          // the place among the sequence's ids of the token that the step chooses; NOWHERE: none
+};
+#define NOWHERE SIZE_MAX
+
+// A step between being queued and being told of. At most two: while a device runs one, the host tells of the one
+// before. A step is LATE when the next one may be queued before its tokens are known: the device alone chooses, and
+// hands its choices on. The tokens' places among the ids then hold stand-ins: ~row, as batch.token takes them.
+struct flight {
+    struct flight_share *shares;  // [max_batch]
+    struct greedy_choice *chosen; // [max_batch] by the device
+    size_t n_shares, n_rows;
+    unsigned turn;
+    bool is_out, is_late, has_landed, has_chosen;
+};
+
 struct requests {
     struct sched sched;
+    struct flight flights[2];
+    size_t last;                 // the flight of the last step
     struct sched_step step;      // [max_batch] arrays
     struct engine_share *shares; // [max_batch]
     tandem_token top[MAX_TOP];
     size_t max_queue;
-    tandem_stats now;             // what publish() copies
-    struct request *first, *last; // live, in order of arrival
+    tandem_stats now;               // what publish() copies
+    struct request *first, *newest; // live, in order of arrival
 
     pthread_mutex_t lock; // guards all below
     pthread_cond_t changed;
@@ -73,7 +96,13 @@ bool requests_create(tandem_engine *e, const tandem_options *o, struct error *er
     r->step.shares = size_alloc(e->max_batch, sizeof *r->step.shares);
     r->step.copies = size_alloc(e->max_batch, sizeof *r->step.copies);
     r->shares = size_alloc(e->max_batch, sizeof *r->shares);
-    if (!r->step.shares || !r->step.copies || !r->shares)
+    bool has_flights = true;
+    for (int i = 0; i < 2; i++) {
+        r->flights[i].shares = size_alloc(e->max_batch, sizeof *r->flights[i].shares);
+        r->flights[i].chosen = size_alloc(e->max_batch, sizeof *r->flights[i].chosen);
+        has_flights = has_flights && r->flights[i].shares && r->flights[i].chosen;
+    }
+    if (!r->step.shares || !r->step.copies || !r->shares || !has_flights)
         return error_set(err, "out of memory for steps of %zu requests", e->max_batch);
     struct sched_options options = {.max_running = e->max_batch,
                                     .step_tokens = e->max_step_tokens,
@@ -98,9 +127,20 @@ static void request_free(struct request *q) {
     free(q);
 }
 
+// A share of a step under way is over.
+static void release(struct request *q) {
+    if (--q->n_flying == 0 && q->dropped) request_free(q);
+}
+
 void requests_free(tandem_engine *e) {
     struct requests *r = e->requests;
     if (!r) return;
+    for (int i = 0; i < 2; i++) {
+        struct flight *f = &r->flights[i];
+        for (size_t k = 0; f->is_out && k < f->n_shares; k++) release(f->shares[k].choice->request);
+        free(f->shares);
+        free(f->chosen);
+    }
     for (struct request *q = r->first, *next; q; q = next) {
         next = q->next;
         for (size_t i = 0; i < q->n_choices; i++) sched_end(&r->sched, &q->choices[i].seq, false);
@@ -149,7 +189,7 @@ static bool make_choices(const tandem_engine *e, struct request *q, const tandem
     limit += o->n_prompt;
     for (size_t i = 0; i < q->n_choices; i++) {
         struct choice *c = &q->choices[i];
-        *c = (struct choice){.request = q, .index = i, .sampling = *sampling};
+        *c = (struct choice){.request = q, .index = i, .sampling = *sampling, .n_known = o->n_prompt};
         c->seq = (struct sched_seq){.n_ids = o->n_prompt,
                                     .n_prompt = o->n_prompt,
                                     .n_limit = limit,
@@ -268,7 +308,6 @@ struct sink {
     struct requests *r;
     tandem_event_callback *callback;
     void *user;
-    const struct greedy_choice *greedy; // [rows of the step] the device's choices; NULL: its logits are wanted
 };
 
 static bool tell(struct sink *k, const struct choice *c, tandem_event event) {
@@ -278,7 +317,7 @@ static bool tell(struct sink *k, const struct choice *c, tandem_event event) {
     event.choice = c->index;
     event.n_prompt = c->seq.n_prompt;
     event.n_cached = q->choices[0].seq.n_reused;
-    event.n_generated = c->seq.n_ids - c->seq.n_prompt;
+    event.n_generated = c->n_known - c->seq.n_prompt;
     return !k->callback || k->callback(k->user, &event);
 }
 
@@ -286,8 +325,9 @@ static void drop_request(struct requests *r, struct request *q) {
     if (q->prev) q->prev->next = q->next;
     else r->first = q->next;
     if (q->next) q->next->prev = q->prev;
-    else r->last = q->prev;
-    request_free(q);
+    else r->newest = q->prev;
+    if (q->n_flying) q->dropped = true;
+    else request_free(q);
 }
 
 // Ends one choice; with the last one the request goes. `error`: it failed, and nothing that it computed is kept.
@@ -326,11 +366,11 @@ static void take_inbox(struct sink *k) {
     for (struct request *q = inbox, *next; q; q = next) {
         struct error err = {0};
         next = q->next;
-        q->prev = r->last;
+        q->prev = r->newest;
         q->next = NULL;
-        if (r->last) r->last->next = q;
+        if (r->newest) r->newest->next = q;
         else r->first = q;
-        r->last = q;
+        r->newest = q;
         if (sched_submit(&r->sched, &q->choices[0].seq, &err) != SCHED_TAKEN)
             end_request(k, q, TANDEM_FINISH_ERROR, err.text);
     }
@@ -370,27 +410,38 @@ static bool tell_prompt(struct sink *k, struct choice *c, const float *logits, s
     return true;
 }
 
-// Whether a choice's tokens are the most probable ones, and nothing more is asked about them: then its logits may stay
-// on the device.
-static bool is_greedy(const struct choice *c) {
+// Whether a device chooses a choice's tokens, and nothing more is asked about them: then its logits stay there.
+static bool is_chosen_there(const tandem_engine *e, const struct choice *c) {
     const tandem_request_options *o = &c->request->options;
-    const tandem_sampling *s = &c->sampling;
-    return s->temperature == 0 && s->repeat_penalty == 1 && s->presence_penalty == 0 && s->frequency_penalty == 0 &&
-           s->n_bias == 0 && !o->mask && !o->logprobs && !o->hash && !c->seq.wants_all;
+    return engine_can_choose(e, &c->sampling) && !o->mask && !o->logprobs && !o->hash && !c->seq.wants_all;
 }
 
-// Puts a token behind a choice's ids and tells of it.
+// Puts a token behind a choice's known ids and tells of it.
 static void accept(struct sink *k, struct choice *c, tandem_event event) {
     int32_t id = event.token.id;
-    c->seq.ids[c->seq.n_ids++] = id;
+    event.position = c->n_known;
+    c->seq.ids[c->n_known++] = id;
+    if (c->seq.n_ids < c->n_known) c->seq.n_ids = c->n_known; // no stand-in held the place
     k->r->now.n_generated_tokens++;
     bool go_on = tell(k, c, event);
     if (!go_on || engine_is_end(k->engine, id)) end_choice(k, c, TANDEM_FINISH_END, NULL);
-    else if (c->seq.n_ids == c->seq.n_limit) end_choice(k, c, TANDEM_FINISH_LENGTH, NULL);
+    else if (c->n_known == c->seq.n_limit) end_choice(k, c, TANDEM_FINISH_LENGTH, NULL);
 }
 
-// Samples a choice's next token from its logits, row `row` of the step's. Where the device chose (k->greedy), the
-// logits are fetched only if its choice is of no use.
+// A device's choice for a choice's next token.
+static void take(struct sink *k, struct choice *c, const struct greedy_choice *chosen) {
+    tandem_engine *e = k->engine;
+    struct error err = {0};
+    if (chosen->ok) {
+        accept(k, c, (tandem_event){.kind = TANDEM_EVENT_TOKEN, .token = {.id = chosen->id}});
+        return;
+    }
+    if (c->seq.kv.n_kv < c->n_known) error_set(&err, "NaN or Inf in the logits of position %zu", c->n_known - 1);
+    else engine_explain_logits(e, c->seq.ids, &c->seq.kv, c->n_known, &err);
+    end_choice(k, c, TANDEM_FINISH_ERROR, err.text);
+}
+
+// Samples a choice's next token from its logits, row `row` of the last step's.
 static void sample(struct sink *k, struct choice *c, size_t row) {
     tandem_engine *e = k->engine;
     const tandem_request_options *o = &c->request->options;
@@ -398,11 +449,6 @@ static void sample(struct sink *k, struct choice *c, size_t row) {
     struct error err = {0};
     if (c->seq.n_ids == c->seq.n_limit) {
         end_choice(k, c, TANDEM_FINISH_LENGTH, NULL);
-        return;
-    }
-    const struct greedy_choice *greedy = k->greedy ? &k->greedy[row] : NULL;
-    if (greedy && greedy->ok && !(c->sampling.ignore_end && engine_is_end(e, greedy->id))) {
-        accept(k, c, (tandem_event){.kind = TANDEM_EVENT_TOKEN, .position = c->seq.n_ids, .token = {.id = greedy->id}});
         return;
     }
     const float *logits = run_logits(e->run) + row * n_vocab;
@@ -415,7 +461,7 @@ static void sample(struct sink *k, struct choice *c, size_t row) {
     const uint32_t *mask = o->mask ? o->mask(o->user, c->index) : NULL;
     int32_t id = sampler_choose(&e->sampler, &c->sampling, logits, h, e->end_ids,
                                 c->sampling.ignore_end ? e->n_end_ids : 0, mask);
-    tandem_event event = {.kind = TANDEM_EVENT_TOKEN, .position = c->seq.n_ids, .token = {.id = id}};
+    tandem_event event = {.kind = TANDEM_EVENT_TOKEN, .token = {.id = id}};
     if (o->logprobs) {
         event.token.logprob = logits_logprob(logits, n_vocab, id);
         logits_top(logits, n_vocab, k->r->top, o->n_top);
@@ -425,9 +471,9 @@ static void sample(struct sink *k, struct choice *c, size_t row) {
     accept(k, c, event);
 }
 
-// What one share's rows of logits lead to.
-static void use_logits(struct sink *k, const struct sched_share *share, size_t first_row) {
-    struct choice *c = (struct choice *)share->seq;
+// What one share of a step leads to.
+static void use_share(struct sink *k, const struct flight *f, const struct flight_share *share) {
+    struct choice *c = share->choice;
     struct request *q = c->request;
     if (!q->started) {
         q->started = true;
@@ -435,18 +481,60 @@ static void use_logits(struct sink *k, const struct sched_share *share, size_t f
         tell(k, c, (tandem_event){.kind = TANDEM_EVENT_START});
     }
     if (share->n_rows && c->seq.wants_all) {
-        const float *logits = run_logits(k->engine->run) + first_row * k->engine->model->config.n_vocab;
+        const float *logits = run_logits(k->engine->run) + share->row * k->engine->model->config.n_vocab;
         if (!tell_prompt(k, c, logits, share->n_rows)) return;
     }
-    if (c->seq.kv.n_kv < c->seq.n_ids) return;
-    size_t row = first_row + share->n_rows - 1;
+    if (share->at == NOWHERE) return;
+    size_t row = share->row + share->n_rows - 1;
+    bool there = f->has_chosen && is_chosen_there(k->engine, c) && c->n_known < c->seq.n_limit;
     if (c->seq.n_forks) {
         struct choice *choices = q->choices;
         size_t n = q->n_choices;
         for (size_t i = 1; i < n; i++) sched_fork(&k->r->sched, &c->seq, &choices[i].seq);
         for (size_t i = 1; i < n; i++) sample(k, &choices[i], row); // choice 0 lives: so does the request
     }
-    sample(k, c, row);
+    if (there) take(k, c, &f->chosen[row]);
+    else sample(k, c, row);
+}
+
+// ---- Steps under way: the engine's thread
+
+// Waits for a step and puts the tokens that a device chose in the places of their stand-ins.
+static void land(tandem_engine *e, struct flight *f) {
+    if (!f->is_out || f->has_landed) return;
+    f->has_landed = true;
+    if (!f->has_chosen) return;
+    const struct greedy_choice *chosen = run_choices_of(e->run, f->turn);
+    if (f->n_rows) memcpy(f->chosen, chosen, f->n_rows * sizeof *chosen);
+    for (size_t i = 0; f->is_late && i < f->n_shares; i++) {
+        const struct flight_share *s = &f->shares[i];
+        if (s->at != NOWHERE) s->choice->seq.ids[s->at] = f->chosen[s->row + s->n_rows - 1].id;
+    }
+}
+
+void requests_settle(tandem_engine *e) {
+    for (int i = 0; e->requests && i < 2; i++) land(e, &e->requests->flights[i]);
+}
+
+// Tells of a step, which makes what it led to known.
+static void deliver(struct sink *k, struct flight *f) {
+    if (!f->is_out) return;
+    land(k->engine, f);
+    for (size_t i = 0; i < f->n_shares; i++) {
+        const struct flight_share *s = &f->shares[i];
+        if (f->is_late && s->choice->seq.state != SCHED_ENDED) sched_know(&k->r->sched, &s->choice->seq);
+        if (!s->choice->ended) use_share(k, f, s);
+        release(s->choice->request);
+    }
+    f->is_out = false;
+}
+
+// Whether a planned share leaves nothing to the host that the next step waits for.
+static bool can_be_late(const tandem_engine *e, const struct sched_share *s) {
+    const struct choice *c = (const struct choice *)s->seq;
+    if (s->seq->wants_all && s->n_rows) return false;
+    if (s->seq->kv.n_kv + s->n < s->seq->n_ids) return true; // a part of its prompt
+    return s->seq->n_forks == 0 && s->seq->n_ids < s->seq->n_limit && is_chosen_there(e, c);
 }
 
 static void publish(struct requests *r) {
@@ -463,30 +551,45 @@ static void publish(struct requests *r) {
     pthread_mutex_unlock(&r->lock);
 }
 
-// Runs the planned step and hands out what came of it.
-static void run_plan(struct sink *k) {
+// Queues the planned step.
+static void begin_plan(struct sink *k, struct flight *f) {
     struct requests *r = k->r;
     tandem_engine *e = k->engine;
+    *f = (struct flight){.shares = f->shares,
+                         .chosen = f->chosen,
+                         .n_shares = r->step.n_shares,
+                         .is_out = true,
+                         .is_late = e->ops->sample != NULL,
+                         .has_chosen = e->ops->sample != NULL};
     for (size_t i = 0; i < r->step.n_copies; i++)
         kv_store_copy_page(&e->kv, (size_t)r->step.copies[i].from, (size_t)r->step.copies[i].to);
     for (size_t i = 0; i < r->step.n_shares; i++) {
         const struct sched_share *s = &r->step.shares[i];
-        r->shares[i] = (struct engine_share){.ids = s->seq->ids, .kv = &s->seq->kv, .n = s->n, .n_rows = s->n_rows};
+        struct choice *c = (struct choice *)s->seq;
+        r->shares[i] = (struct engine_share){.ids = s->seq->ids,
+                                             .kv = &s->seq->kv,
+                                             .n = s->n,
+                                             .n_rows = s->n_rows,
+                                             .sampling = is_chosen_there(e, c) ? &c->sampling : NULL};
+        f->shares[i] = (struct flight_share){.choice = c, .n_rows = s->n_rows, .row = f->n_rows, .at = NOWHERE};
+        f->n_rows += s->n_rows;
+        c->request->n_flying++;
         if (s->seq->n_ids == s->seq->n_prompt) r->now.n_prompt_tokens += s->n;
+        f->is_late = f->is_late && can_be_late(e, s);
     }
-    bool greedy = e->ops->device != NULL;
-    for (size_t i = 0; i < r->step.n_shares; i++)
-        greedy = greedy && is_greedy((const struct choice *)r->step.shares[i].seq);
     engine_queue(e, r->shares, r->step.n_shares);
-    k->greedy = greedy ? run_choices(e->run) : NULL;
-    sched_commit(&r->sched, &r->step);
+    f->turn = run_turn(e->run);
     r->now.n_steps++;
-    size_t row = 0;
-    for (size_t i = 0; i < r->step.n_shares; i++) {
-        const struct sched_share *s = &r->step.shares[i];
-        size_t n_rows = s->n_rows; // the share's sequence may be gone afterwards
-        use_logits(k, s, row);
-        row += n_rows;
+    if (f->is_late) sched_begin(&r->sched, &r->step);
+    else sched_commit(&r->sched, &r->step);
+    for (size_t i = 0; i < f->n_shares; i++) {
+        struct flight_share *s = &f->shares[i];
+        struct sched_seq *seq = &s->choice->seq;
+        if (seq->kv.n_kv < seq->n_ids) continue;
+        s->at = seq->n_ids;
+        if (!f->is_late) continue;
+        seq->ids[seq->n_ids++] = ~(int32_t)(s->row + s->n_rows - 1);
+        seq->is_over = seq->n_ids == seq->n_limit;
     }
 }
 
@@ -495,12 +598,16 @@ int tandem_step(tandem_engine *e, tandem_event_callback *callback, void *user) {
     struct sink k = {.engine = e, .r = r, .callback = callback, .user = user};
     struct sched_seq *stuck = NULL;
     pthread_mutex_lock(&e->lock);
+    struct flight *before = &r->flights[r->last], *now = &r->flights[1 - r->last];
     take_inbox(&k);
     sched_plan(&r->sched, &r->step, &stuck);
-    if (stuck)
+    if (stuck && !before->is_out)
         end_request(&k, ((struct choice *)stuck)->request, TANDEM_FINISH_ERROR,
                     "no free KV page: all are held by this engine's sessions");
-    else if (r->step.n_shares) run_plan(&k);
+    else if (r->step.n_shares) begin_plan(&k, now);
+    deliver(&k, before);
+    if (!now->is_late || !r->first) deliver(&k, now); // else it is told of when the next one is under way
+    r->last = 1 - r->last;
     publish(r);
     bool busy = r->first != NULL;
     pthread_mutex_unlock(&e->lock);

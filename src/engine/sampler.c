@@ -2,6 +2,7 @@
 #include "engine/sampler.h"
 
 #include "base/size.h"
+#include "ops/sampling.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -51,16 +52,8 @@ bool sampling_check(const tandem_sampling *p, size_t n_vocab, struct error *err)
     return true;
 }
 
-// The finaliser of SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014).
-static uint64_t mix(uint64_t z) {
-    z += 0x9E3779B97F4A7C15u;
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
-    return z ^ (z >> 31);
-}
-
 double sampler_uniform(uint64_t seed, uint64_t position, int32_t id) {
-    uint64_t bits = mix(mix(mix(seed) ^ position) ^ (uint64_t)(uint32_t)id);
+    uint64_t bits = sampling_random(sampling_key(seed, position), id);
     return ((double)(bits >> 12) + 0.5) * 0x1p-52; // odd multiples of 2^-53: never 0, never 1
 }
 
@@ -86,15 +79,15 @@ static void adjust(struct sampler *s, const tandem_sampling *p, struct sampler_h
     }
 }
 
-// Better first: higher logit, then smaller id. A total order, so that sorting has one result.
+// Better first (ops/sampling.h). A total order, so that sorting has one result.
 static int compare(const void *a, const void *b) {
     const struct candidate *x = a, *y = b;
-    if (x->logit != y->logit) return x->logit > y->logit ? -1 : 1;
-    return (x->id > y->id) - (x->id < y->id);
+    uint64_t p = sampling_place(x->logit, x->id), q = sampling_place(y->logit, y->id);
+    return (p < q) - (p > q);
 }
 
 static bool better(struct candidate a, struct candidate b) {
-    return compare(&a, &b) < 0;
+    return sampling_place(a.logit, a.id) > sampling_place(b.logit, b.id);
 }
 
 // Moves the k best of n candidates to the front, in order (quickselect by Hoare's partition, then a sort of the front).
@@ -125,20 +118,48 @@ static int32_t greedy(const float *logits, size_t n) {
     return (int32_t)best;
 }
 
-// Of candidates in falling order, how many top_p and min_p keep (at least one). Logits are already divided by
-// temperature.
-static size_t cut_tail(const struct candidate *c, size_t n, const tandem_sampling *p) {
-    double total = 0;
-    for (size_t i = 0; i < n; i++) total += exp((double)c[i].logit - (double)c[0].logit);
-    double sum = 0;
-    size_t kept = 0;
-    while (kept < n) {
-        double weight = exp((double)c[kept].logit - (double)c[0].logit); // relative to the best
-        if (kept > 0 && (weight < p->min_p || sum >= p->top_p * total)) break;
-        sum += weight;
-        kept++;
+static uint64_t weights_of(const struct candidate *c, size_t n, float best, float scale) {
+    uint64_t sum = 0;
+    for (size_t i = 0; i < n; i++) sum += sampling_weight(c[i].logit, best, scale);
+    return sum;
+}
+
+// Moves the tokens that top_k and top_p keep to the front of all `n` candidates. Returns how many.
+static size_t keep(struct candidate *c, size_t n, const tandem_sampling *p, float best, float scale) {
+    size_t k = n;
+    if (p->top_k > 0 && (size_t)p->top_k < n) select_best(c, n, k = (size_t)p->top_k);
+    if (!(p->top_p < 1)) return k;
+    double most = p->top_p * (double)weights_of(c, k, best, scale);
+    size_t sorted = k < n ? k : 0, kept = 0; // c[0..sorted) are the best, in order
+    for (uint64_t sum = 0; kept < k && (kept == 0 || (double)sum < most); kept++) {
+        if (kept == sorted) { // few are kept, as a rule: the others need no order
+            size_t more = sorted ? 7 * sorted : 64;
+            if (more > k - sorted) more = k - sorted;
+            select_best(c + sorted, n - sorted, more);
+            sorted += more;
+        }
+        sum += sampling_weight(c[kept].logit, best, scale);
     }
     return kept;
+}
+
+// The best score of those that min_p keeps. The noise of most is not needed to see that they lose.
+static int32_t draw(const struct candidate *c, size_t n, const tandem_sampling *p, uint64_t key, float best,
+                    double scale) {
+    int32_t chosen = -1;
+    double highest = -INFINITY;
+    for (size_t i = 0; i < n; i++) {
+        uint64_t random = sampling_random(key, c[i].id);
+        if (sampling_score(c[i].logit, scale, sampling_noise_bound(random)) < highest) continue;
+        if (p->min_p > 0 && (double)sampling_weight(c[i].logit, best, (float)scale) < p->min_p * (double)SAMPLING_ONE)
+            continue;
+        double score = sampling_score(c[i].logit, scale, sampling_noise(random));
+        if (chosen < 0 || score > highest || (score == highest && c[i].id < chosen)) {
+            chosen = c[i].id;
+            highest = score;
+        }
+    }
+    return chosen;
 }
 
 int32_t sampler_choose(struct sampler *s, const tandem_sampling *p, const float *logits, struct sampler_history h,
@@ -149,30 +170,13 @@ int32_t sampler_choose(struct sampler *s, const tandem_sampling *p, const float 
         if (banned[i] >= 0 && (size_t)banned[i] < s->n_vocab) s->logits[banned[i]] = -INFINITY;
     for (size_t i = 0; mask && i < s->n_vocab; i++)
         if (!(mask[i / 32] >> i % 32 & 1)) s->logits[i] = -INFINITY;
-    if (p->temperature == 0) return greedy(s->logits, s->n_vocab);
+    int32_t best = greedy(s->logits, s->n_vocab);
+    if (p->temperature == 0) return best;
     for (size_t i = 0; i < s->n_vocab; i++)
-        s->candidates[i] = (struct candidate){.logit = (float)(s->logits[i] / p->temperature), .id = (int32_t)i};
-    size_t n = s->n_vocab;
-    bool cut = p->top_p < 1 || p->min_p > 0;
-    if (p->top_k > 0 && (size_t)p->top_k < n) {
-        n = (size_t)p->top_k;
-        select_best(s->candidates, s->n_vocab, n);
-    } else if (cut) {
-        qsort(s->candidates, n, sizeof *s->candidates, compare);
-    }
-    if (cut) n = cut_tail(s->candidates, n, p);
-    // Gumbel's trick: the largest logit + noise is a draw from the softmax.
-    int32_t best = s->candidates[0].id;
-    double best_score = -INFINITY;
-    for (size_t i = 0; i < n; i++) {
-        struct candidate c = s->candidates[i];
-        double score = (double)c.logit - log(-log(sampler_uniform(p->seed, h.n, c.id)));
-        if (score > best_score || (score == best_score && c.id < best)) {
-            best = c.id;
-            best_score = score;
-        }
-    }
-    return best;
+        s->candidates[i] = (struct candidate){.logit = s->logits[i], .id = (int32_t)i};
+    double scale = sampling_scale(p->temperature);
+    size_t n = keep(s->candidates, s->n_vocab, p, s->logits[best], (float)scale);
+    return draw(s->candidates, n, p, sampling_key(p->seed, h.n), s->logits[best], scale);
 }
 
 float logits_logprob(const float *logits, size_t n, int32_t id) {

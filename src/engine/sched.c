@@ -256,9 +256,13 @@ void sched_plan(struct sched *s, struct sched_step *step, struct sched_seq **stu
     admit(s);
     // Every running sequence is sure of a row and, when it generates, of a token.
     size_t generating = 0;
-    for (const struct sched_seq *q = s->first; q; q = q->next) generating += q->n_ids - q->kv.n_kv == 1;
+    for (const struct sched_seq *q = s->first; q; q = q->next) generating += !q->is_over && q->n_ids - q->kv.n_kv == 1;
     size_t left = o->step_tokens - generating, rows_left = o->step_rows - s->n_running;
     for (struct sched_seq *q = s->first, *next; q; q = next) {
+        if (q->is_over) {
+            next = q->next;
+            continue;
+        }
         size_t rest = q->n_ids - q->kv.n_kv, n = rest, rows = 1;
         bool all = q->wants_all && q->kv.n_kv < q->n_prompt;
         if (rest > 1) {
@@ -285,12 +289,22 @@ void sched_plan(struct sched *s, struct sched_step *step, struct sched_seq **stu
     if (step->n_shares == 0 && s->n_running == 0 && s->n_waiting > 0) *stuck = next_waiting(s);
 }
 
-void sched_commit(struct sched *s, const struct sched_step *step) {
+void sched_begin(struct sched *s, const struct sched_step *step) {
+    (void)s;
     for (size_t i = 0; i < step->n_shares; i++) {
         struct sched_seq *seq = step->shares[i].seq;
-        kv_commit(s->pool, &seq->kv, seq->ids, step->shares[i].n);
+        seq->kv.n_kv += step->shares[i].n;
         charge(seq, seq->kv.n_kv);
     }
+}
+
+void sched_know(struct sched *s, struct sched_seq *seq) {
+    kv_chain(s->pool, &seq->kv, seq->ids);
+}
+
+void sched_commit(struct sched *s, const struct sched_step *step) {
+    sched_begin(s, step);
+    for (size_t i = 0; i < step->n_shares; i++) sched_know(s, step->shares[i].seq);
 }
 
 void sched_fork(struct sched *s, struct sched_seq *from, struct sched_seq *to) {

@@ -43,6 +43,7 @@ struct sched_seq {
     int priority;   // 0 (low) to SCHED_PRIORITIES - 1
     size_t n_forks; // sequences that will be forked from this one when its prompt is computed
     bool wants_all; // the logits of every prompt token: no prefix is taken from the cache
+    bool is_over;   // nothing more is computed: its last token is under way
     void *user;
 
     struct kv_seq kv; // the caller sets pages [pages of n_limit] and tenant
@@ -111,6 +112,11 @@ void sched_plan(struct sched *s, struct sched_step *step, struct sched_seq **stu
 
 // The planned step was run.
 void sched_commit(struct sched *s, const struct sched_step *step);
+// The same in two halves, for steps that go on while the next one is planned. The planned step is under way: whoever
+// samples in it may put a stand-in for each token behind the sequence's ids. All ids of a sequence below kv.n_kv are
+// known, since it was planned again or not: its full pages can be cached.
+void sched_begin(struct sched *s, const struct sched_step *step);
+void sched_know(struct sched *s, struct sched_seq *seq);
 
 // After the commit that computed the whole prompt of `from`: `to` (SCHED_NEW) runs too, on the same pages.
 void sched_fork(struct sched *s, struct sched_seq *from, struct sched_seq *to);

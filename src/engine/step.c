@@ -8,6 +8,20 @@
 #include <stdlib.h>
 #include <string.h>
 
+bool engine_can_choose(const tandem_engine *e, const tandem_sampling *s) {
+    return e->ops->sample && s->repeat_penalty == 1 && s->presence_penalty == 0 && s->frequency_penalty == 0 &&
+           s->n_bias == 0;
+}
+
+static struct sample_row sample_row(const tandem_sampling *s) {
+    return (struct sample_row){.scale = s && s->temperature > 0 ? sampling_scale(s->temperature) : 0,
+                               .top_p = s ? s->top_p : 1,
+                               .min_p = s ? s->min_p : 0,
+                               .seed = s ? s->seed : 0,
+                               .top_k = s ? s->top_k : 0,
+                               .ban = s && s->ignore_end};
+}
+
 void engine_queue(tandem_engine *e, const struct engine_share *shares, size_t n_shares) {
     struct step_arrays *a = &e->step;
     struct batch b = {.token = a->token,
@@ -32,7 +46,15 @@ void engine_queue(tandem_engine *e, const struct engine_share *shares, size_t n_
         memcpy(a->pages + n_pages, s->kv->pages, s->kv->n_pages * sizeof *a->pages);
         n_pages += s->kv->n_pages;
         a->kv_len[i] = (int32_t)(s->kv->n_kv + s->n);
-        for (size_t k = s->n_rows; k > 0; k--) a->logit_rows[b.n_logit_rows++] = (int32_t)(b.n_tokens - k);
+        for (size_t k = s->n_rows; k > 0; k--) {
+            a->sample[b.n_logit_rows] = sample_row(s->sampling);
+            a->logit_rows[b.n_logit_rows++] = (int32_t)(b.n_tokens - k);
+        }
+        if (s->sampling) b.sample = a->sample;
+    }
+    if (b.sample) {
+        b.banned = e->end_ids;
+        b.n_banned = e->n_end_ids;
     }
     a->seq_start[n_shares] = (int32_t)b.n_tokens;
     a->page_start[n_shares] = (int32_t)n_pages;
@@ -40,6 +62,7 @@ void engine_queue(tandem_engine *e, const struct engine_share *shares, size_t n_
 }
 
 const float *engine_run(tandem_engine *e, const struct engine_share *shares, size_t n_shares) {
+    requests_settle(e);
     engine_queue(e, shares, n_shares);
     return run_logits(e->run);
 }
@@ -48,8 +71,13 @@ bool engine_check_logits(tandem_engine *e, const float *logits, const int32_t *i
                          struct error *err) {
     if (!run_error(e->run, err)) return false; // the device failed, and stays so
     if (logits_finite(logits, e->model->config.n_vocab)) return true;
-    tripwire_explain(e, &(struct tripwire_sequence){.ids = ids, .pages = kv->pages, .n = n}, err);
+    engine_explain_logits(e, ids, kv, n, err);
     return false;
+}
+
+void engine_explain_logits(tandem_engine *e, const int32_t *ids, const struct kv_seq *kv, size_t n, struct error *err) {
+    if (run_error(e->run, err))
+        tripwire_explain(e, &(struct tripwire_sequence){.ids = ids, .pages = kv->pages, .n = n}, err);
 }
 
 bool engine_copy_sampling(const tandem_engine *e, const tandem_sampling *from, tandem_sampling *to, int32_t **ids_out,

@@ -36,18 +36,25 @@ struct run {
     size_t n_board;
     struct layer_refs *refs; // [n_layers] its arguments
     int32_t *arrays;         // [n_arrays] a step's batch
-    int32_t *staging;        // [n_arrays] the same on the host
+    int32_t *staging[2];     // [n_arrays] the same on the host, in turns
     size_t n_arrays;
-    struct greedy_choice *choices; // [max_logit_rows] on the host, where the device writes too
-    float *fetched;                // [max_logit_rows, n_vocab] the logits on the host
+    int32_t *chosen;                  // [max_logit_rows] what the last step chose, for the next one
+    struct greedy_choice *choices[2]; // [max_logit_rows] on the host, where the device writes too, in turns
+    unsigned turn;                    // of the last step: 0 or 1; the device's marks of this number end the steps
+    size_t turn_rows[2];              // its rows
+    uint64_t seen[2];                 // the record_key of the last step of each turn
+    float *fetched;                   // [max_logit_rows, n_vocab] the logits on the host
 };
 
 // 32-bit numbers that the arrays of a step's batch take at most; each array begins at a multiple of 4.
 static size_t batch_arrays(const struct run_options *o) {
     size_t per_seq = (o->max_positions + KV_PAGE_TOKENS - 1) / KV_PAGE_TOKENS, pages = o->max_pages;
     if (!pages && !size_mul(per_seq, o->max_tokens, &pages)) return SIZE_MAX;
-    size_t n;
-    return size_mul_add(o->max_tokens + 4, 7, pages, &n) ? n : SIZE_MAX;
+    size_t n, rows, row = sizeof(struct sample_row) / sizeof(int32_t);
+    return size_mul_add(o->max_tokens + 4, 7, pages, &n) && size_mul(o->max_logit_rows + 1, row, &rows) &&
+                   size_add(n, rows + MOST_BANNED, &n)
+               ? n
+               : SIZE_MAX;
 }
 
 static struct layers_shape shape_of(const struct model_config *c) {
@@ -94,6 +101,7 @@ static size_t lay_out(const struct model_config *c, const struct run_options *o,
         {1, scratch, run ? &run->ctx.scratch : NULL},
         {device ? o->max_positions : 0, c->head_dim, run ? &run->rope : NULL},
         {device ? batch_arrays(o) : 0, 1, run ? (float **)&run->arrays : NULL},
+        {device ? o->max_logit_rows : 0, 1, run ? (float **)&run->chosen : NULL},
         {board, 1, run ? &run->board : NULL},
     };
     size_t total = 0;
@@ -136,11 +144,14 @@ static bool create_device_parts(struct run *run, const struct model *m, const st
                                 struct error *err) {
     struct device *d = run->device;
     run->n_arrays = batch_arrays(o);
-    run->staging = d->alloc_host(d, run->n_arrays * sizeof *run->staging);
     run->fetched = d->alloc_host(d, o->max_logit_rows * m->config.n_vocab * sizeof *run->fetched);
-    run->choices = d->alloc_host(d, o->max_logit_rows * sizeof *run->choices);
-    if (!run->staging || !run->fetched || !run->choices)
-        return error_set(err, "out of host memory for the logits of %zu rows", o->max_logit_rows);
+    bool has_all = run->fetched != NULL;
+    for (int i = 0; i < 2; i++) {
+        run->staging[i] = d->alloc_host(d, run->n_arrays * sizeof *run->staging[i]);
+        run->choices[i] = d->alloc_host(d, o->max_logit_rows * sizeof *run->choices[i]);
+        has_all = has_all && run->staging[i] && run->choices[i];
+    }
+    if (!has_all) return error_set(err, "out of host memory for the logits of %zu rows", o->max_logit_rows);
     run->refs = size_alloc_zero(m->config.n_layers, sizeof *run->refs);
     if (!run->refs) return error_set(err, "out of memory for %zu layers", m->config.n_layers);
     d->fill(d, run->board, 0xFF, run->n_board * sizeof *run->board);
@@ -180,9 +191,10 @@ struct run *run_create(const struct model *model, const struct run_options *o, s
         .embed = model->embed, .head = model->head, .final_norm = model->final_norm, .layers = model->layers};
     run->weights = d ? o->weights : &run->host;
     lay_out(&model->config, o, run);
-    if (!d) run->choices = size_alloc(o->max_logit_rows, sizeof *run->choices);
-    if (!d && !run->choices) error_set(err, "out of memory for the activations of %zu tokens", o->max_tokens);
-    if (d ? !create_device_parts(run, model, o, err) : !run->choices) {
+    run->ctx.chosen = run->chosen;
+    if (!d) run->choices[0] = size_alloc(o->max_logit_rows, sizeof *run->choices[0]);
+    if (!d && !run->choices[0]) error_set(err, "out of memory for the activations of %zu tokens", o->max_tokens);
+    if (d ? !create_device_parts(run, model, o, err) : !run->choices[0]) {
         run_free(run);
         return NULL;
     }
@@ -194,13 +206,15 @@ void run_free(struct run *run) {
     struct device *d = run->device;
     if (d) {
         d->free(d, run->memory);
-        d->free_host(d, run->staging);
         d->free_host(d, run->fetched);
-        d->free_host(d, run->choices);
+        for (int i = 0; i < 2; i++) {
+            d->free_host(d, run->staging[i]);
+            d->free_host(d, run->choices[i]);
+        }
         free(run->refs);
     } else {
         free(run->memory);
-        free(run->choices);
+        free(run->choices[0]);
     }
     free(run);
 }
@@ -314,6 +328,15 @@ static bool all_layers(const struct model *m, struct run *r, struct kv_store *kv
                                                              .board = r->board});
 }
 
+// Whether a row's token is not chosen among all.
+static bool has_filter(const struct batch *b) {
+    for (size_t i = 0; b->sample && i < b->n_logit_rows; i++) {
+        const struct sample_row *s = &b->sample[i];
+        if (s->scale > 0 && (s->top_k > 0 || s->top_p < 1 || s->min_p > 0)) return true;
+    }
+    return false;
+}
+
 // THE layer sequence.
 static void run_layers(const struct model *m, struct run *r, struct kv_store *kv, const struct batch *b) {
     const struct device_weights *w = r->weights;
@@ -339,7 +362,15 @@ static void run_layers(const struct model *m, struct run *r, struct kv_store *kv
                                                     .normed = r->rows,
                                                     .logits = r->logits});
     ops_tap(&r->ctx, "logits", r->logits, b->n_logit_rows, m->config.n_vocab);
-    if (r->ctx.ops->choose) r->ctx.ops->choose(&r->ctx, r->choices, r->logits, b->n_logit_rows, m->config.n_vocab);
+    if (b->sample)
+        r->ctx.ops->sample(&r->ctx, &(struct sample_args){.batch = b,
+                                                          .logits = r->logits,
+                                                          .n_vocab = m->config.n_vocab,
+                                                          .has_filter = has_filter(b->host),
+                                                          .out = r->choices[r->turn],
+                                                          .chosen = r->chosen});
+    else if (r->ctx.ops->choose)
+        r->ctx.ops->choose(&r->ctx, r->choices[r->turn], r->logits, b->n_logit_rows, m->config.n_vocab);
 }
 
 // Copies a batch's arrays to the device; *placed has the same shape and points to them. The places depend on the shape
@@ -347,12 +378,18 @@ static void run_layers(const struct model *m, struct run *r, struct kv_store *kv
 static void place_batch(struct run *r, const struct batch *b, struct batch *placed) {
     *placed = *b;
     placed->host = b;
-    r->device->sync(r->device, NULL); // the last step may not have read `staging` yet
-    size_t at = 0;
+    r->turn ^= 1;
+    r->turn_rows[r->turn] = b->n_logit_rows;
+    r->device->reach(r->device, r->turn); // the step before the last may not have read its staging yet
+    size_t at = 0, per_row = sizeof *b->sample / sizeof(int32_t);
+    int32_t *staging = r->staging[r->turn];
     const struct {
-        const int32_t *from, **to;
+        const void *from;
+        const int32_t **to;
         size_t n;
     } parts[] = {
+        {b->sample, (const int32_t **)&placed->sample, b->sample ? b->n_logit_rows * per_row : 0},
+        {b->banned, &placed->banned, b->n_banned},
         {b->token, &placed->token, b->n_tokens},
         {b->position, &placed->position, b->n_tokens},
         {b->seq, &placed->seq, b->n_tokens},
@@ -363,11 +400,11 @@ static void place_batch(struct run *r, const struct batch *b, struct batch *plac
         {b->pages, &placed->pages, (size_t)b->page_start[b->n_seqs]}, // the last, since only its length varies
     };
     for (size_t i = 0; i < sizeof parts / sizeof parts[0]; i++) {
-        if (parts[i].n) memcpy(r->staging + at, parts[i].from, parts[i].n * sizeof *r->staging);
-        *parts[i].to = r->arrays + at;
+        if (parts[i].n) memcpy(staging + at, parts[i].from, parts[i].n * sizeof *staging);
+        if (parts[i].from) *parts[i].to = r->arrays + at;
         at += (parts[i].n + 3) & ~(size_t)3;
     }
-    r->device->send(r->device, r->arrays, r->staging, at * sizeof *r->staging);
+    r->device->send(r->device, r->arrays, staging, at * sizeof *staging);
 }
 
 void run_store_kv(struct run *r, struct kv_layer *layer, const struct batch *b, const float *k, const float *v) {
@@ -393,8 +430,9 @@ static uint64_t record_key(const struct run *r, const struct kv_store *kv, const
     int32_t longest = ATTN_CHUNK;
     for (size_t i = 0; i < b->n_seqs; i++)
         while (longest < b->kv_len[i]) longest *= 2;
-    const uint64_t parts[] = {b->n_tokens, b->n_logit_rows, (uint64_t)longest, (uintptr_t)r->memory,
-                              (uintptr_t)kv->memory};
+    uint64_t sampling = b->sample ? 1 + 2 * (b->n_banned + 1) + has_filter(b) : 0;
+    const uint64_t parts[] = {b->n_tokens,          b->n_logit_rows,       (uint64_t)longest,
+                              (uintptr_t)r->memory, (uintptr_t)kv->memory, 2 * sampling + r->turn};
     uint64_t key = 14695981039346656037u;
     for (size_t i = 0; i < sizeof parts / sizeof parts[0]; i++) key = (key ^ parts[i]) * 1099511628211u;
     return key ? key : 1;
@@ -404,10 +442,15 @@ static void forward_on_device(const struct model *m, struct run *r, struct kv_st
     struct device *d = r->device;
     struct batch placed;
     place_batch(r, b, &placed);
-    uint64_t key = record_key(r, kv, b);
-    if (key && d->begin(d, key)) return;
-    run_layers(m, r, kv, &placed);
-    if (key) d->end(d);
+    enum { RECORDED_AT_ONCE = 8 }; // sequences
+    uint64_t key = record_key(r, kv, b), last = r->seen[r->turn];
+    r->seen[r->turn] = key;
+    if (b->n_seqs > RECORDED_AT_ONCE && key != last) key = 0; // worth recording when it has come again
+    if (!(key && d->begin(d, key))) {
+        run_layers(m, r, kv, &placed);
+        if (key) d->end(d);
+    }
+    d->mark(d, r->turn);
 }
 
 void model_queue(const struct model *m, struct run *r, struct kv_store *kv, const struct batch *b) {
@@ -446,11 +489,20 @@ static struct greedy_choice choose(const float *logits, size_t n) {
 const struct greedy_choice *run_choices(struct run *r) {
     struct device *d = r->device;
     if (!d) {
-        for (size_t i = 0; i < r->n_rows; i++) r->choices[i] = choose(r->logits + i * r->n_vocab, r->n_vocab);
-    } else if (!d->sync(d, NULL)) {
-        for (size_t i = 0; i < r->n_rows; i++) r->choices[i].ok = 0;
+        for (size_t i = 0; i < r->n_rows; i++) r->choices[0][i] = choose(r->logits + i * r->n_vocab, r->n_vocab);
+        return r->choices[0];
     }
-    return r->choices;
+    return run_choices_of(r, r->turn);
+}
+
+unsigned run_turn(const struct run *r) {
+    return r->turn;
+}
+
+const struct greedy_choice *run_choices_of(struct run *r, unsigned turn) {
+    if (!r->device->reach(r->device, turn))
+        for (size_t i = 0; i < r->turn_rows[turn]; i++) r->choices[turn][i].ok = 0;
+    return r->choices[turn];
 }
 
 const float *model_forward(const struct model *m, struct run *r, struct kv_store *kv, const struct batch *b) {

@@ -142,7 +142,11 @@ const float *model_forward(const struct model *model, struct run *run, struct kv
 // wait for it: for its logits, or for the most probable token of each of its rows alone, which is much less to fetch.
 void model_queue(const struct model *model, struct run *run, struct kv_store *kv, const struct batch *batch);
 const float *run_logits(struct run *run);
-const struct greedy_choice *run_choices(struct run *run); // [n_logit_rows] valid until the next step
+const struct greedy_choice *run_choices(struct run *run); // [n_logit_rows] valid until the next step but one
+// On a device two steps may be under way: the turn (0 or 1) of the one queued last, and what the last step of a turn
+// chose. A step waits for the one before the last.
+unsigned run_turn(const struct run *run);
+const struct greedy_choice *run_choices_of(struct run *run, unsigned turn);
 // Puts K and V [batch->n_tokens, n_kv_heads * head_dim], host memory, into one layer's pages, as a step would.
 void run_store_kv(struct run *run, struct kv_layer *layer, const struct batch *batch, const float *k, const float *v);
 bool run_error(struct run *run, struct error *err); // false, and why, when the run's device has failed

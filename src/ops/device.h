@@ -13,6 +13,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+enum { DEVICE_MARKS = 4 };
+
 struct matrix;
 
 struct device {
@@ -35,6 +37,10 @@ struct device {
     void (*move)(struct device *d, void *to, const void *from, size_t bytes); // device to device, no overlap
     void (*fill)(struct device *d, void *to, uint8_t byte, size_t bytes);
     bool (*sync)(struct device *d, struct error *err);
+    // Marks what was queued so far with a number below DEVICE_MARKS; `reach` waits for all before the number's last
+    // mark, if there is one, and for nothing behind it. False: the device has failed.
+    void (*mark)(struct device *d, unsigned number);
+    bool (*reach)(struct device *d, unsigned number);
 
     // Device data on the host, valid until the next call; NULL when that failed. For taps.
     const void *(*show)(struct device *d, const void *data, size_t bytes);

@@ -35,6 +35,7 @@
 #include "base/pool.h"
 #include "format/dtype.h"
 #include "ops/device.h"
+#include "ops/sampling.h"
 
 #include <stdbool.h>
 #include <stddef.h>
@@ -45,6 +46,7 @@ enum {
     ATTN_BLOCK = 32,     // positions that attention sums before it combines: fixed, absolute, one page
     ACT_BLOCK = 32,      // activations that share a scale in a product with quantised weights
     ATTN_CHUNK = 256,    // positions whose blocks a GPU combines first (docs/NUMERICS.md)
+    MOST_BANNED = 64,    // ids that a step may ban
 };
 
 // A stored weight matrix W [n_out, n_in]; its product with x [n_in] is y[o] = sum_i W[o][i] x[i].
@@ -61,7 +63,7 @@ struct matrix {
 // One step's work: T tokens of S sequences, prefill and decode mixed (DESIGN.md section 2).
 struct batch {
     size_t n_tokens, n_seqs, n_logit_rows;
-    const int32_t *token;      // [n_tokens] ids
+    const int32_t *token;      // [n_tokens] ids; on a device also ~r: what the step before chose for its row r
     const int32_t *position;   // [n_tokens] each token's position in its sequence
     const int32_t *seq;        // [n_tokens] index of each token's sequence
     const int32_t *seq_start;  // [n_seqs + 1] the tokens of sequence s are seq_start[s] .. seq_start[s+1]
@@ -69,7 +71,11 @@ struct batch {
     const int32_t *pages;      // [page_start[n_seqs]]
     const int32_t *kv_len;     // [n_seqs] positions in the KV after this step
     const int32_t *logit_rows; // [n_logit_rows] the tokens whose logits are wanted
-    const struct batch *host;  // the same batch on the host, where the arrays above are a device's; else NULL
+    // On a device only: how a token is chosen for each of these rows, at the position behind the row's; NULL: greedily.
+    const struct sample_row *sample; // [n_logit_rows]
+    const int32_t *banned;           // [n_banned] ids that rows with `ban` never choose
+    size_t n_banned;
+    const struct batch *host; // the same batch on the host, where the arrays above are a device's; else NULL
 };
 
 // The K and V pages of one layer. K and V are rounded once, to `type`, when they are stored: kv_page.h has the layout
@@ -83,10 +89,10 @@ struct kv_layer {
 struct ops;
 struct ops_limits;
 
-// The most probable token of a row of logits.
+// The token chosen for a row of logits: the most probable one, or the one that batch.sample calls for.
 struct greedy_choice {
     int32_t id;    // the smallest, of several
-    float logprob; // natural log of its softmax probability
+    float logprob; // natural log of its softmax probability; 0 where batch.sample called for it
     int32_t ok;    // 0: NaN or Inf in the row, and the rest means nothing
 };
 
@@ -103,7 +109,8 @@ struct op_ctx {
     size_t scratch_floats;
     tap_fn *tap; // NULL: nobody watches
     void *tap_user;
-    int layer; // for the tap
+    int layer;             // for the tap
+    const int32_t *chosen; // [rows] what the step before chose, on a device; NULL elsewhere
 };
 
 // ---- Fused ops: arguments ------------------------------------------------------------------------------------------
@@ -217,6 +224,16 @@ struct layers_args {
     float *board;                    // [board_floats] of this model's alone; all bits set before its first use
 };
 
+// sample: the next token of each row of logits, by ops/sampling.h.
+struct sample_args {
+    const struct batch *batch; // sample, banned, position, logit_rows
+    const float *logits;       // [n_logit_rows, n_vocab]
+    size_t n_vocab;
+    bool has_filter;           // some row has top_k, top_p or min_p
+    struct greedy_choice *out; // [n_logit_rows] memory that the host can read too
+    int32_t *chosen;           // [n_logit_rows] the same ids, for the next step
+};
+
 // ---- The table -----------------------------------------------------------------------------------------------------
 
 // One backend's ops. Filled portable-first, then overridden; chosen once at start.
@@ -259,6 +276,8 @@ struct ops {
     void (*gather)(const struct op_ctx *ctx, float *y, const float *x, const int32_t *rows, size_t n_rows, size_t n);
     // out[r] of logits[r]: [n_rows, n]. `out` is memory that the host can read too. NULL: the backend has none.
     void (*choose)(const struct op_ctx *ctx, struct greedy_choice *out, const float *logits, size_t n_rows, size_t n);
+    // Instead of choose, where the batch says how. NULL: the backend has none.
+    void (*sample)(const struct op_ctx *ctx, const struct sample_args *a);
     // Attention's four parts, for one token and one head; n_kv = position + 1, `pages` is the sequence's page list.
     void (*attn_scores)(const struct op_ctx *ctx, float *s, const float *q, const struct kv_layer *kv, size_t kv_head,
                         const int32_t *pages, size_t n_kv,

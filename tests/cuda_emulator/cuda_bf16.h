@@ -180,8 +180,21 @@ static inline unsigned atomicAdd(unsigned *p, unsigned v) {
     return before;
 }
 
+static inline unsigned long long atomicAdd(unsigned long long *p, unsigned long long v) {
+    emulated_pause();
+    unsigned long long before = *p;
+    *p = before + v;
+    return before;
+}
+
 template <typename T> static inline T __shfl_xor_sync(unsigned, T v, int mask) {
-    return emulated_bits<T>(emulated_shuffle_xor(emulated_bits<uint32_t>(v), mask));
+    if constexpr (sizeof(T) == 8) {
+        uint64_t bits = emulated_bits<uint64_t>(v);
+        uint64_t low = emulated_shuffle_xor((uint32_t)bits, mask);
+        return emulated_bits<T>((uint64_t)emulated_shuffle_xor((uint32_t)(bits >> 32), mask) << 32 | low);
+    } else {
+        return emulated_bits<T>(emulated_shuffle_xor(emulated_bits<uint32_t>(v), mask));
+    }
 }
 
 #endif

@@ -149,7 +149,7 @@ static void protect(bool read_only) {
 // ---- What is queued
 // ------------------------------------------------------------------------------------------------------------
 
-enum node_kind { KERNEL, COPY, FILL, FENCE }; // FENCE: nothing behind it begins early
+enum node_kind { KERNEL, COPY, FILL, FENCE, EVENT }; // FENCE, EVENT: nothing behind it begins early
 
 struct node {
     enum node_kind kind;
@@ -158,6 +158,13 @@ struct node {
     const void *from;
     int byte;
     size_t bytes;
+    struct emulated_event *event;
+};
+
+// How often it was recorded, and how many of these records were reached.
+struct emulated_event {
+    uint64_t recorded, reached;
+    struct emulated_stream *stream;
 };
 
 struct emulated_graph {
@@ -283,19 +290,26 @@ static void run_kernel(const struct emulated_graph *q, size_t at) {
     emulated_counts.launches++;
 }
 
-static void run_queue(struct emulated_graph *q) {
+// Up to where `until` was last recorded; NULL: all of it. No block behind an event has begun.
+static void run_queue(struct emulated_graph *q, struct emulated_event *until) {
     create_blocks();
-    for (size_t i = 0; i < q->n; i++) {
-        const struct node *n = &q->nodes[i];
-        if (n->kind == KERNEL) run_kernel(q, i);
+    size_t done = 0;
+    while (done < q->n && !(until && until->reached == until->recorded)) {
+        const struct node *n = &q->nodes[done];
+        if (n->kind == KERNEL) run_kernel(q, done);
         else if (n->kind == COPY) memmove(n->to, n->from, n->bytes);
         else if (n->kind == FILL) memset(n->to, n->byte, n->bytes);
+        else if (n->kind == EVENT) n->event->reached++;
+        done++;
     }
-    clear(q);
+    for (size_t i = 0; i < done; i++)
+        if (q->nodes[i].kind == KERNEL) free(q->nodes[i].kernel.kernel.arguments);
+    if (done) memmove(q->nodes, q->nodes + done, (q->n - done) * sizeof *q->nodes);
+    q->n -= done;
 }
 
 static void run_all(void) {
-    for (struct emulated_stream *s = streams; s; s = s->next) run_queue(&s->queue);
+    for (struct emulated_stream *s = streams; s; s = s->next) run_queue(&s->queue, NULL);
 }
 
 static struct emulated_graph *target(cudaStream_t s) {
@@ -363,7 +377,7 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t *s, unsigned flags) {
 
 cudaError_t cudaStreamDestroy(cudaStream_t s) {
     pthread_mutex_lock(&lock);
-    run_queue(&s->queue);
+    run_queue(&s->queue, NULL);
     for (struct emulated_stream **at = &streams; *at; at = &(*at)->next)
         if (*at == s) {
             *at = s->next;
@@ -378,7 +392,36 @@ cudaError_t cudaStreamDestroy(cudaStream_t s) {
 cudaError_t cudaStreamSynchronize(cudaStream_t s) {
     if (s->recording) return cudaErrorStreamCaptureUnsupported;
     pthread_mutex_lock(&lock);
-    run_queue(&s->queue);
+    run_queue(&s->queue, NULL);
+    pthread_mutex_unlock(&lock);
+    return cudaSuccess;
+}
+
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t *e, unsigned flags) {
+    (void)flags;
+    *e = calloc(1, sizeof **e);
+    return *e ? cudaSuccess : cudaErrorMemoryAllocation;
+}
+
+cudaError_t cudaEventDestroy(cudaEvent_t e) {
+    pthread_mutex_lock(&lock);
+    run_all();
+    pthread_mutex_unlock(&lock);
+    free(e);
+    return cudaSuccess;
+}
+
+cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t s) {
+    if (s->recording) return cudaErrorStreamCaptureUnsupported;
+    e->stream = s;
+    e->recorded++;
+    append(&s->queue, (struct node){.kind = EVENT, .event = e});
+    return cudaSuccess;
+}
+
+cudaError_t cudaEventSynchronize(cudaEvent_t e) {
+    pthread_mutex_lock(&lock);
+    if (e->reached < e->recorded) run_queue(&e->stream->queue, e);
     pthread_mutex_unlock(&lock);
     return cudaSuccess;
 }

@@ -6,6 +6,7 @@
 //   test_emulated_80           the sources' path for chips before Hopper: fewer tests
 #include "emulator.h"
 
+#include "../ops/cuda_sampling.h"
 #include "../ops/cuda_ways.h"
 #include "base/clock.h"
 #include "doctor/doctor.h"
@@ -274,6 +275,25 @@ static void test_persistent(void **state) {
     }
 }
 
+// ---- The host's sampler, on the device
+// ----------------------------------------------------------------------------------------------
+
+static void test_sampling(void **state) {
+    (void)state;
+    static const struct sampling_plan plans[] = {{203, 64, 12, 1}, {4099, 7, 8, 2}, {9, 16, 20, 3}, {1500, 270, 1, 4}};
+    for (size_t i = 0; i < sizeof plans / sizeof *plans; i++) {
+        double start = clock_seconds();
+        size_t n_filtered = 0;
+        open_gpu(20 + i, i % 2 ? 132 : 8);
+        size_t different = compare_sampling(cuda, &plans[i], &n_filtered);
+        ops_close(cuda);
+        print_message("%zu tokens of %zu, %zu of them filtered, %zu differ, %.1f s\n",
+                      plans[i].n_rows * plans[i].n_rounds, plans[i].n_vocab, n_filtered, different,
+                      clock_seconds() - start);
+        assert_int_equal(different, 0);
+    }
+}
+
 // ---- Against the oracle
 // ----------------------------------------------------------------------------------------------------------
 
@@ -348,7 +368,7 @@ int main(int argc, char **argv) {
         cmocka_unit_test(test_persistent),      cmocka_unit_test(test_oracle),
         cmocka_unit_test(test_doctor),          cmocka_unit_test(test_quantised),
         cmocka_unit_test(test_quantised_tiles), cmocka_unit_test(test_quantised_values),
-        cmocka_unit_test(test_groups),
+        cmocka_unit_test(test_groups),          cmocka_unit_test(test_sampling),
     };
     if (argc > 1) cmocka_set_test_filter(argv[1]);
     else if (strstr(argv[0], "test_emulated_80")) cmocka_set_test_filter("test_heads");

@@ -2,6 +2,7 @@
 // fused op alone, any chunking, next to neighbours, other pages, recorded or not) gives the same bytes of logits, over
 // poisoned pages; and every intermediate result is as close to the f64 oracle as the contract asks. Skipped, with the
 // reason, where there is no GPU.
+#include "cuda_sampling.h"
 #include "cuda_ways.h"
 
 #include <setjmp.h>
@@ -109,6 +110,19 @@ static void test_oracle_tandem_tiny(void **state) {
     judge("models/tandem-tiny", 0.5);
 }
 
+static void test_sampling(void **state) {
+    (void)state;
+    if (!cuda) skip();
+    static const struct sampling_plan plans[] = {
+        {151936, 1, 60, 1}, {151936, 32, 12, 2}, {151936, 256, 2, 3}, {8192, 300, 4, 4}};
+    for (size_t i = 0; i < sizeof plans / sizeof *plans; i++) {
+        size_t n_filtered = 0, different = compare_sampling(cuda, &plans[i], &n_filtered);
+        print_message("%zu tokens of %zu, %zu of them filtered: %zu differ from the host's\n",
+                      plans[i].n_rows * plans[i].n_rounds, plans[i].n_vocab, n_filtered, different);
+        assert_int_equal(different, 0);
+    }
+}
+
 // ---- Opening, and what cannot be opened
 // ------------------------------------------------------------------------------
 
@@ -161,6 +175,7 @@ int main(int argc, char **argv) {
         cmocka_unit_test(test_tiny_llama),      cmocka_unit_test(test_tandem_tiny),
         cmocka_unit_test(test_full_shape),      cmocka_unit_test(test_oracle_quantised),
         cmocka_unit_test(test_quantised),       cmocka_unit_test(test_depths),
+        cmocka_unit_test(test_sampling),
     };
     if (argc > 1) cmocka_set_test_filter(argv[1]);
     return cmocka_run_group_tests(tests, open_gpu, close_gpu);

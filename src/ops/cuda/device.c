@@ -119,10 +119,14 @@ static void copy(struct cuda_state *s, void *to, const void *from, size_t bytes,
     cuda_check(s, cudaMemcpyAsync(to, from, bytes, kind, s->stream), "copying");
 }
 
-static void wait(struct cuda_state *s) {
-    if (s->failed == cudaSuccess) cuda_check(s, cudaStreamSynchronize(s->stream), "running a step");
+static void check_alarm(struct cuda_state *s) {
     if (s->alarm && *(volatile unsigned *)s->alarm)
         cuda_check(s, cudaErrorLaunchTimeout, "running all layers in one kernel, whose blocks waited for each other");
+}
+
+static void wait(struct cuda_state *s) {
+    if (s->failed == cudaSuccess) cuda_check(s, cudaStreamSynchronize(s->stream), "running a step");
+    check_alarm(s);
 }
 
 static void put(struct device *d, void *to, const void *from, size_t bytes) {
@@ -155,6 +159,18 @@ static bool sync_device(struct device *d, struct error *err) {
     if (s->failed == cudaSuccess) return true;
     return error_set(err, "%s failed while %s: %s (%s)", d->name, s->failed_at, cudaGetErrorString(s->failed),
                      cudaGetErrorName(s->failed));
+}
+
+static void mark(struct device *d, unsigned number) {
+    struct cuda_state *s = state(d);
+    if (s->failed == cudaSuccess) cuda_check(s, cudaEventRecord(s->marks[number], s->stream), "running a step");
+}
+
+static bool reach(struct device *d, unsigned number) {
+    struct cuda_state *s = state(d);
+    if (s->failed == cudaSuccess) cuda_check(s, cudaEventSynchronize(s->marks[number]), "running a step");
+    check_alarm(s);
+    return s->failed == cudaSuccess;
 }
 
 static const void *show(struct device *d, const void *data, size_t bytes) {
@@ -261,9 +277,13 @@ static bool start(struct cuda_state *s, struct error *err) {
         e = cudaSetDevice(s->index);
     }
     if (e == cudaSuccess) e = cudaStreamCreateWithFlags(&s->stream, cudaStreamNonBlocking);
+    for (int i = 0; i < DEVICE_MARKS && e == cudaSuccess; i++)
+        e = cudaEventCreateWithFlags(&s->marks[i], cudaEventDisableTiming);
     if (e == cudaSuccess) e = cudaMalloc((void **)&s->arrivals, SPLIT_ROWS * sizeof *s->arrivals);
     if (e == cudaSuccess) e = cudaMemset(s->arrivals, 0, SPLIT_ROWS * sizeof *s->arrivals);
     if (e == cudaSuccess) e = cudaMalloc(&s->parts, cuda_choose_bytes());
+    if (e == cudaSuccess) e = cudaMalloc(&s->sampling, cuda_sample_bytes());
+    if (e == cudaSuccess) e = cudaMemset(s->sampling, 0, cuda_sample_bytes());
     if (e == cudaSuccess) {
         cuda_products_setup(s);
         cuda_quantised_setup(s);
@@ -300,6 +320,8 @@ const struct ops *ops_cuda_open(int index, struct error *err) {
                                 .move = move,
                                 .fill = fill,
                                 .sync = sync_device,
+                                .mark = mark,
+                                .reach = reach,
                                 .show = show,
                                 .matrix_bytes = matrix_bytes,
                                 .put_matrix = put_matrix,
@@ -314,6 +336,7 @@ const struct ops *ops_cuda_open(int index, struct error *err) {
     cuda_fill_attention(&s->ops);
     cuda_fill_choose(&s->ops);
     cuda_fill_persistent(&s->ops);
+    cuda_fill_sample(&s->ops);
     if (start(s, err)) return &s->ops;
     ops_cuda_close(&s->ops);
     return NULL;
@@ -326,7 +349,10 @@ void ops_cuda_close(const struct ops *ops) {
     if (s->arrivals) cudaFree(s->arrivals);
     if (s->parts) cudaFree(s->parts);
     if (s->alarm) cudaFreeHost(s->alarm);
+    if (s->sampling) cudaFree(s->sampling);
     free_host(&s->device, s->shown);
+    for (int i = 0; i < DEVICE_MARKS; i++)
+        if (s->marks[i]) cudaEventDestroy(s->marks[i]);
     if (s->stream) cudaStreamDestroy(s->stream);
     free(s->recordings);
     free(s);

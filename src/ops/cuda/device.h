@@ -26,12 +26,14 @@ struct cuda_state {
     char short_name[16]; // "cuda:0"
     int index, n_sms;
     cudaStream_t stream;
+    cudaEvent_t marks[DEVICE_MARKS];
     cudaError_t failed;    // the first error; nothing is done after it
     const char *failed_at; // what was being done
     unsigned *arrivals;    // [SPLIT_ROWS] zero between launches
     void *parts;           // for choose
     unsigned *alarm;       // on the host: a kernel whose blocks wait for each other has waited too long
     int n_clusters;        // of eight blocks that the GPU holds at once, each with an SM's shared memory
+    void *sampling;        // for sample
     void *shown;           // for device.show
     size_t shown_bytes;
     struct recording *recordings;
@@ -56,7 +58,9 @@ void cuda_fill_products(struct ops *ops);
 void cuda_fill_attention(struct ops *ops);
 void cuda_fill_choose(struct ops *ops);
 void cuda_fill_persistent(struct ops *ops);
+void cuda_fill_sample(struct ops *ops);
 size_t cuda_choose_bytes(void);
+size_t cuda_sample_bytes(void);
 bool cuda_products_setup(struct cuda_state *s);
 bool cuda_attention_setup(struct cuda_state *s);
 bool cuda_wide_setup(struct cuda_state *s);

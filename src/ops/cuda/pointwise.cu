@@ -9,10 +9,12 @@ enum { THREADS = 256 };
 // ---- Kernels
 // ---------------------------------------------------------------------------------------------------------
 
-static __global__ void k_embed(float *x, const __nv_bfloat16 *table, const int32_t *token, int n, int columns) {
+static __global__ void k_embed(float *x, const __nv_bfloat16 *table, const int32_t *token, const int32_t *chosen, int n,
+                               int columns) {
     dependents_may_start();
     dependency_wait();
-    size_t row = (size_t)token[blockIdx.x];
+    int32_t id = token[blockIdx.x];
+    size_t row = (size_t)(id < 0 ? chosen[~id] : id);
     for (int k = (int)threadIdx.x; k < n; k += THREADS)
         x[(size_t)blockIdx.x * n + k] = __bfloat162float(table[unit_index(row, (size_t)k, (size_t)columns)]);
 }
@@ -137,7 +139,7 @@ static void embed(const struct op_ctx *ctx, float *x, const struct matrix *table
         return;
     }
     launch_kernel(cuda_of(ctx), "embed", k_embed, {grid_for(n_tokens), THREADS, 0}, x,
-                  (const __nv_bfloat16 *)table->data, token, (int)table->n_in, (int)padded_columns(table->n_in));
+                  (const __nv_bfloat16 *)table->data, token, ctx->chosen, (int)table->n_in, (int)padded_columns(table->n_in));
 }
 
 static void rmsnorm(const struct op_ctx *ctx, float *y, const float *x, const float *w, float eps, size_t n_rows,

@@ -25,12 +25,12 @@ template <typename F> static bool with_format(enum dtype type, F f) {
 // ---------------------------------------------------------------------------------------------------------
 
 template <typename Q>
-static __global__ void k_embed_quantised(float *x, const unsigned char *table, const int32_t *token, int n,
-                                         int columns) {
+static __global__ void k_embed_quantised(float *x, const unsigned char *table, const int32_t *token,
+                                         const int32_t *chosen, int n, int columns) {
     using W = quantised_weights<Q>;
     dependents_may_start();
     dependency_wait();
-    int row = token[blockIdx.x], n_slices = columns / SLICE;
+    int id = token[blockIdx.x], row = id < 0 ? chosen[~id] : id, n_slices = columns / SLICE;
     const unsigned char *records = table + (size_t)(row / 8) * n_slices * W::RECORD;
     for (int k = (int)threadIdx.x; k < n; k += PRODUCT_THREADS)
         x[(size_t)blockIdx.x * n + k] = W::value(records + (size_t)(k / SLICE) * W::RECORD, row % 8, k % SLICE);
@@ -77,7 +77,8 @@ extern "C" void cuda_quantised_embed(const struct op_ctx *ctx, float *x, const s
                                      const int32_t *token, size_t n_tokens) {
     with_format(table->type, [&](auto q) {
         launch_kernel(cuda_of(ctx), "embed", k_embed_quantised<decltype(q)>, {grid_for(n_tokens), PRODUCT_THREADS, 0},
-                      x, (const unsigned char *)table->data, token, (int)table->n_in, (int)padded_columns(table->n_in));
+                      x, (const unsigned char *)table->data, token, ctx->chosen, (int)table->n_in,
+                      (int)padded_columns(table->n_in));
     });
 }
 
