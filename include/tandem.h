@@ -269,7 +269,8 @@ TANDEM_API void tandem_cancel(tandem_engine *engine, uint64_t id);
 typedef bool tandem_event_callback(void *user, const tandem_event *event);
 
 /* Makes one step of all requests. TANDEM_OK: call again; TANDEM_END: there is no request. Faults end requests, not
- * steps. */
+ * steps. On a GPU that chooses all tokens of a step, the call queues that step and tells of the one before; what ended
+ * in the meantime costs the step a row, and changes nothing else. */
 TANDEM_API int tandem_step(tandem_engine *engine, tandem_event_callback *callback, void *user);
 
 /* Waits until there is something to do for tandem_step, at most so long. True: there is. */

@@ -78,7 +78,7 @@ static tandem_sampling sampling_of(int i) {
 
 static uint64_t submit(tandem_engine *e, int i, bool on_host, struct result *r) {
     int32_t ids[40];
-    size_t n = (size_t)(20 + i * 7 % 12);
+    size_t n = (size_t)(29 + i * 7 % 3);
     for (size_t k = 0; k < n; k++) ids[k] = (int32_t)((k * 31 + (size_t)(i % 3) * 97 + (k < 8 ? 0 : (size_t)i)) % 640);
     tandem_sampling s = sampling_of(i);
     uint64_t id = 0;
@@ -130,7 +130,7 @@ static void late_steps_change_no_token(void **state) {
     close_engine(e);
     assert_int_equal(host[3][0].n, 2);
     assert_int_equal(host[3][0].finish, TANDEM_FINISH_END);
-    static const size_t shapes[][3] = {{512, 64, 5}, {PAGES * 32, 8, 4}};
+    static const size_t shapes[][3] = {{512, 64, 5}, {PAGES * 32, 64, 4}};
     uint64_t preemptions = 0;
     for (size_t k = 0; k < sizeof shapes / sizeof *shapes; k++) {
         e = open_engine(shapes[k][0], shapes[k][1], shapes[k][2], 2 + k);
