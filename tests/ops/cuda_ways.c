@@ -287,7 +287,17 @@ static void run_at_depths(const struct subject *s, const size_t *depths, size_t 
         int32_t position = (int32_t)(depths[i / STEPS_AT_DEPTH] + i % STEPS_AT_DEPTH), kv_len = position + 1;
         int32_t token = id_at(s->model, 0, (size_t)position), zero = 0, starts[] = {0, 1};
         int32_t page_start[] = {0, position / KV_PAGE_TOKENS + 1};
-        struct batch b = {1, 1, 1, &token, &position, &zero, starts, page_start, pages, &kv_len, &zero, NULL};
+        struct batch b = {.n_tokens = 1,
+                          .n_seqs = 1,
+                          .n_logit_rows = 1,
+                          .token = &token,
+                          .position = &position,
+                          .seq = &zero,
+                          .seq_start = starts,
+                          .page_start = page_start,
+                          .pages = pages,
+                          .kv_len = &kv_len,
+                          .logit_rows = &zero};
         const float *logits = model_forward(s->model, run, &kv, &b);
         if (!run_error(run, &err)) fail_msg("depth %d: %s", (int)position, err.text);
         memcpy(out, logits, c->n_vocab * sizeof *out);
