@@ -136,8 +136,17 @@ static void layer_create(struct layer *l, const struct shape *s) {
     }
     l->past_k = random_floats(n_past * kv, 3.0f);
     l->past_v = random_floats(n_past * kv, 3.0f);
-    l->batch = (struct batch){l->n_tokens,  s->n_seqs,     l->n_tokens, l->token,  l->position,   l->seq,
-                              l->seq_start, l->page_start, l->pages,    l->kv_len, l->logit_rows, NULL};
+    l->batch = (struct batch){.n_tokens = l->n_tokens,
+                              .n_seqs = s->n_seqs,
+                              .n_logit_rows = l->n_tokens,
+                              .token = l->token,
+                              .position = l->position,
+                              .seq = l->seq,
+                              .seq_start = l->seq_start,
+                              .page_start = l->page_start,
+                              .pages = l->pages,
+                              .kv_len = l->kv_len,
+                              .logit_rows = l->logit_rows};
 }
 
 static void layer_free(struct layer *l) {
