@@ -444,7 +444,7 @@ template <class S> static void launch(struct cuda_state *s, const char *what, gr
 bool cuda_group_product(const struct op_ctx *ctx, const char *what, enum product_mode mode, const product_args &p,
                         size_t pairs) {
     struct cuda_state *s = cuda_of(ctx);
-    if (!(s->device.variants & VARIANT_WGMMA)) return false;
+    if (!HOPPER || !(s->device.variants & VARIANT_WGMMA)) return false;
     size_t token_units = ((size_t)p.n_tokens + MOST_TOKENS - 1) / MOST_TOKENS * (MOST_TOKENS / 8);
     unsigned char *first = (unsigned char *)ctx->scratch, *second = first + ctx->scratch_floats / 8 * 16;
     int rows = (int)pairs * 16,
