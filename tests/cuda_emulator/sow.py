@@ -60,8 +60,6 @@ MISTAKES = [
      ("groups.cu", "if (round > 0) barrier_wait(&r.empty[stage]", "if (round > 0 && !M) barrier_wait(&r.empty[stage]")),
     ("a group's sums read before they are there", "PAGES",
      ("groups.cu", "    group_wait<P>(d);", "    if (!M || P > 0) group_wait<P>(d);")),
-    ("a group's stage given back too early", "TILES",
-     ("groups.cu", "        if (!is_first) give_back<S>(r, last, at.lane);", "        if (!is_first || M) give_back<S>(r, last, at.lane);")),
     ("a group's rows of padding written", "PAGES",
      ("groups.cu", "if (token + lane / 4 + i * 8 >= p.n_tokens) continue;", "if (token + lane / 4 + i * 8 >= p.n_tokens && !M) continue;")),
     ("a group's tail of columns not zero", "PAGES",
