@@ -8,6 +8,11 @@
 #include <stdlib.h>
 #include <string.h>
 
+enum {
+    LANES = 16, // logits looked at together
+    FEW = 256,  // so many best ones are found with a heap
+};
+
 bool sampler_create(struct sampler *s, size_t n_vocab, struct error *err) {
     *s = (struct sampler){.n_vocab = n_vocab};
     s->logits = size_alloc(n_vocab, sizeof *s->logits);
@@ -90,6 +95,20 @@ static bool better(struct candidate a, struct candidate b) {
     return sampling_place(a.logit, a.id) > sampling_place(b.logit, b.id);
 }
 
+// Moves c[i] of a heap of n, in which nothing is worse than what stands above it, down to its place.
+static void sink(struct candidate *c, size_t n, size_t i) {
+    for (;;) {
+        size_t worst = i, left = 2 * i + 1;
+        if (left < n && better(c[worst], c[left])) worst = left;
+        if (left + 1 < n && better(c[worst], c[left + 1])) worst = left + 1;
+        if (worst == i) return;
+        struct candidate t = c[i];
+        c[i] = c[worst];
+        c[worst] = t;
+        i = worst;
+    }
+}
+
 // Moves the k best of n candidates to the front, in order (quickselect by Hoare's partition, then a sort of the front).
 static void select_best(struct candidate *c, size_t n, size_t k) {
     size_t lo = 0, hi = n; // c[0..lo) are among the best, c[hi..n) are not
@@ -111,11 +130,36 @@ static void select_best(struct candidate *c, size_t n, size_t k) {
     qsort(c, k, sizeof *c, compare);
 }
 
+// The highest of n logits; of equal ones the first.
 static int32_t greedy(const float *logits, size_t n) {
-    size_t best = 0;
-    for (size_t i = 1; i < n; i++)
-        if (logits[i] > logits[best]) best = i;
+    float most[LANES];
+    size_t best = 0, i = 0;
+    for (size_t k = 0; k < LANES; k++) most[k] = -INFINITY;
+    for (; i + LANES <= n; i += LANES)
+        for (size_t k = 0; k < LANES; k++) most[k] = logits[i + k] > most[k] ? logits[i + k] : most[k];
+    float highest = -INFINITY;
+    for (size_t k = 0; k < LANES; k++) highest = most[k] > highest ? most[k] : highest;
+    for (; i < n; i++) highest = logits[i] > highest ? logits[i] : highest;
+    while (best + 1 < n && logits[best] != highest) best++;
     return (int32_t)best;
+}
+
+// Writes the k best of n logits to c, in order, without looking at most of them twice: a heap of the best so far, the
+// worst of them on top. Later ids are worse than equal earlier ones, so that a logit must be higher to get in.
+static void take_best(struct candidate *c, const float *logits, size_t n, size_t k) {
+    for (size_t i = 0; i < k; i++) c[i] = (struct candidate){.logit = logits[i], .id = (int32_t)i};
+    for (size_t i = k / 2; i-- > 0;) sink(c, k, i);
+    for (size_t i = k, end; i < n; i = end) {
+        end = i + LANES < n ? i + LANES : n;
+        int any = end - i < LANES;
+        for (size_t j = 0; j < LANES && i + LANES <= n; j++) any |= logits[i + j] > c[0].logit;
+        for (size_t j = i; any && j < end; j++) {
+            if (!(logits[j] > c[0].logit)) continue;
+            c[0] = (struct candidate){.logit = logits[j], .id = (int32_t)j};
+            sink(c, k, 0);
+        }
+    }
+    qsort(c, k, sizeof *c, compare);
 }
 
 static uint64_t weights_of(const struct candidate *c, size_t n, float best, float scale) {
@@ -124,10 +168,17 @@ static uint64_t weights_of(const struct candidate *c, size_t n, float best, floa
     return sum;
 }
 
-// Moves the tokens that top_k and top_p keep to the front of all `n` candidates. Returns how many.
-static size_t keep(struct candidate *c, size_t n, const tandem_sampling *p, float best, float scale) {
+// Moves the tokens that top_k and top_p keep of n logits to the front of the candidates. Returns how many.
+static size_t keep(struct candidate *c, const float *logits, size_t n, const tandem_sampling *p, float best,
+                   float scale) {
     size_t k = n;
-    if (p->top_k > 0 && (size_t)p->top_k < n) select_best(c, n, k = (size_t)p->top_k);
+    if (p->top_k > 0 && (size_t)p->top_k < n) k = (size_t)p->top_k;
+    if (k < n && k <= FEW) {
+        take_best(c, logits, n, k);
+    } else {
+        for (size_t i = 0; i < n; i++) c[i] = (struct candidate){.logit = logits[i], .id = (int32_t)i};
+        if (k < n) select_best(c, n, k);
+    }
     if (!(p->top_p < 1)) return k;
     double most = p->top_p * (double)weights_of(c, k, best, scale);
     size_t sorted = k < n ? k : 0, kept = 0; // c[0..sorted) are the best, in order
@@ -162,47 +213,89 @@ static int32_t draw(const struct candidate *c, size_t n, const tandem_sampling *
     return chosen;
 }
 
+// Whether anything changes the logits before a choice.
+static bool changes(const tandem_sampling *p, size_t n_banned, const uint32_t *mask) {
+    return p->n_bias || p->repeat_penalty != 1 || p->presence_penalty != 0 || p->frequency_penalty != 0 || n_banned ||
+           mask;
+}
+
 int32_t sampler_choose(struct sampler *s, const tandem_sampling *p, const float *logits, struct sampler_history h,
                        const int32_t *banned, size_t n_banned, const uint32_t *mask) {
-    memcpy(s->logits, logits, s->n_vocab * sizeof *logits);
-    adjust(s, p, h);
-    for (size_t i = 0; i < n_banned; i++)
-        if (banned[i] >= 0 && (size_t)banned[i] < s->n_vocab) s->logits[banned[i]] = -INFINITY;
-    for (size_t i = 0; mask && i < s->n_vocab; i++)
-        if (!(mask[i / 32] >> i % 32 & 1)) s->logits[i] = -INFINITY;
-    int32_t best = greedy(s->logits, s->n_vocab);
+    if (changes(p, n_banned, mask)) {
+        memcpy(s->logits, logits, s->n_vocab * sizeof *logits);
+        adjust(s, p, h);
+        for (size_t i = 0; i < n_banned; i++)
+            if (banned[i] >= 0 && (size_t)banned[i] < s->n_vocab) s->logits[banned[i]] = -INFINITY;
+        for (size_t i = 0; mask && i < s->n_vocab; i++)
+            if (!(mask[i / 32] >> i % 32 & 1)) s->logits[i] = -INFINITY;
+        logits = s->logits;
+    }
+    int32_t best = greedy(logits, s->n_vocab);
     if (p->temperature == 0) return best;
-    for (size_t i = 0; i < s->n_vocab; i++)
-        s->candidates[i] = (struct candidate){.logit = s->logits[i], .id = (int32_t)i};
     double scale = sampling_scale(p->temperature);
-    size_t n = keep(s->candidates, s->n_vocab, p, s->logits[best], (float)scale);
-    return draw(s->candidates, n, p, sampling_key(p->seed, h.n), s->logits[best], scale);
+    size_t n = keep(s->candidates, logits, s->n_vocab, p, logits[best], (float)scale);
+    return draw(s->candidates, n, p, sampling_key(p->seed, h.n), logits[best], scale);
+}
+
+// What turns logits into natural logs of the softmax's probabilities.
+struct norm {
+    double max, log_sum;
+};
+
+static struct norm norm_of(const float *logits, size_t n) {
+    struct norm norm = {.max = (double)logits[greedy(logits, n)]};
+    double sum = 0;
+    for (size_t i = 0; i < n; i++) sum += exp((double)logits[i] - norm.max);
+    norm.log_sum = log(sum);
+    return norm;
+}
+
+static float logprob_of(const float *logits, struct norm norm, int32_t id) {
+    return (float)((double)logits[id] - norm.max - norm.log_sum);
 }
 
 float logits_logprob(const float *logits, size_t n, int32_t id) {
-    double max = (double)logits[greedy(logits, n)], sum = 0;
-    for (size_t i = 0; i < n; i++) sum += exp((double)logits[i] - max);
-    return (float)((double)logits[id] - max - log(sum));
+    return logprob_of(logits, norm_of(logits, n), id);
 }
 
-void logits_top(const float *logits, size_t n_vocab, tandem_token *top, size_t n) {
-    double max = (double)logits[greedy(logits, n_vocab)], sum = 0;
-    for (size_t i = 0; i < n_vocab; i++) sum += exp((double)logits[i] - max);
+// The best token behind `last`, by going through all; n_vocab: there is none.
+static size_t next_best(const float *logits, size_t n_vocab, const tandem_token *last) {
+    size_t best = n_vocab;
+    for (size_t i = 0; i < n_vocab; i++) {
+        bool behind = !last || logits[i] < logits[last->id] || (logits[i] == logits[last->id] && (int32_t)i > last->id);
+        if (behind && (best == n_vocab || logits[i] > logits[best])) best = i;
+    }
+    return best;
+}
+
+static void top_of(const float *logits, size_t n_vocab, struct norm norm, tandem_token *top, size_t n) {
+    struct candidate few[FEW];
+    bool is_few = n <= FEW && n <= n_vocab;
+    if (is_few) take_best(few, logits, n_vocab, n);
     for (size_t k = 0; k < n; k++) {
-        size_t best = n_vocab;
-        for (size_t i = 0; i < n_vocab; i++) {
-            bool after_last = k == 0 || logits[i] < logits[top[k - 1].id] ||
-                              (logits[i] == logits[top[k - 1].id] && (int32_t)i > top[k - 1].id);
-            if (after_last && (best == n_vocab || logits[i] > logits[best])) best = i;
-        }
+        size_t best = is_few ? (size_t)few[k].id : next_best(logits, n_vocab, k ? &top[k - 1] : NULL);
         if (best == n_vocab) best = 0; // n > n_vocab: the caller asked for too many
-        top[k] = (tandem_token){.id = (int32_t)best, .logprob = (float)((double)logits[best] - max - log(sum))};
+        top[k] = (tandem_token){.id = (int32_t)best, .logprob = logprob_of(logits, norm, (int32_t)best)};
     }
 }
 
+void logits_top(const float *logits, size_t n_vocab, tandem_token *top, size_t n) {
+    top_of(logits, n_vocab, norm_of(logits, n_vocab), top, n);
+}
+
+void logits_logprobs(const float *logits, size_t n_vocab, tandem_token *token, tandem_token *top, size_t n) {
+    struct norm norm = norm_of(logits, n_vocab);
+    token->logprob = logprob_of(logits, norm, token->id);
+    top_of(logits, n_vocab, norm, top, n);
+}
+
 bool logits_finite(const float *logits, size_t n) {
-    float sum = 0; // x * 0 is 0 for a finite x and NaN for any other
-    for (size_t i = 0; i < n; i++) sum += logits[i] * 0.0f;
+    float sums[LANES] = {0}, sum = 0; // x * 0 is 0 for a finite x and NaN for any other
+    size_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (size_t k = 0; k < LANES; k++) sums[k] += logits[i + k] * 0.0f;
+    for (size_t k = 0; k < LANES; k++) sum += sums[k];
+    for (; i < n; i++) sum += logits[i] * 0.0f;
     return sum == 0;
 }
 

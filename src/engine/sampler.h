@@ -15,7 +15,7 @@ struct candidate {
     int32_t id;
 };
 
-// Scratch for one choice, planned at start.
+// Scratch for one choice at a time, planned at start.
 struct sampler {
     size_t n_vocab;
     float *logits;                // [n_vocab] working copy
@@ -47,6 +47,8 @@ double sampler_uniform(uint64_t seed, uint64_t position, int32_t id);
 // first).
 float logits_logprob(const float *logits, size_t n_vocab, int32_t id);
 void logits_top(const float *logits, size_t n_vocab, tandem_token *top, size_t n);
+// Both, for the price of one: of token->id, and of the n most probable.
+void logits_logprobs(const float *logits, size_t n_vocab, tandem_token *token, tandem_token *top, size_t n);
 bool logits_finite(const float *logits, size_t n_vocab);
 uint64_t logits_hash(uint64_t hash, const float *logits, size_t n_vocab); // chainable; start with 0
 

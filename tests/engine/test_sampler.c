@@ -10,6 +10,7 @@
 #include <cmocka.h>
 
 #include "engine/sampler.h"
+#include "ops/sampling.h"
 
 enum { N = 300 };
 
@@ -133,6 +134,74 @@ static void top_k_equals_a_full_sort(void **state) {
     }
 }
 
+// What ops/sampling.h says is chosen, step by step and slowly.
+static int32_t by_definition(const tandem_sampling *p, const float *logits, size_t n, size_t position) {
+    int32_t order[2 * N], chosen = -1;
+    double scale = sampling_scale(p->temperature), highest = 0, sum = 0, all = 0;
+    for (size_t i = 0; i < n; i++) { // insertion sort, the best first
+        size_t at = i;
+        for (; at > 0 && sampling_place(logits[order[at - 1]], order[at - 1]) < sampling_place(logits[i], (int32_t)i);
+             at--)
+            order[at] = order[at - 1];
+        order[at] = (int32_t)i;
+    }
+    float best = logits[order[0]];
+    size_t k = p->top_k > 0 && (size_t)p->top_k < n ? (size_t)p->top_k : n;
+    for (size_t i = 0; i < k; i++) all += (double)sampling_weight(logits[order[i]], best, (float)scale);
+    for (size_t i = 0; i < k; i++) {
+        int32_t id = order[i];
+        double weight = (double)sampling_weight(logits[id], best, (float)scale);
+        if (i > 0 && sum >= p->top_p * all) break;
+        sum += weight;
+        if (weight < p->min_p * (double)SAMPLING_ONE) continue;
+        uint64_t random = sampling_random(sampling_key(p->seed, position), id);
+        double score = sampling_score(logits[id], scale, sampling_noise(random));
+        if (chosen < 0 || score > highest || (score == highest && id < chosen)) chosen = id, highest = score;
+    }
+    return chosen;
+}
+
+// Lengths around the blocks in which logits are looked at, k on both sides of what a heap holds, ties and infinities.
+static void chooses_what_the_definition_says(void **state) {
+    (void)state;
+    static const size_t lengths[] = {1, 2, 15, 16, 17, 31, 33, 300, 599};
+    static const int32_t ks[] = {0, 1, 2, 3, 15, 16, 17, 20, 64, 255, 256, 257, 300, 598, 1000};
+    static const int32_t zeros[1];
+    uint64_t rng = 9;
+    for (size_t l = 0; l < sizeof lengths / sizeof lengths[0]; l++) {
+        struct sampler s;
+        size_t n = lengths[l];
+        assert_true(sampler_create(&s, n, NULL));
+        for (int round = 0; round < 60; round++) {
+            float logits[2 * N];
+            for (size_t i = 0; i < n; i++) {
+                rng = rng * 6364136223846793005u + 1442695040888963407u;
+                int32_t x = (int32_t)(rng >> 40);
+                if (round % 4 == 0) logits[i] = (float)(x % 7) - 3;            // many ties
+                else if (round % 4 == 1) logits[i] = 0.01f * (float)i;         // ever better
+                else if (round % 4 == 2) logits[i] = x % 9 ? -INFINITY : 0.5f; // masked
+                else logits[i] = (float)x * 1e-6f;
+                if (x % 11 == 0 && logits[i] == 0) logits[i] = -0.0f;
+            }
+            if (round % 4 == 2) logits[n / 2] = 1;
+            for (size_t i = 0; i < sizeof ks / sizeof ks[0]; i++) {
+                tandem_sampling p = plain();
+                p.top_k = ks[i];
+                p.top_p = round % 3 ? 0.8 : 1;
+                p.min_p = round % 5 ? 0 : 0.1;
+                p.seed = rng + i;
+                struct sampler_history h = {.ids = zeros, .n = 7, .n_prompt = 7};
+                assert_int_equal(sampler_choose(&s, &p, logits, h, NULL, 0, NULL), by_definition(&p, logits, n, 7));
+                p.temperature = 0;
+                int32_t best = sampler_choose(&s, &p, logits, h, NULL, 0, NULL);
+                for (size_t j = 0; j < n; j++)
+                    assert_true(sampling_place(logits[j], (int32_t)j) <= sampling_place(logits[best], best));
+            }
+        }
+        sampler_free(&s);
+    }
+}
+
 static void penalties(void **state) {
     (void)state;
     float logits[N];
@@ -209,6 +278,29 @@ static void logprobs_and_finiteness(void **state) {
     assert_false(logits_finite(logits, 4));
     logits[0] = NAN;
     assert_false(logits_finite(logits, 3));
+    float many[2 * N];
+    for (int i = 0; i < 2 * N; i++) many[i] = (float)(i * 37 % 50);
+    for (int i = 0; i < 2 * N; i++) {
+        assert_true(logits_finite(many, 2 * N));
+        float kept = many[i];
+        many[i] = i % 2 ? INFINITY : NAN;
+        assert_false(logits_finite(many, 2 * N));
+        many[i] = kept;
+    }
+    static const size_t counts[] = {1, 5, 256, 257, 600};
+    for (size_t c = 0; c < sizeof counts / sizeof counts[0]; c++) {
+        tandem_token all[2 * N], token = {.id = 3};
+        logits_logprobs(many, 2 * N, &token, all, counts[c]);
+        assert_true(token.logprob == logits_logprob(many, 2 * N, 3));
+        for (size_t i = 0; i < counts[c]; i++) {
+            uint64_t place = sampling_place(many[all[i].id], all[i].id);
+            if (i > 0) assert_true(place < sampling_place(many[all[i - 1].id], all[i - 1].id));
+            size_t better = 0;
+            for (int j = 0; j < 2 * N; j++) better += sampling_place(many[j], j) > place;
+            assert_int_equal(better, i);
+            assert_true(all[i].logprob == logits_logprob(many, 2 * N, all[i].id));
+        }
+    }
 }
 
 int main(void) {
@@ -218,6 +310,7 @@ int main(void) {
         cmocka_unit_test(frequencies_follow_the_softmax),
         cmocka_unit_test(noise_belongs_to_the_id),
         cmocka_unit_test(top_k_equals_a_full_sort),
+        cmocka_unit_test(chooses_what_the_definition_says),
         cmocka_unit_test(penalties),
         cmocka_unit_test(uniform_is_open),
         cmocka_unit_test(refuses_bad_fields),
