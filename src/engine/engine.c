@@ -20,6 +20,7 @@ enum {
     DEFAULT_BATCH = 8,
     MAX_BATCH = 1024,
     MAX_CHUNK = 65536,
+    MAX_SAMPLERS = 16,      // tokens chosen side by side
     REPACK_KEPT = 32 << 20, // fewer bytes of weights are repacked faster than a file is opened
 };
 
@@ -116,22 +117,37 @@ static struct run_options step_options(const tandem_engine *e) {
                                 .max_pages = session_pages(e) * e->max_batch};
 }
 
+// As many as there are threads to choose, and no more than there are rows.
+static size_t n_samplers(const tandem_engine *e, int n_threads) {
+    size_t n = n_threads > MAX_SAMPLERS ? MAX_SAMPLERS : (size_t)n_threads;
+    return n < e->max_batch ? n : e->max_batch;
+}
+
+static bool create_samplers(tandem_engine *e, struct error *err) {
+    size_t n = n_samplers(e, pool_size(e->pool));
+    e->samplers = size_alloc_zero(n, sizeof *e->samplers);
+    if (!e->samplers) return error_set(err, "out of memory for sampling");
+    for (; e->n_samplers < n; e->n_samplers++)
+        if (!sampler_create(&e->samplers[e->n_samplers], e->model->config.n_vocab, err)) return false;
+    return true;
+}
+
 static tandem_memory memory_of(const tandem_engine *e, const struct run_options *run, size_t n_pages, size_t weights) {
+    int n_threads = e->pool ? pool_size(e->pool) : run->n_threads;
+    size_t samplers = n_samplers(e, n_threads) * sampler_bytes(e->model->config.n_vocab);
     return (tandem_memory){.weights = weights,
                            .kv = kv_store_bytes(&e->model->config, e->kv_type, n_pages),
-                           .activations = run_bytes(e->model, run) + sampler_bytes(e->model->config.n_vocab)};
+                           .activations = run_bytes(e->model, run) + samplers};
 }
 
 static bool plan_memory(tandem_engine *e, const tandem_options *o, struct error *err) {
     size_t per_session = session_pages(e), n_pages = all_pages(e, o), step_pages;
     struct run_options run = step_options(e);
-    size_t n_vocab = e->model->config.n_vocab;
     struct step_arrays *s = &e->step;
     if (!place_weights(e, &run, n_pages, err)) return false;
     run.weights = e->weights;
     if (!kv_store_create_on(e->ops->device, &e->kv, &e->model->config, e->kv_type, n_pages, err) ||
-        !kv_pool_create(&e->pages, n_pages, KV_PAGE_TOKENS, hash_seed(), err) ||
-        !sampler_create(&e->sampler, n_vocab, err))
+        !kv_pool_create(&e->pages, n_pages, KV_PAGE_TOKENS, hash_seed(), err) || !create_samplers(e, err))
         return false;
     e->run = run_create(e->model, &run, err);
     if (!e->run) return false;
@@ -295,7 +311,8 @@ void tandem_close(tandem_engine *e) {
                          s->page_start, s->pages,    s->kv_len, s->logit_rows};
     for (size_t i = 0; i < sizeof arrays / sizeof arrays[0]; i++) free(arrays[i]);
     free(s->sample);
-    sampler_free(&e->sampler);
+    for (size_t i = 0; i < e->n_samplers; i++) sampler_free(&e->samplers[i]);
+    free(e->samplers);
     kv_pool_free(&e->pages);
     kv_store_free(&e->kv);
     run_free(e->run);

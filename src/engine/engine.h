@@ -42,7 +42,8 @@ struct tandem_engine {
     struct kv_store kv;
     struct kv_pool pages;
     struct requests *requests; // request.c
-    struct sampler sampler;
+    struct sampler *samplers;  // [n_samplers] for choices side by side
+    size_t n_samplers;
     struct step_arrays { // one step's batch, as in struct batch
         int32_t *token, *position, *seq, *seq_start, *page_start, *pages, *kv_len, *logit_rows;
         struct sample_row *sample; // [max_batch]
@@ -95,6 +96,22 @@ bool engine_check_logits(tandem_engine *engine, const float *logits, const int32
 // What to say of logits that are known to hold NaN or Inf.
 void engine_explain_logits(tandem_engine *engine, const int32_t *ids, const struct kv_seq *kv, size_t n,
                            struct error *err);
+
+// A token to be chosen on the host. Pointers are the caller's, valid during the call.
+struct engine_choice {
+    const float *logits; // [n_vocab]
+    const tandem_sampling *sampling;
+    struct sampler_history history;
+    const uint32_t *mask; // NULL: none
+    bool wants_logprob, wants_hash;
+    tandem_token *top; // [n_top] to be filled
+    size_t n_top;
+    bool is_finite;     // filled; false: nothing was chosen (engine_explain_logits says why)
+    tandem_token token; // filled; logprob as wanted, else 0
+    uint64_t hash;      // of logits before; these are added, if wanted
+};
+// Chooses n tokens side by side on the engine's threads. The same bits as one by one. The lock is held.
+void engine_choose(tandem_engine *engine, struct engine_choice *choices, size_t n);
 
 // Fills `to` with a copy of `from` whose biases are owned by the caller: free *ids and *bias. Checks every field.
 bool engine_copy_sampling(const tandem_engine *engine, const tandem_sampling *from, tandem_sampling *to, int32_t **ids,

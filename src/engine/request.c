@@ -22,6 +22,7 @@ struct choice {
     tandem_sampling sampling; // the request's, with a seed of its own
     size_t n_known; // of seq.ids: a stand-in for the token that a step under way chooses may stand behind them
     uint64_t hash;
+    const struct engine_choice *chosen; // for the step that is told of: what the host chose; NULL
     bool ended;
 };
 
@@ -60,10 +61,12 @@ struct flight {
 struct requests {
     struct sched sched;
     struct flight flights[2];
-    size_t last;                 // the flight of the last step
-    struct sched_step step;      // [max_batch] arrays
-    struct engine_share *shares; // [max_batch]
-    tandem_token top[MAX_TOP];
+    size_t last;                  // the flight of the last step
+    struct sched_step step;       // [max_batch] arrays
+    struct engine_share *shares;  // [max_batch]
+    struct engine_choice *chosen; // [max_batch] by the host
+    tandem_token *tops;           // [max_batch, MAX_TOP] of them
+    tandem_token top[MAX_TOP];    // of a prompt's token
     size_t max_queue;
     tandem_stats now;               // what publish() copies
     struct request *first, *newest; // live, in order of arrival
@@ -96,7 +99,9 @@ bool requests_create(tandem_engine *e, const tandem_options *o, struct error *er
     r->step.shares = size_alloc(e->max_batch, sizeof *r->step.shares);
     r->step.copies = size_alloc(e->max_batch, sizeof *r->step.copies);
     r->shares = size_alloc(e->max_batch, sizeof *r->shares);
-    bool has_flights = true;
+    r->chosen = size_alloc(e->max_batch, sizeof *r->chosen);
+    r->tops = size_alloc(e->max_batch, MAX_TOP * sizeof *r->tops);
+    bool has_flights = r->chosen && r->tops;
     for (int i = 0; i < 2; i++) {
         r->flights[i].shares = size_alloc(e->max_batch, sizeof *r->flights[i].shares);
         r->flights[i].chosen = size_alloc(e->max_batch, sizeof *r->flights[i].chosen);
@@ -154,6 +159,8 @@ void requests_free(tandem_engine *e) {
     free(r->step.shares);
     free(r->step.copies);
     free(r->shares);
+    free(r->chosen);
+    free(r->tops);
     free(r->cancels);
     pthread_mutex_destroy(&r->lock);
     pthread_cond_destroy(&r->changed);
@@ -441,34 +448,66 @@ static void take(struct sink *k, struct choice *c, const struct greedy_choice *c
     end_choice(k, c, TANDEM_FINISH_ERROR, err.text);
 }
 
-// Samples a choice's next token from its logits, row `row` of the last step's.
-static void sample(struct sink *k, struct choice *c, size_t row) {
-    tandem_engine *e = k->engine;
+// Whether a device chose a choice's next token.
+static bool was_chosen_there(const tandem_engine *e, const struct flight *f, const struct choice *c) {
+    return f->has_chosen && is_chosen_there(e, c) && c->n_known < c->seq.n_limit;
+}
+
+// The token of one choice, to be chosen from its logits.
+static struct engine_choice choice_of(const struct choice *c, const float *logits, tandem_token *top) {
     const tandem_request_options *o = &c->request->options;
-    size_t n_vocab = e->model->config.n_vocab;
+    return (struct engine_choice){.logits = logits,
+                                  .sampling = &c->sampling,
+                                  .history = {.ids = c->seq.ids, .n = c->seq.n_ids, .n_prompt = c->seq.n_prompt},
+                                  .mask = o->mask ? o->mask(o->user, c->index) : NULL,
+                                  .wants_logprob = o->logprobs,
+                                  .wants_hash = o->hash,
+                                  .top = top,
+                                  .n_top = o->logprobs ? o->n_top : 0,
+                                  .hash = c->hash};
+}
+
+// Chooses all tokens that a step leaves to the host, before any of them is told of: side by side.
+static void choose(struct sink *k, const struct flight *f) {
+    tandem_engine *e = k->engine;
+    struct requests *r = k->r;
+    size_t n = 0;
+    for (size_t i = 0; i < f->n_shares; i++) {
+        const struct flight_share *s = &f->shares[i];
+        struct choice *c = s->choice;
+        if (s->at == NOWHERE || c->ended) continue;
+        size_t n_forks = c->seq.n_forks, row = s->row + s->n_rows - 1;
+        for (size_t fork = 0; fork <= n_forks; fork++) {
+            struct choice *to = &c[fork]; // a request's choices stand side by side; the first is forked
+            if (to->ended || to->seq.n_ids == to->seq.n_limit || (fork == 0 && was_chosen_there(e, f, to))) continue;
+            r->chosen[n] = choice_of(to, run_logits(e->run) + row * e->model->config.n_vocab, r->tops + n * MAX_TOP);
+            to->chosen = &r->chosen[n++];
+        }
+    }
+    engine_choose(e, r->chosen, n);
+}
+
+// Takes what the host chose for a choice's next token.
+static void sample(struct sink *k, struct choice *c) {
+    tandem_engine *e = k->engine;
+    const struct engine_choice *chosen = c->chosen;
     struct error err = {0};
-    if (c->seq.n_ids == c->seq.n_limit) {
+    c->chosen = NULL;
+    if (!chosen) {
         end_choice(k, c, TANDEM_FINISH_LENGTH, NULL);
         return;
     }
-    const float *logits = run_logits(e->run) + row * n_vocab;
-    if (!engine_check_logits(e, logits, c->seq.ids, &c->seq.kv, c->seq.n_ids, &err)) {
+    if (!chosen->is_finite) {
+        engine_explain_logits(e, c->seq.ids, &c->seq.kv, c->seq.n_ids, &err);
         end_choice(k, c, TANDEM_FINISH_ERROR, err.text);
         return;
     }
-    if (o->hash) c->hash = logits_hash(c->hash, logits, n_vocab);
-    struct sampler_history h = {.ids = c->seq.ids, .n = c->seq.n_ids, .n_prompt = c->seq.n_prompt};
-    const uint32_t *mask = o->mask ? o->mask(o->user, c->index) : NULL;
-    int32_t id = sampler_choose(&e->sampler, &c->sampling, logits, h, e->end_ids,
-                                c->sampling.ignore_end ? e->n_end_ids : 0, mask);
-    tandem_event event = {.kind = TANDEM_EVENT_TOKEN, .token = {.id = id}};
-    if (o->logprobs) {
-        event.token.logprob = logits_logprob(logits, n_vocab, id);
-        logits_top(logits, n_vocab, k->r->top, o->n_top);
-        event.top = k->r->top;
-        event.n_top = o->n_top;
-    }
-    accept(k, c, event);
+    c->hash = chosen->hash;
+    accept(k, c,
+           (tandem_event){.kind = TANDEM_EVENT_TOKEN,
+                          .token = chosen->token,
+                          .top = chosen->n_top ? chosen->top : NULL,
+                          .n_top = chosen->n_top});
 }
 
 // What one share of a step leads to.
@@ -485,16 +524,15 @@ static void use_share(struct sink *k, const struct flight *f, const struct fligh
         if (!tell_prompt(k, c, logits, share->n_rows)) return;
     }
     if (share->at == NOWHERE) return;
-    size_t row = share->row + share->n_rows - 1;
-    bool there = f->has_chosen && is_chosen_there(k->engine, c) && c->n_known < c->seq.n_limit;
+    bool there = was_chosen_there(k->engine, f, c);
     if (c->seq.n_forks) {
         struct choice *choices = q->choices;
         size_t n = q->n_choices;
         for (size_t i = 1; i < n; i++) sched_fork(&k->r->sched, &c->seq, &choices[i].seq);
-        for (size_t i = 1; i < n; i++) sample(k, &choices[i], row); // choice 0 lives: so does the request
+        for (size_t i = 1; i < n; i++) sample(k, &choices[i]); // choice 0 lives: so does the request
     }
-    if (there) take(k, c, &f->chosen[row]);
-    else sample(k, c, row);
+    if (there) take(k, c, &f->chosen[share->row + share->n_rows - 1]);
+    else sample(k, c);
 }
 
 // ---- Steps under way: the engine's thread
@@ -520,6 +558,7 @@ void requests_settle(tandem_engine *e) {
 static void deliver(struct sink *k, struct flight *f) {
     if (!f->is_out) return;
     land(k->engine, f);
+    choose(k, f);
     for (size_t i = 0; i < f->n_shares; i++) {
         const struct flight_share *s = &f->shares[i];
         if (f->is_late && s->choice->seq.state != SCHED_ENDED) sched_know(&k->r->sched, &s->choice->seq);

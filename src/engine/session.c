@@ -191,22 +191,29 @@ static const float *run_step(tandem_engine *e, const struct share *shares, size_
     return logits;
 }
 
-// Samples a session's next token from its logits and puts it behind its ids.
-static int choose_token(tandem_session *s, const float *logits, tandem_token *token, struct error *err) {
+// A session's next token, to be chosen from its logits.
+static struct engine_choice choice_of(const tandem_session *s, const float *logits) {
+    return (struct engine_choice){.logits = logits,
+                                  .sampling = &s->sampling,
+                                  .history = {.ids = s->ids, .n = s->n_ids, .n_prompt = s->n_prompt},
+                                  .wants_logprob = true,
+                                  .wants_hash = true,
+                                  .hash = s->hash};
+}
+
+// Puts a session's chosen token behind its ids.
+static int take_token(tandem_session *s, const struct engine_choice *c, tandem_token *token, struct error *err) {
     tandem_engine *e = s->engine;
-    size_t n_vocab = e->model->config.n_vocab;
-    if (!engine_check_logits(e, logits, s->ids, &s->kv, s->n_ids, err)) {
+    if (!c->is_finite) {
+        engine_explain_logits(e, s->ids, &s->kv, s->n_ids, err);
         kv_trim(&e->pages, &s->kv, 0);
         return TANDEM_ERROR;
     }
-    s->last_logits = logits;
-    s->hash = logits_hash(s->hash, logits, n_vocab);
-    struct sampler_history h = {.ids = s->ids, .n = s->n_ids, .n_prompt = s->n_prompt};
-    int32_t id = sampler_choose(&e->sampler, &s->sampling, logits, h, e->end_ids,
-                                s->sampling.ignore_end ? e->n_end_ids : 0, NULL);
-    *token = (tandem_token){.id = id, .logprob = logits_logprob(logits, n_vocab, id)};
-    s->ids[s->n_ids++] = id;
-    return engine_is_end(e, id) ? TANDEM_END : TANDEM_OK;
+    s->last_logits = c->logits;
+    s->hash = c->hash;
+    *token = c->token;
+    s->ids[s->n_ids++] = c->token.id;
+    return engine_is_end(e, c->token.id) ? TANDEM_END : TANDEM_OK;
 }
 
 // Computes all but a session's last token, in chunks. TANDEM_OK, TANDEM_CANCELLED or TANDEM_ERROR.
@@ -250,6 +257,7 @@ int tandem_next_many(tandem_session *const *sessions, size_t n, tandem_token *to
     if (!check_group(sessions, n, &error)) return fail(&error, err, err_size);
     tandem_engine *e = sessions[0]->engine;
     struct share shares[GROUP];
+    struct engine_choice choices[GROUP];
     size_t where[GROUP];
     pthread_mutex_lock(&e->lock);
     for (size_t begin = 0; begin < n;) {
@@ -266,8 +274,10 @@ int tandem_next_many(tandem_session *const *sessions, size_t n, tandem_token *to
         if (n_shares == 0) continue;
         const float *logits = run_step(e, shares, n_shares);
         for (size_t i = 0; i < n_shares; i++)
-            status[where[i]] =
-                choose_token(shares[i].session, logits + i * e->model->config.n_vocab, &tokens[where[i]], &error);
+            choices[i] = choice_of(shares[i].session, logits + i * e->model->config.n_vocab);
+        engine_choose(e, choices, n_shares);
+        for (size_t i = 0; i < n_shares; i++)
+            status[where[i]] = take_token(shares[i].session, &choices[i], &tokens[where[i]], &error);
     }
     pthread_mutex_unlock(&e->lock);
     if (error.text[0]) fail(&error, err, err_size);

@@ -67,6 +67,40 @@ const float *engine_run(tandem_engine *e, const struct engine_share *shares, siz
     return run_logits(e->run);
 }
 
+// ---- Choosing on the host
+
+struct choosing {
+    tandem_engine *engine;
+    struct engine_choice *choices; // [n]
+    size_t n;
+    atomic_size_t next; // not yet taken
+};
+
+static void choose_one(tandem_engine *e, struct sampler *sampler, struct engine_choice *c) {
+    size_t n_vocab = e->model->config.n_vocab;
+    c->is_finite = logits_finite(c->logits, n_vocab);
+    if (!c->is_finite) return;
+    if (c->wants_hash) c->hash = logits_hash(c->hash, c->logits, n_vocab);
+    int32_t id = sampler_choose(sampler, c->sampling, c->logits, c->history, e->end_ids,
+                                c->sampling->ignore_end ? e->n_end_ids : 0, c->mask);
+    c->token = (tandem_token){.id = id};
+    if (c->wants_logprob) logits_logprobs(c->logits, n_vocab, &c->token, c->top, c->n_top);
+}
+
+// Each piece has a sampler of its own, and takes choices until none is left.
+static void choose_piece(void *ctx, size_t begin, size_t end, int thread) {
+    struct choosing *j = ctx;
+    (void)thread;
+    for (size_t s = begin; s < end; s++)
+        for (size_t i; (i = atomic_fetch_add(&j->next, 1)) < j->n;)
+            choose_one(j->engine, &j->engine->samplers[s], &j->choices[i]);
+}
+
+void engine_choose(tandem_engine *e, struct engine_choice *choices, size_t n) {
+    struct choosing j = {.engine = e, .choices = choices, .n = n};
+    pool_for(e->pool, n < e->n_samplers ? n : e->n_samplers, 1, choose_piece, &j);
+}
+
 bool engine_check_logits(tandem_engine *e, const float *logits, const int32_t *ids, const struct kv_seq *kv, size_t n,
                          struct error *err) {
     if (!run_error(e->run, err)) return false; // the device failed, and stays so

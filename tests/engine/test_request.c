@@ -312,25 +312,29 @@ static void refuses_what_is_wrong(void **state) {
     close_engine(e);
 }
 
+enum { MASKED = 4 };
+
+// A choice's own bits: the other choices' stay as they are.
 static const uint32_t *allow_one(void *user, size_t choice) {
-    static uint32_t bits[8192 / 32];
+    static uint32_t bits[MASKED][8192 / 32];
     struct result *r = (struct result *)user + choice;
-    memset(bits, 0, sizeof bits);
-    size_t id = 100 + r->n;
-    bits[id / 32] = (uint32_t)1 << id % 32;
-    return bits;
+    memset(bits[choice], 0, sizeof bits[choice]);
+    size_t id = 100 * (choice + 1) + r->n;
+    bits[choice][id / 32] = (uint32_t)1 << id % 32;
+    return bits[choice];
 }
 
 static void a_mask_binds(void **state) {
     (void)state;
-    static struct result r[1];
+    static struct result r[MASKED];
     memset(r, 0, sizeof r);
-    tandem_engine *e = open_engine(512, 32, 4);
+    tandem_engine *e = open_engine(512, 32, MASKED);
     tandem_request_options o = {
-        .prompt = (const int32_t[]){5, 6}, .n_prompt = 2, .max_tokens = 9, .user = r, .mask = allow_one};
+        .prompt = (const int32_t[]){5, 6}, .n_prompt = 2, .max_tokens = 9, .n = MASKED, .user = r, .mask = allow_one};
     assert_int_equal(tandem_submit(e, &o, NULL, err, sizeof err), TANDEM_OK);
     run_all(e);
-    for (int i = 0; i < 9; i++) assert_int_equal(r->ids[i], 100 + i);
+    for (int c = 0; c < MASKED; c++)
+        for (int i = 0; i < 9; i++) assert_int_equal(r[c].ids[i], 100 * (c + 1) + i);
     close_engine(e);
 }
 
