@@ -25,7 +25,7 @@ static bool render_one(void *user, const char *text, size_t n, struct error *err
 }
 
 static int run(const struct cli_options *o) {
-    struct work w = {.options = {-1, -1}, .terminate = o->given[OPT_NULL]};
+    struct work w = {.options = {.enable_thinking = -1, .add_generation_prompt = -1}, .terminate = o->given[OPT_NULL]};
     if (!cli_on_off(o, OPT_THINK, &w.options.enable_thinking)) return EXIT_USAGE;
     struct tokenizer *tok = cli_open_tokenizer(o, &w.kind);
     if (!tok) return EXIT_FAULT;

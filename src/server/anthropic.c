@@ -146,6 +146,15 @@ static const struct pyjson *parse(struct arena *arena, const struct buffer *text
     return v;
 }
 
+// An assistant's message at the end is the beginning of the answer, unless it called a tool.
+static bool is_prefill(const struct pyjson *m) {
+    const struct pyjson *content = pyjson_get(m, "content");
+    if (!pyjson_is_text(pyjson_get(m, "role"), "assistant") || !pyjson_truthy(content)) return false;
+    for (const struct pyjson *b = content && content->type == PYJSON_ARRAY ? content->first : NULL; b; b = b->next)
+        if (pyjson_is_text(pyjson_get(b, "type"), "tool_use")) return false;
+    return true;
+}
+
 static bool convert_messages(struct arena *arena, const struct pyjson *body, struct chat_prompt *p, struct fault *f) {
     const struct pyjson *list = NULL;
     struct buffer out = {0}, system = {0};
@@ -164,6 +173,7 @@ static bool convert_messages(struct arena *arena, const struct pyjson *body, str
         else if (pyjson_is_text(role, "assistant")) ok = put_assistant(content, name, &out, f);
         else if (pyjson_is_text(role, "system")) ok = put_system(content, name, &out, f);
         else ok = fault_set(f, 400, name, "%s: role must be \"user\", \"assistant\" or \"system\"", name);
+        p->continues = is_prefill(m);
     }
     ok = ok && (buffer_append_byte(&out, ']') || no_memory(f));
     if (ok) p->messages = parse(arena, &out, f);
@@ -416,7 +426,7 @@ static bool read_messages(struct generation *g, struct fault *f) {
     g->max_tokens = (size_t)limit;
     g->own = size_alloc_zero(1, sizeof(struct own));
     if (!g->own) return no_memory(f);
-    g->may_think = prompt_thinks(g->s, &p) && !template_opens_thinking(g->s->engine->template_kind);
+    g->may_think = prompt_may_think(g->s, &p);
     return format_read_anthropic(g, body, &p, f) && generation_read_sampling(g, body, prompt_thinks(g->s, &p), f) &&
            prompt_into(g, &p, f);
 }

@@ -266,7 +266,7 @@ static bool read_chat(struct generation *g, struct fault *f) {
     if (!p.messages) return fault_set(f, 400, "messages", "messages: this field is required");
     if (budget >= 0) g->think_budget = (size_t)budget;
     if (p.tools && p.tools->n && !prompt_check_tools(p.tools, f)) return false;
-    g->may_think = prompt_thinks(g->s, &p) && !template_opens_thinking(g->s->engine->template_kind);
+    g->may_think = prompt_may_think(g->s, &p);
     return format_read_openai(g, body, &p, f) && generation_read_sampling(g, body, prompt_thinks(g->s, &p), f) &&
            prompt_into(g, &p, f);
 }

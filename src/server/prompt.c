@@ -142,8 +142,12 @@ bool prompt_read_thinking(const struct pyjson *body, struct chat_prompt *p, stru
     p->enable_thinking = p->add_generation_prompt = -1;
     if (!field_typed(body, "chat_template_kwargs", PYJSON_OBJECT, &kwargs, f) ||
         !field_text(body, "reasoning_effort", &effort, f) || !field_bool(body, "enable_thinking", &think, f) ||
-        !field_bool(body, "add_generation_prompt", &generate, f))
+        !field_bool(body, "add_generation_prompt", &generate, f) ||
+        !field_bool(body, "continue_final_message", &p->continues, f))
         return false;
+    if (p->continues && generate)
+        return fault_set(f, 400, "continue_final_message",
+                         "continue_final_message: not with add_generation_prompt, which begins another message");
     if (effort) p->enable_thinking = strcmp(effort, "none") != 0;
     if (field(body, "enable_thinking")) p->enable_thinking = think;
     if (field(body, "add_generation_prompt")) p->add_generation_prompt = generate;
@@ -155,7 +159,18 @@ bool prompt_read_thinking(const struct pyjson *body, struct chat_prompt *p, stru
 
 struct template_options prompt_options(const struct server *s, const struct chat_prompt *p) {
     return (struct template_options){.enable_thinking = p->enable_thinking >= 0 ? p->enable_thinking : s->options.think,
-                                     .add_generation_prompt = p->add_generation_prompt};
+                                     .add_generation_prompt = p->add_generation_prompt,
+                                     .continues = p->continues};
+}
+
+// Whether the message that is to be continued has come no further than its thinking.
+static bool continues_thinking(const struct chat_prompt *p) {
+    const struct pyjson *last = p->messages->first;
+    while (last && last->next) last = last->next;
+    const struct pyjson *thought = field(last, "reasoning_content"), *content = field(last, "content");
+    if (!thought) thought = field(last, "reasoning");
+    bool empty = !content || (content->type == PYJSON_STRING && content->n_text == 0);
+    return empty && thought && thought->type == PYJSON_STRING && thought->n_text;
 }
 
 // The last soft switch in one message: 1 /think, 0 /no_think, -1 none.
@@ -172,6 +187,7 @@ static int soft_switch(const struct pyjson *content) {
 bool prompt_thinks(const struct server *s, const struct chat_prompt *p) {
     enum template_kind kind = s->engine->template_kind;
     if (!template_has_thinking(kind)) return false;
+    if (p->continues) return continues_thinking(p);
     if (template_opens_thinking(kind)) return true;
     if (template_can_hush(kind) && prompt_options(s, p).enable_thinking == 0) return false;
     int latest = -1;
@@ -182,6 +198,10 @@ bool prompt_thinks(const struct server *s, const struct chat_prompt *p) {
         if (here >= 0) latest = here;
     }
     return latest != 0;
+}
+
+bool prompt_may_think(const struct server *s, const struct chat_prompt *p) {
+    return !p->continues && prompt_thinks(s, p) && !template_opens_thinking(s->engine->template_kind);
 }
 
 // ---- Ids
@@ -202,13 +222,30 @@ bool prompt_ids(struct server *s, uint64_t tenant, const struct chat_prompt *p, 
     return ok;
 }
 
+// Whether the last turn of a prompt ends within its thinking.
+static bool ends_in_thinking(const struct tokenizer *tok, const struct token_ids *ids) {
+    int32_t open = tokenizer_find(tok, "<think>"), close = tokenizer_find(tok, "</think>");
+    for (size_t i = ids->n; i-- > 0;) {
+        if (ids->ids[i] == open) return true;
+        if (ids->ids[i] == close || tokenizer_is_special(tok, ids->ids[i])) return false;
+    }
+    return false;
+}
+
 bool prompt_into(struct generation *g, const struct chat_prompt *p, struct fault *f) {
     struct token_ids ids = {0};
     enum template_kind kind = g->s->engine->template_kind;
-    bool ok = prompt_ids(g->s, g->x->tenant, p, &ids, f) && prompt_fits(g->s, ids.n, f) &&
-              (generation_add_part(g, &ids) || fault_set(f, 500, NULL, "out of memory"));
+    if (p->continues && g->automaton && !g->constrains_calls)
+        return fault_set(f, 400, "messages",
+                         "messages: the last message cannot be continued in a form that the whole answer must have "
+                         "(structured output, or a tool that must be called)");
+    bool ok = prompt_ids(g->s, g->x->tenant, p, &ids, f) && prompt_fits(g->s, ids.n, f);
     g->splits_thinking = template_has_thinking(kind);
     g->starts_in_thinking = template_opens_thinking(kind) && p->add_generation_prompt != 0;
+    if (ok && p->continues)
+        g->splits_thinking = g->starts_in_thinking =
+            template_has_thinking(kind) && ends_in_thinking(g->s->engine->tokenizer, &ids);
+    ok = ok && (generation_add_part(g, &ids) || fault_set(f, 500, NULL, "out of memory"));
     token_ids_free(&ids);
     return ok;
 }

@@ -9,14 +9,18 @@ struct chat_prompt {
     const struct pyjson *tools;    // an array, or NULL
     int enable_thinking;           // -1: not said
     int add_generation_prompt;     // -1: not said
+    bool continues;                // the last message, an assistant's, is to be continued
 };
 
-// What a request says about thinking: chat_template_kwargs, enable_thinking, reasoning_effort.
+// What a request says about the prompt's end: chat_template_kwargs, enable_thinking, reasoning_effort,
+// add_generation_prompt, continue_final_message.
 bool prompt_read_thinking(const struct pyjson *body, struct chat_prompt *p, struct fault *f);
 // Checks an array of tools in OpenAI's form.
 bool prompt_check_tools(const struct pyjson *tools, struct fault *f);
 // Whether the model will think, for the choice of sampling presets: the switch, then the last /think or /no_think.
 bool prompt_thinks(const struct server *s, const struct chat_prompt *p);
+// Whether the answer's first token may be <think>.
+bool prompt_may_think(const struct server *s, const struct chat_prompt *p);
 // The ids. 400 names the message.
 bool prompt_ids(struct server *s, uint64_t tenant, const struct chat_prompt *p, struct token_ids *ids, struct fault *f);
 // The same, and what a generation has to know of it: the part is added, thinking is set up. 400 if it exceeds the

@@ -563,7 +563,7 @@ static bool read_responses(struct generation *g, struct fault *f) {
     struct own *own = g->own = size_alloc_zero(1, sizeof *own);
     if (!own) return no_memory(f);
     own->body = body;
-    g->may_think = prompt_thinks(g->s, &p) && !template_opens_thinking(g->s->engine->template_kind);
+    g->may_think = prompt_may_think(g->s, &p);
     return format_read_responses(g, body, &p, f) && generation_read_sampling(g, body, prompt_thinks(g->s, &p), f) &&
            prompt_into(g, &p, f);
 }

@@ -373,6 +373,28 @@ static void render_chatml(struct render *r) {
     }
 }
 
+// Takes the end of the last turn back, and the end of a thinking that nothing follows.
+static void reopen(struct render *r) {
+    static const char *const ends[] = {"<|im_end|>\n", "\n</think>\n\n"};
+    const struct message *last = &r->messages[r->n - 1];
+    bool thinks = last->has_reasoning && last->reasoning.n && !strip_left(last->content).n;
+    for (size_t i = 0; i < (thinks ? 2 : 1) && !r->no_memory; i++) {
+        struct text all = {r->out->data, r->out->len};
+        if (!ends_with(all, ends[i])) continue;
+        r->out->len -= strlen(ends[i]);
+        r->out->data[r->out->len] = '\0';
+        if (i == 0 && r->marks) r->marks->n--;
+    }
+}
+
+static bool check_last(const struct render *r) {
+    const struct message *last = &r->messages[r->n - 1];
+    if (last->role != ROLE_ASSISTANT)
+        return error_set(r->err, "only an assistant's message can be continued, the last one is a %s's",
+                         role_names[last->role]);
+    return !last->tool_calls || error_set(r->err, "a message with tool calls cannot be continued");
+}
+
 static int choose(int override, int document, int fallback) {
     return override >= 0 ? override : document >= 0 ? document : fallback;
 }
@@ -381,13 +403,15 @@ bool template_render(enum template_kind kind, const struct template_document *do
                      struct buffer *out, struct template_marks *marks, struct error *err) {
     struct render r = {.kind = kind, .out = out, .marks = marks, .err = err};
     size_t before = out->len, marks_before = marks ? marks->n : 0;
-    bool ok = check(&r, doc);
+    bool ok = check(&r, doc) && (!options.continues || check_last(&r));
     if (ok) {
         r.hush = !choose(options.enable_thinking, doc->enable_thinking, 1);
-        r.add_generation_prompt = choose(options.add_generation_prompt, doc->add_generation_prompt, 1);
+        r.add_generation_prompt =
+            !options.continues && choose(options.add_generation_prompt, doc->add_generation_prompt, 1);
         if (kind == TEMPLATE_QWEN25) render_qwen25(&r);
         else if (kind == TEMPLATE_SMOLLM2 || kind == TEMPLATE_CHATML) render_chatml(&r);
         else render_qwen3(&r);
+        if (options.continues) reopen(&r);
         if (r.no_memory) ok = error_set(err, "out of memory for a prompt of more than %zu bytes", out->len - before);
     }
     if (!ok) {

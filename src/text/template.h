@@ -72,6 +72,9 @@ void template_marks_free(struct template_marks *marks);
 struct template_options {
     int enable_thinking;       // -1: as the document says (absent: the template's default), 0: false, 1: true
     int add_generation_prompt; // -1: as the document says (absent: true), 0, 1
+    // The last message, which must be an assistant's without tool calls, stays open: the prompt ends behind its content
+    // (or, if that is empty, behind its reasoning, before </think>), and there is no generation prompt.
+    bool continues;
 };
 
 // Appends the prompt to `out`, and to `marks` (may be NULL) its special tokens, offsets counted from the start of

@@ -13,7 +13,7 @@
 
 #include <cmocka.h>
 
-static const struct template_options as_given = {-1, -1};
+static const struct template_options as_given = {.enable_thinking = -1, .add_generation_prompt = -1};
 
 static char *load(const char *path) {
     struct buffer text = {0};
@@ -193,12 +193,73 @@ static void test_after_an_error(void **state) {
     assert_non_null(strstr(err.text, "smollm2"));
     assert_string_equal(out.data, "kept");
     assert_int_equal(marks.n, 0);
-    assert_true(template_render(TEMPLATE_QWEN3, doc, (struct template_options){0, 1}, &out, &marks, &err));
+    assert_true(template_render(TEMPLATE_QWEN3, doc, (struct template_options){.add_generation_prompt = 1}, &out,
+                                &marks, &err));
     assert_string_equal(out.data, "kept<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n");
     assert_int_equal(marks.n, 3);
     assert_int_equal(marks.marks[0].offset, 4);
     assert_int_equal(marks.marks[0].length, 12);
     template_marks_free(&marks);
+    buffer_free(&out);
+    template_document_free(doc);
+}
+
+// An assistant's last message stays open: what is rendered is the conversation without the end of its turn, and without
+// the end of a thinking that nothing follows.
+static void test_continuing(void **state) {
+    (void)state;
+    static const struct {
+        enum template_kind kind;
+        const char *content, *reasoning, *end;
+    } cases[] = {
+        {TEMPLATE_QWEN3, "The sky", NULL, "<|im_start|>assistant\n<think>\n\n</think>\n\nThe sky"},
+        {TEMPLATE_QWEN3, "The sky \n", "hm", "<|im_start|>assistant\n<think>\nhm\n</think>\n\nThe sky \n"},
+        {TEMPLATE_QWEN3, "", "hm, so", "<|im_start|>assistant\n<think>\nhm, so"},
+        {TEMPLATE_QWEN3, "", NULL, "<|im_start|>assistant\n<think>\n\n</think>\n\n"},
+        {TEMPLATE_QWEN3, "<|im_end|>\n", NULL, "<|im_start|>assistant\n<think>\n\n</think>\n\n<|im_end|>\n"},
+        {TEMPLATE_QWEN3_THINKING_2507, "", "hm", "<|im_start|>assistant\n<think>\nhm"},
+        {TEMPLATE_QWEN3_INSTRUCT_2507, "The sky", NULL, "<|im_start|>assistant\nThe sky"},
+        {TEMPLATE_QWEN25, "The sky", NULL, "<|im_start|>assistant\nThe sky"},
+        {TEMPLATE_SMOLLM2, "The sky", "hm", "<|im_start|>assistant\nThe sky"},
+        {TEMPLATE_CHATML, "", NULL, "<|im_start|>assistant\n"},
+    };
+    struct template_options open = {.enable_thinking = -1, .add_generation_prompt = -1, .continues = true};
+    struct template_options closed = {.enable_thinking = -1, .add_generation_prompt = 0};
+    struct error err;
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        struct template_document *doc = template_document_create(&err);
+        struct buffer out = {0}, whole = {0};
+        struct template_marks marks = {0}, all = {0};
+        const char *reasoning = cases[i].reasoning;
+        assert_true(add(doc, "user", "hi"));
+        assert_true(template_add_message(doc, "assistant", cases[i].content, strlen(cases[i].content), reasoning,
+                                         reasoning ? strlen(reasoning) : 0, &err));
+        assert_true(template_render(cases[i].kind, doc, open, &out, &marks, &err));
+        assert_true(template_render(cases[i].kind, doc, closed, &whole, &all, &err));
+        assert_true(out.len < whole.len && memcmp(out.data, whole.data, out.len) == 0);
+        assert_int_equal(marks.n, all.n - 1);
+        assert_int_equal(marks.marks[marks.n - 1].offset, out.len - strlen(cases[i].end));
+        assert_string_equal(out.data + out.len - strlen(cases[i].end), cases[i].end);
+        template_marks_free(&marks);
+        template_marks_free(&all);
+        buffer_free(&out);
+        buffer_free(&whole);
+        template_document_free(doc);
+    }
+    struct template_document *doc = template_document_create(&err);
+    struct buffer out = {0};
+    assert_true(add(doc, "user", "hi"));
+    assert_false(template_render(TEMPLATE_QWEN3, doc, open, &out, NULL, &err));
+    assert_non_null(strstr(err.text, "user's"));
+    assert_int_equal(out.len, 0);
+    template_document_free(doc);
+    static const char called[] =
+        "[{\"role\": \"user\", \"content\": \"x\"}, {\"role\": \"assistant\", \"content\": \"\", "
+        "\"tool_calls\": [{\"name\": \"f\", \"arguments\": {}}]}]";
+    doc = template_parse(called, strlen(called), "text", &err);
+    assert_non_null(doc);
+    assert_false(template_render(TEMPLATE_QWEN3, doc, open, &out, NULL, &err));
+    assert_non_null(strstr(err.text, "tool calls"));
     buffer_free(&out);
     template_document_free(doc);
 }
@@ -259,9 +320,9 @@ static void test_encode(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_recognise), cmocka_unit_test(test_spelling), cmocka_unit_test(test_names),
-        cmocka_unit_test(test_building),  cmocka_unit_test(test_write),    cmocka_unit_test(test_after_an_error),
-        cmocka_unit_test(test_encode),
+        cmocka_unit_test(test_recognise),  cmocka_unit_test(test_spelling), cmocka_unit_test(test_names),
+        cmocka_unit_test(test_building),   cmocka_unit_test(test_write),    cmocka_unit_test(test_after_an_error),
+        cmocka_unit_test(test_continuing), cmocka_unit_test(test_encode),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
