@@ -81,7 +81,8 @@ static void watch_attention(void *user, const char *name, int layer, const float
 
 // Logits of sequence 0 at the kept positions: [n_kept, n_vocab], and, where the step is not recorded as a whole, what
 // attention returned there.
-static void run_way(const struct subject *s, const struct way *w, size_t length, float *out, float *attention) {
+static void run_way(const struct subject *s, const struct way *w, const struct plan *p, float *out, float *attention) {
+    size_t length = p->length;
     const struct model_config *c = &s->model->config;
     struct error err = {0};
     size_t most = (w->chunk > w->lead ? w->chunk : w->lead) * w->n_seqs;
@@ -160,22 +161,31 @@ static void add_way(struct ways *all, uint32_t fusion, size_t chunk, size_t n_se
              fusion_text(fusion, text, sizeof text), chunk, n_seqs, backwards ? ", pages backwards" : "");
 }
 
-// Each of the device's other kernels, or those that it stands in for, in steps of many tokens and of one.
+// Each of the device's other kernels, or those that it stands in for: in steps of many tokens, and in steps of one
+// token a sequence. Most of attention's are for one of both.
 static void add_variants(struct ways *all, const struct plan *p) {
-    const uint32_t watched = all_fused() & ~unwatched;
+    const uint32_t on = all_fused(), watched = on & ~unwatched;
     for (size_t i = 0; i < cuda->device->n_variants; i++) {
+        const char *name = cuda->device->variant_names[i];
         size_t from = all->n;
-        for (size_t k = 0; k < p->n_chunks; k++)
-            if (p->chunks[k] > 31 && p->chunks[k] <= p->length) add_way(all, watched, p->chunks[k], 1, k % 2);
-        add_way(all, watched, p->length, 1, true);
-        if (p->n_ragged) add_way(all, watched, 40, p->n_ragged, true);
-        add_way(all, all_fused(), 1, 1, true);
+        if (strcmp(name, "stream-attention") != 0) {
+            for (size_t k = 0; k < p->n_chunks; k++)
+                if (p->chunks[k] > 31 && p->chunks[k] <= p->length) add_way(all, watched, p->chunks[k], 1, k % 2);
+            add_way(all, watched, p->length, 1, true);
+            if (p->n_ragged) add_way(all, watched, 40, p->n_ragged, true);
+            for (size_t k = from; k < all->n; k++) all->list[k].lead = 0;
+        }
+        if (strcmp(name, "wide-attention") != 0) {
+            if (strcmp(name, "stream-attention") != 0) add_way(all, on, 1, 1, true);
+            else
+                for (size_t k = 0; k < p->n_neighbours; k++) add_way(all, on, 1, p->neighbours[k], k % 2);
+            if (p->n_neighbours) add_way(all, watched, 1, p->neighbours[p->n_neighbours - 1], true);
+        }
         for (; from < all->n; from++) {
             struct way *w = &all->list[from];
             size_t used = strlen(w->name);
             w->variants = 1u << i;
-            if (w->chunk > 1) w->lead = 0;
-            snprintf(w->name + used, sizeof w->name - used, ", %s %s", cuda->device->variant_names[i],
+            snprintf(w->name + used, sizeof w->name - used, ", %s %s", name,
                      cuda->device->variants >> i & 1 ? "off" : "on");
         }
     }
@@ -227,7 +237,7 @@ size_t compare_ways(const struct subject *s, const char *name, const struct plan
         for (size_t k = 0; k < floats + watched; k++) found[k] = NAN;
         uint32_t variants = cuda->device->variants;
         cuda->device->variants ^= w->variants;
-        run_way(s, w, p->length, i == 0 ? expected : found, (i == 0 ? expected : found) + floats);
+        run_way(s, w, p, i == 0 ? expected : found, (i == 0 ? expected : found) + floats);
         cuda->device->variants = variants;
         for (size_t k = 0; i == 0 && k < floats + watched; k++)
             if (!isfinite(expected[k])) fail_msg("%s: %s: no number at %zu", name, w->name, k);

@@ -6,9 +6,10 @@
 // ---- Primitives
 // ------------------------------------------------------------------------------------------------------
 
-template <int HD>
+template <typename KV>
 static __global__ void k_scores(float *s, const float *q, kv_view kv, int kv_head, const int32_t *pages, int n_kv,
                                 float scale) {
+    constexpr int HD = KV::HD;
     __shared__ q_rows<HD> rows;
     dependents_may_start();
     dependency_wait();
@@ -19,8 +20,7 @@ static __global__ void k_scores(float *s, const float *q, kv_view kv, int kv_hea
     }
     __syncwarp();
     float out[4][4];
-    scores<HD, false>(out, &rows, reinterpret_cast<const uint4 *>(kv.k + head_page(kv, pages[block], kv_head)), scale,
-                      lane);
+    scores<KV, false>(out, &rows, head_page(kv, false, pages[block], kv_head), scale, lane);
     for (int j = 0; lane < 4 && j < 4; j++)
         for (int e = 0; e < 2; e++) {
             int position = block * ATTN_BLOCK + 8 * j + 2 * lane + e;
@@ -49,6 +49,7 @@ static __global__ void k_softmax(float *s, float *block_max, float *block_sum, i
     }
 }
 
+template <typename KV>
 static __global__ void k_values(float *o, const float *p, kv_view kv, int kv_head, const int32_t *pages, int n_kv) {
     dependents_may_start();
     dependency_wait();
@@ -58,15 +59,11 @@ static __global__ void k_values(float *o, const float *p, kv_view kv, int kv_hea
         int at = 8 * j + 2 * t;
         pairs[j] = pack_bf16(g == 0 && at < n ? p[first + at] : 0.0f, g == 0 && at + 1 < n ? p[first + at + 1] : 0.0f);
     }
-    const uint4 *page = reinterpret_cast<const uint4 *>(kv.v + head_page(kv, pages[blockIdx.x], kv_head));
+    const unsigned char *page = head_page(kv, true, pages[blockIdx.x], kv_head);
+    v_slots slots = slots_in_use(n, -1, t);
     for (int i = 0; i < kv.head_dim / 8; i++) {
         float out[4];
-        uint4 x = page[i * CHUNK_LANES + lane];
-        x.x = real_slots(x.x, 2 * t, n);
-        x.y = real_slots(x.y, 8 + 2 * t, n);
-        x.z = real_slots(x.z, 16 + 2 * t, n);
-        x.w = real_slots(x.w, 24 + 2 * t, n);
-        values(out, pairs, none, x);
+        values(out, pairs, none, real_slots(page_reader<KV>::v(page, i, lane), slots, 0));
         for (int e = 0; g == 0 && e < 2; e++) o[(size_t)blockIdx.x * kv.head_dim + i * 8 + 2 * t + e] = out[e];
     }
 }
@@ -76,25 +73,17 @@ static __global__ void k_combine(float *out, const float *block_max, const float
     dependents_may_start();
     dependency_wait();
     int channel = (int)threadIdx.x;
-    chain s = {0, 0};
-    float sum = 0;
+    chain s = CHAIN_START;
+    float sum = 0, a, c;
     for (int first = 0; first < n_blocks; first += CHUNK_PAGES) {
-        float weight[CHUNK_PAGES], m, l;
-        int n = min(CHUNK_PAGES, n_blocks - first);
-        chunk_weights(weight, m, l, block_max + first, block_sum + first, n, 1);
+        chain chunk = CHAIN_START;
         float of = 0;
-        for (int i = 0; i < n; i++) {
-            float v = o[(size_t)(first + i) * head_dim + channel];
-            of = i == 0 ? v * weight[0] : fmaf(v, weight[i], of);
+        for (int i = first; i < min(n_blocks, first + CHUNK_PAGES); i++) {
+            chain_add(chunk, block_max[i], block_sum[i], a, c);
+            of = chain_value(of, a, o[(size_t)i * head_dim + channel], c);
         }
-        if (first == 0) {
-            s = {m, l};
-            sum = of;
-        } else {
-            float a, c;
-            chain_add(s, m, l, a, c);
-            sum = fmaf(sum, a, of * c);
-        }
+        chain_add(s, chunk.m, chunk.l, a, c);
+        sum = chain_value(sum, a, of, c);
     }
     out[channel] = sum / s.l;
 }
@@ -102,33 +91,32 @@ static __global__ void k_combine(float *out, const float *block_max, const float
 // ---- Fused
 // -----------------------------------------------------------------------------------------------------------
 
-template <int HD> struct attention_shared {
-    uint4 k[ATTN_WARPS][ATTN_BLOCK * HD / 8], v[ATTN_WARPS][ATTN_BLOCK * HD / 8];
+template <typename KV> struct attention_shared {
+    static constexpr int HD = KV::HD;
+    alignas(16) unsigned char k[ATTN_WARPS][KV::BYTES], v[ATTN_WARPS][KV::BYTES];
     q_rows<HD> q;
+    fresh_row<HD> fresh;
     uint64_t k_arrived[ATTN_WARPS], v_arrived[ATTN_WARPS];
-    float max[CHUNK_PAGES][ROWS], sum[CHUNK_PAGES][ROWS], weight[CHUNK_PAGES][ROWS];
-    float chunk_max[ROWS], chunk_sum[ROWS];
-    int position[ROWS];         // of each row's token; -1: no such row
-    __nv_bfloat16 fresh[2][HD]; // this step's k and v
+    float max[CHUNK_PAGES][ROWS], sum[CHUNK_PAGES][ROWS];
+    int position[ROWS]; // of each row's token; -1: no such row
     bool last;
     alignas(16) float o[4]; // [CHUNK_PAGES][rows][HD]
 };
 
-template <int HD>
-static __device__ __forceinline__ void ask_for(attention_shared<HD> *sh, const attention_params &p, bool of_v,
+template <typename KV>
+static __device__ __forceinline__ void ask_for(attention_shared<KV> *sh, const attention_params &p, bool of_v,
                                                int kv_head, const int32_t *pages, int index, int warp) {
-    size_t at = head_page(p.kv, __ldcg(pages + index), kv_head);
-    const __nv_bfloat16 *from = (of_v ? p.kv.v : p.kv.k) + at;
     uint64_t *bar = of_v ? &sh->v_arrived[warp] : &sh->k_arrived[warp];
-    barrier_expect(bar, ATTN_BLOCK * HD * 2);
-    bulk_copy(of_v ? sh->v[warp] : sh->k[warp], from, ATTN_BLOCK * HD * 2, bar);
+    barrier_expect(bar, KV::BYTES);
+    bulk_copy(of_v ? sh->v[warp] : sh->k[warp], head_page(p.kv, of_v, __ldcg(pages + index), kv_head), KV::BYTES, bar);
 }
 
-// q's rows (normed and rotated where FUSED) into shared memory, a warp a row; and where FUSED this token's k and v,
-// into their page and beside.
-template <int HD, bool FUSED, int RT>
-static __device__ __forceinline__ void prepare_rows(attention_shared<HD> *sh, const attention_params &p, int token,
-                                                    int kv_head, bool owns_position, int warp, int lane) {
+// q's rows (normed and rotated where FUSED) into shared memory, a warp a row; and where
+// FUSED this token's k and v, beside, and into their page.
+template <typename KV, bool FUSED, int RT>
+static __device__ __forceinline__ void prepare_rows(attention_shared<KV> *sh, const attention_params &p, int token,
+                                                    int kv_head, int page, int slot, int warp, int lane) {
+    constexpr int HD = KV::HD;
     int group = p.n_heads / p.kv.n_kv_heads;
     constexpr int PAIRS = head_registers<HD>::PAIRS, HALF = HD / 2;
     const float *cos_sin = FUSED ? p.cos_sin + (size_t)token * HD : NULL;
@@ -146,53 +134,38 @@ static __device__ __forceinline__ void prepare_rows(attention_shared<HD> *sh, co
             put_q(&sh->q, row, lane + 32 * i + HALF, x.hi[i]);
         }
     }
-    if (!FUSED || !owns_position || warp < ATTN_WARPS - 2) return;
+    if (!FUSED || slot < 0 || warp < ATTN_WARPS - 2) return;
     bool of_v = warp == ATTN_WARPS - 1;
     head_registers<HD> x = load_head<HD>((of_v ? p.v : p.k) + ((size_t)token * p.kv.n_kv_heads + kv_head) * HD,
                                          of_v ? NULL : p.k_norm, of_v ? NULL : cos_sin, p.eps, lane);
-    int position = sh->position[0], slot = position % KV_PAGE_TOKENS;
-    int page = p.b.pages[p.b.page_start[p.b.seq[token]] + position / KV_PAGE_TOKENS];
-#pragma unroll
-    for (int i = 0; i < 2 * PAIRS; i++) {
-        int c = lane + 32 * (i / 2) + i % 2 * HALF;
-        if (lane + 32 * (i / 2) >= HALF) continue;
-        __nv_bfloat16 rounded = __float2bfloat16_rn(i % 2 ? x.hi[i / 2] : x.lo[i / 2]);
-        sh->fresh[of_v][c] = rounded;
-        if (of_v) p.kv.v[v_index(p.kv, page, kv_head, slot, c)] = rounded;
-        else p.kv.k[k_index(p.kv, page, kv_head, slot, c)] = rounded;
-    }
+    store_fresh(&sh->fresh, p.kv, page, kv_head, slot, of_v, x, lane);
 }
 
 // A warp's page of a chunk: scores, softmax, values; the next chunk's page is asked for as soon as this one is read.
-template <int HD, bool FUSED, int RT>
-static __device__ __forceinline__ void one_page(attention_shared<HD> *sh, const attention_params &p, int kv_head,
-                                                const int32_t *pages, int index, int last_page, int limit, int next,
+// Of the page, n slots are in use; `slot`: this step's own, -1 if that is in another page, or stored already.
+template <typename KV, int RT>
+static __device__ __forceinline__ void one_page(attention_shared<KV> *sh, const attention_params &p, int kv_head,
+                                                const int32_t *pages, int index, int n, int slot, int next,
                                                 uint32_t parity, int warp, int lane) {
-    int g = lane / 4, t = lane % 4, first = index * ATTN_BLOCK, n = limit - first;
+    constexpr int HD = KV::HD;
+    int g = lane / 4, t = lane % 4, first = index * ATTN_BLOCK;
     constexpr bool tall = RT > 8;
     float s[4][4], m[2], l[2];
     uint32_t pairs[2][4] = {};
 #if HOPPER
     barrier_wait(&sh->k_arrived[warp], parity);
 #else
-    const uint4 *from_k = reinterpret_cast<const uint4 *>(p.kv.k + head_page(p.kv, pages[index], kv_head));
-    const uint4 *from_v = reinterpret_cast<const uint4 *>(p.kv.v + head_page(p.kv, pages[index], kv_head));
-    for (int i = lane; i < ATTN_BLOCK * HD / 8; i += 32) {
-        sh->k[warp][i] = from_k[i];
-        sh->v[warp][i] = from_v[i];
+    const uint4 *from_k = reinterpret_cast<const uint4 *>(head_page(p.kv, false, pages[index], kv_head));
+    const uint4 *from_v = reinterpret_cast<const uint4 *>(head_page(p.kv, true, pages[index], kv_head));
+    for (int i = lane; i < KV::BYTES / 16; i += 32) {
+        reinterpret_cast<uint4 *>(sh->k[warp])[i] = from_k[i];
+        reinterpret_cast<uint4 *>(sh->v[warp])[i] = from_v[i];
     }
     __syncwarp();
 #endif
-    bool patch = FUSED && index == last_page;
-    int slot = (limit - 1) % KV_PAGE_TOKENS;
-    if (patch) {
-        __nv_bfloat16 *k = reinterpret_cast<__nv_bfloat16 *>(sh->k[warp]);
-        for (int c = lane; c < HD; c += 32) k[unit_index((size_t)slot, (size_t)c, HD)] = sh->fresh[0][c];
-        __syncwarp();
-    }
-    scores<HD, tall>(s, &sh->q, sh->k[warp], p.scale, lane);
+    scores<KV, tall>(s, &sh->q, sh->k[warp], p.scale, lane, &sh->fresh, slot);
     __syncwarp();
-    if (HOPPER && next <= last_page && lane == 0) ask_for<HD>(sh, p, false, kv_head, pages, next, warp);
+    if (HOPPER && next >= 0 && lane == 0) ask_for<KV>(sh, p, false, kv_head, pages, next, warp);
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         int row = g + half * 8;
@@ -203,37 +176,83 @@ static __device__ __forceinline__ void one_page(attention_shared<HD> *sh, const 
             sh->sum[index % CHUNK_PAGES][row] = l[half];
         }
     }
+    v_slots slots = slots_in_use(n, slot, t);
 #if HOPPER
     barrier_wait(&sh->v_arrived[warp], parity);
 #endif
-    if (patch) {
-        __nv_bfloat16 *v = reinterpret_cast<__nv_bfloat16 *>(sh->v[warp]);
-        for (int c = lane; c < HD; c += 32) v[unit_index((size_t)c, (size_t)slot, KV_PAGE_TOKENS)] = sh->fresh[1][c];
-        __syncwarp();
-    }
-    if (n < ATTN_BLOCK) {
-        clear_slots<HD>(sh->v[warp], n, lane);
-        __syncwarp();
-    }
     float *o = sh->o + (size_t)warp * p.rows * HD;
-#pragma unroll 4
-    for (int i = 0; i < HD / 8; i++) {
-        float d[4];
-        values(d, pairs[0], pairs[1], sh->v[warp][i * CHUNK_LANES + lane]);
+    auto put = [&](int i, const float(&d)[4]) {
         if (g < p.rows) *reinterpret_cast<float2 *>(o + g * HD + i * 8 + 2 * t) = make_float2(d[0], d[1]);
         if (tall && g + 8 < p.rows)
             *reinterpret_cast<float2 *>(o + (g + 8) * HD + i * 8 + 2 * t) = make_float2(d[2], d[3]);
-    }
+    };
+    if (n < ATTN_BLOCK || slot >= 0) page_values<KV, true>(sh->v[warp], pairs, slots, &sh->fresh, lane, put);
+    else page_values<KV, false>(sh->v[warp], pairs, slots, &sh->fresh, lane, put);
     __syncwarp();
-    if (HOPPER && next <= last_page && lane == 0) ask_for<HD>(sh, p, true, kv_head, pages, next, warp);
+    if (HOPPER && next >= 0 && lane == 0) ask_for<KV>(sh, p, true, kv_head, pages, next, warp);
 }
 
+// The channels of one row that a thread combines: THREADS_A_ROW apart.
+template <typename KV, int RT> struct own_channels {
+    static constexpr int HD = KV::HD;
+    static constexpr int THREADS_A_ROW = ATTN_THREADS / RT, N = (HD + THREADS_A_ROW - 1) / THREADS_A_ROW;
+    static constexpr int AT_ONCE = N == 1 ? 16 : 4; // chunks whose results are asked for together
+    int row, first;
+    chain state;
+    float sum[N];
+
+    __device__ __forceinline__ own_channels(int thread) : row(thread / THREADS_A_ROW), first(thread % THREADS_A_ROW) {
+    }
+
+    __device__ __forceinline__ void start() {
+        state = CHAIN_START;
+#pragma unroll
+        for (int i = 0; i < N; i++) sum[i] = 0;
+    }
+
+    // The row's n blocks of a chunk: their values in order; m and l are the chunk's.
+    __device__ __forceinline__ void chunk(float (&of)[N], chain &s, const attention_shared<KV> *sh, int rows,
+                                          int n) const {
+        s = CHAIN_START;
+#pragma unroll
+        for (int i = 0; i < N; i++) of[i] = 0;
+#pragma unroll
+        for (int k = 0; k < CHUNK_PAGES; k++) {
+            float a, c;
+            if (k >= n) break;
+            chain_add(s, sh->max[k][row], sh->sum[k][row], a, c);
+#pragma unroll
+            for (int i = 0; i < N; i++)
+                if (first + i * THREADS_A_ROW < HD)
+                    of[i] = chain_value(of[i], a, sh->o[((size_t)k * rows + row) * HD + first + i * THREADS_A_ROW], c);
+        }
+    }
+
+    // A chunk's part, to be combined with others.
+    __device__ __forceinline__ void put(float *to, const float (&of)[N], const chain &s, int rows) const {
+#pragma unroll
+        for (int i = 0; i < N; i++)
+            if (first + i * THREADS_A_ROW < HD) to[row * HD + first + i * THREADS_A_ROW] = of[i];
+        if (first > 0) return;
+        to[rows * HD + row] = s.m;
+        to[rows * (HD + 1) + row] = s.l;
+    }
+
+    __device__ __forceinline__ void add(const float (&of)[N], float m, float l) {
+        float a, c;
+        chain_add(state, m, l, a, c);
+#pragma unroll
+        for (int i = 0; i < N; i++) sum[i] = chain_value(sum[i], a, of[i], c);
+    }
+};
+
 // RT: at least p.rows.
-template <int HD, bool FUSED, int RT>
+template <typename KV, bool FUSED, int RT>
 static __global__ void __launch_bounds__(ATTN_THREADS, 1) k_attention(attention_params p) {
     DYNAMIC_SHARED(raw);
-    attention_shared<HD> *sh = reinterpret_cast<attention_shared<HD> *>(raw);
-    constexpr int OWN = (RT * HD + ATTN_THREADS - 1) / ATTN_THREADS;
+    constexpr int HD = KV::HD;
+    attention_shared<KV> *sh = reinterpret_cast<attention_shared<KV> *>(raw);
+    using own = own_channels<KV, RT>;
     int thread = (int)threadIdx.x, warp = thread / 32, lane = thread % 32;
     int token = (int)blockIdx.x, kv_head = (int)blockIdx.y, group = p.n_heads / p.kv.n_kv_heads;
     dependents_may_start();
@@ -254,119 +273,85 @@ static __global__ void __launch_bounds__(ATTN_THREADS, 1) k_attention(attention_
         barrier_init(&sh->v_arrived[warp]);
         barrier_fence();
         if (chunk * CHUNK_PAGES + warp <= last_page) {
-            ask_for<HD>(sh, p, false, kv_head, pages, chunk * CHUNK_PAGES + warp, warp);
-            ask_for<HD>(sh, p, true, kv_head, pages, chunk * CHUNK_PAGES + warp, warp);
+            ask_for<KV>(sh, p, false, kv_head, pages, chunk * CHUNK_PAGES + warp, warp);
+            ask_for<KV>(sh, p, true, kv_head, pages, chunk * CHUNK_PAGES + warp, warp);
         }
     }
     if (thread < ROWS)
         sh->position[thread] =
             thread < p.rows && token + thread / group < end ? __ldcg(p.b.position + token + thread / group) : -1;
-    __syncthreads();
-    if (FUSED) dependency_wait();
-    prepare_rows<HD, FUSED, RT>(sh, p, token, kv_head, chunk == (n_chunks - 1) % stride, warp, lane);
+    // This step's k and v: in the last chunk, which one block has.
+    int slot = FUSED && chunk == (n_chunks - 1) % stride ? (limit - 1) % KV_PAGE_TOKENS : -1;
+    int slot_page = slot >= 0 ? __ldcg(pages + last_page) : 0;
     __syncthreads();
 
-    chain state[OWN];
-    float sum[OWN];
+    own mine(thread);
+    bool has_row = mine.row < p.rows;
     size_t tile = (size_t)token * p.kv.n_kv_heads + kv_head, size = (size_t)p.rows * (HD + 2);
+    if (FUSED) dependency_wait();
+    prepare_rows<KV, FUSED, RT>(sh, p, token, kv_head, slot_page, slot, warp, lane);
+    __syncthreads();
+    mine.start();
     for (uint32_t parity = 0; chunk < n_chunks; chunk += stride, parity ^= 1) {
         int index = chunk * CHUNK_PAGES + warp, next = index + stride * CHUNK_PAGES;
         if (index <= last_page)
-            one_page<HD, FUSED, RT>(sh, p, kv_head, pages, index, last_page, limit, next, parity, warp, lane);
+            one_page<KV, RT>(sh, p, kv_head, pages, index, limit - index * ATTN_BLOCK, index == last_page ? slot : -1,
+                             next <= last_page ? next : -1, parity, warp, lane);
         __syncthreads();
-        if (thread < p.rows) {
-            int n = row_blocks(sh->position[thread], chunk);
-            float m = 0, l = 0;
-            if (n > 0) chunk_weights(&sh->weight[0][thread], m, l, &sh->max[0][thread], &sh->sum[0][thread], n, ROWS);
-            sh->chunk_max[thread] = m;
-            sh->chunk_sum[thread] = l;
+        int n = has_row ? row_blocks(sh->position[mine.row], chunk) : 0;
+        if (n > 0) {
+            chain s;
+            float of[own::N];
+            mine.chunk(of, s, sh, p.rows, n);
+            if (apart) mine.put(p.partial + (tile * p.max_chunks + chunk) * size, of, s, p.rows);
+            else mine.add(of, s.m, s.l);
         }
-        __syncthreads();
-#pragma unroll
-        for (int i = 0; i < OWN; i++) {
-            int at = i * ATTN_THREADS + thread, row = at / HD,
-                n = row < p.rows ? row_blocks(sh->position[row], chunk) : 0;
-            if (n == 0) continue;
-            float of = sh->o[at] * sh->weight[0][row];
-            for (int k = 1; k < n; k++) of = fmaf(sh->o[(size_t)k * p.rows * HD + at], sh->weight[k][row], of);
-            if (apart) {
-                float *mine = p.partial + (tile * p.max_chunks + chunk) * size;
-                mine[at] = of;
-                if (at % HD == 0) {
-                    mine[p.rows * HD + row] = sh->chunk_max[row];
-                    mine[p.rows * (HD + 1) + row] = sh->chunk_sum[row];
-                }
-            } else if (chunk == 0) {
-                state[i] = {sh->chunk_max[row], sh->chunk_sum[row]};
-                sum[i] = of;
-            } else {
-                float a, c;
-                chain_add(state[i], sh->chunk_max[row], sh->chunk_sum[row], a, c);
-                sum[i] = fmaf(sum[i], a, of * c);
-            }
-        }
-        __syncthreads();
+        if (apart || chunk + stride < n_chunks) __syncthreads();
     }
 
     if (apart) {
-        __threadfence();
-        __syncthreads();
-        if (thread == 0) sh->last = atomicAdd(p.arrivals + tile, 1u) == (unsigned)min(n_chunks, stride) - 1;
+        if (thread == 0) sh->last = count_arrival(p.arrivals + tile) == (unsigned)min(n_chunks, stride) - 1;
         __syncthreads();
         if (!sh->last) return;
-        __threadfence();
         if (thread == 0) p.arrivals[tile] = 0;
         const float *all = p.partial + tile * p.max_chunks * size;
+#pragma unroll 1
+        for (int first = 0; has_row && first < n_chunks; first += own::AT_ONCE) {
+            float of[own::AT_ONCE][own::N], m[own::AT_ONCE], l[own::AT_ONCE];
 #pragma unroll
-        for (int i = 0; i < OWN; i++) {
-            int at = i * ATTN_THREADS + thread, row = at / HD;
-            if (row >= p.rows) continue;
-            for (int k = 0; k < n_chunks; k++) {
-                const float *from = all + k * size;
-                float of = __ldcg(from + at), m = __ldcg(from + p.rows * HD + row),
-                      l = __ldcg(from + p.rows * (HD + 1) + row);
-                if (k == 0) {
-                    state[i] = {m, l};
-                    sum[i] = of;
-                } else {
-                    float a, c;
-                    chain_add(state[i], m, l, a, c);
-                    sum[i] = fmaf(sum[i], a, of * c);
-                }
+            for (int k = 0; k < own::AT_ONCE; k++) {
+                const float *from = all + (size_t)min(first + k, n_chunks - 1) * size;
+                m[k] = __ldcg(from + p.rows * HD + mine.row);
+                l[k] = __ldcg(from + p.rows * (HD + 1) + mine.row);
+#pragma unroll
+                for (int i = 0; i < own::N; i++)
+                    of[k][i] = __ldcg(from + mine.row * HD + min(mine.first + i * own::THREADS_A_ROW, HD - 1));
             }
+#pragma unroll
+            for (int k = 0; k < own::AT_ONCE; k++)
+                if (first + k < n_chunks) mine.add(of[k], m[k], l[k]);
         }
     }
+    if (!has_row || sh->position[mine.row] < 0) return;
+    float *out =
+        p.out + ((size_t)(token + mine.row / group) * p.n_heads + (size_t)kv_head * group + mine.row % group) * HD;
 #pragma unroll
-    for (int i = 0; i < OWN; i++) {
-        int at = i * ATTN_THREADS + thread, row = at / HD;
-        if (row >= p.rows || sh->position[row] < 0) continue;
-        p.out[((size_t)(token + row / group) * p.n_heads + (size_t)kv_head * group + row % group) * HD + at % HD] =
-            sum[i] / state[i].l;
+    for (int i = 0; i < own::N; i++) {
+        int c = mine.first + i * own::THREADS_A_ROW;
+        if (c < HD) out[c] = mine.sum[i] / mine.state.l;
     }
 }
 
 // ---- Launchers
 // -------------------------------------------------------------------------------------------------------
 
-// Calls `call` with HD as a constant.
-#define BY_HEAD_DIM(dim, call)                                                                                         \
-    do {                                                                                                               \
-        switch (dim) {                                                                                                 \
-        case 32: call(32); break;                                                                                      \
-        case 64: call(64); break;                                                                                      \
-        case 96: call(96); break;                                                                                      \
-        case 128: call(128); break;                                                                                    \
-        default: cuda_check(s, cudaErrorInvalidValue, "attention with this head_dim");                                 \
-        }                                                                                                              \
-    } while (0)
-
 static void attn_scores(const struct op_ctx *ctx, float *out, const float *q, const struct kv_layer *kv, size_t kv_head,
                         const int32_t *pages, size_t n_kv, float scale) {
     struct cuda_state *s = cuda_of(ctx);
-#define SCORES(HD)                                                                                                     \
-    launch_kernel(s, "attn_scores", k_scores<HD>, {grid_for((n_kv + ATTN_BLOCK - 1) / ATTN_BLOCK), 32, 0}, out, q,     \
+#define SCORES(KV)                                                                                                     \
+    launch_kernel(s, "attn_scores", k_scores<KV>, {grid_for((n_kv + ATTN_BLOCK - 1) / ATTN_BLOCK), 32, 0}, out, q,     \
                   view(kv), (int)kv_head, pages, (int)n_kv, scale *LOG2_E)
-    BY_HEAD_DIM(kv->head_dim, SCORES);
+    BY_KV(is_fp8(kv), kv->head_dim, SCORES);
 }
 
 static void attn_softmax(const struct op_ctx *ctx, float *scores, float *block_max, float *block_sum, size_t n_kv) {
@@ -376,8 +361,11 @@ static void attn_softmax(const struct op_ctx *ctx, float *scores, float *block_m
 
 static void attn_values(const struct op_ctx *ctx, float *o, const float *p, const struct kv_layer *kv, size_t kv_head,
                         const int32_t *pages, size_t n_kv) {
-    launch_kernel(cuda_of(ctx), "attn_values", k_values, {grid_for((n_kv + ATTN_BLOCK - 1) / ATTN_BLOCK), 32, 0}, o, p,
-                  view(kv), (int)kv_head, pages, (int)n_kv);
+    struct cuda_state *s = cuda_of(ctx);
+#define VALUES(KV)                                                                                                     \
+    launch_kernel(s, "attn_values", k_values<KV>, {grid_for((n_kv + ATTN_BLOCK - 1) / ATTN_BLOCK), 32, 0}, o, p,       \
+                  view(kv), (int)kv_head, pages, (int)n_kv)
+    BY_KV(is_fp8(kv), kv->head_dim, VALUES);
 }
 
 static void attn_combine(const struct op_ctx *ctx, float *out, const float *block_max, const float *block_sum,
@@ -415,19 +403,19 @@ static attention_params params_for(const struct op_ctx *ctx, const struct attent
     return p;
 }
 
-template <int HD> static size_t attention_bytes(int rows) {
-    return sizeof(attention_shared<HD>) + CHUNK_PAGES * (size_t)rows * HD * sizeof(float);
+template <typename KV> static size_t attention_bytes(int rows) {
+    return sizeof(attention_shared<KV>) + CHUNK_PAGES * (size_t)rows * KV::HD * sizeof(float);
 }
 
-template <int HD, bool FUSED>
+template <typename KV, bool FUSED>
 static void launch_attention(struct cuda_state *s, const attention_params &p, size_t n_tokens, size_t chunks) {
     // As many blocks as the SMs hold at once: each loads its next chunk while it works on one.
     size_t tiles = n_tokens * (size_t)p.kv.n_kv_heads, fit = (size_t)s->n_sms / tiles, blocks = 1;
     if (p.split) blocks = fit == 0 ? 1 : chunks < fit ? chunks : fit;
-    struct launch l = {grid_for(n_tokens, (size_t)p.kv.n_kv_heads, blocks), ATTN_THREADS, attention_bytes<HD>(p.rows)};
-    if (p.rows <= 2) launch_kernel(s, "attention", k_attention<HD, FUSED, 2>, l, p);
-    else if (p.rows <= 8) launch_kernel(s, "attention", k_attention<HD, FUSED, 8>, l, p);
-    else launch_kernel(s, "attention", k_attention<HD, FUSED, 16>, l, p);
+    struct launch l = {grid_for(n_tokens, (size_t)p.kv.n_kv_heads, blocks), ATTN_THREADS, attention_bytes<KV>(p.rows)};
+    if (p.rows <= 2) launch_kernel(s, "attention", k_attention<KV, FUSED, 2>, l, p);
+    else if (p.rows <= 8) launch_kernel(s, "attention", k_attention<KV, FUSED, 8>, l, p);
+    else launch_kernel(s, "attention", k_attention<KV, FUSED, 16>, l, p);
 }
 
 static void attention(const struct op_ctx *ctx, const struct attention_args *a) {
@@ -435,8 +423,9 @@ static void attention(const struct op_ctx *ctx, const struct attention_args *a) 
     bool one_each = a->batch->n_tokens == a->batch->n_seqs;
     attention_params p = params_for(ctx, a, one_each);
     if (!one_each && cuda_wide_attention(s, p, a->batch->host ? a->batch->host : a->batch, (int)a->head_dim)) return;
-#define ATTENTION(HD) launch_attention<HD, false>(s, p, a->batch->n_tokens, most_chunks(a->batch))
-    BY_HEAD_DIM(a->head_dim, ATTENTION);
+    if (one_each && cuda_stream_attention(s, p, a->batch->n_tokens, ctx->scratch_floats, (int)a->head_dim)) return;
+#define ATTENTION(KV) launch_attention<KV, false>(s, p, a->batch->n_tokens, most_chunks(a->batch))
+    BY_KV(p.kv.is_fp8, a->head_dim, ATTENTION);
 }
 
 // For a batch of one token a sequence; else its parts.
@@ -455,38 +444,49 @@ static void rope_attention(const struct op_ctx *ctx, const struct rope_attention
     p.k_norm = r->store->k_norm;
     p.cos_sin = r->store->cos_sin;
     p.eps = r->store->eps;
-#define ROPE_ATTENTION(HD) launch_attention<HD, true>(s, p, a->batch->n_tokens, most_chunks(a->batch))
-    BY_HEAD_DIM(a->head_dim, ROPE_ATTENTION);
+    if (cuda_stream_attention(s, p, a->batch->n_tokens, ctx->scratch_floats, (int)a->head_dim)) return;
+#define ROPE_ATTENTION(KV) launch_attention<KV, true>(s, p, a->batch->n_tokens, most_chunks(a->batch))
+    BY_KV(p.kv.is_fp8, a->head_dim, ROPE_ATTENTION);
 }
 
 size_t cuda_split_floats(const struct ops *ops, const struct ops_limits *l) {
     (void)ops;
-    size_t rows = l->max_tokens * l->n_heads < SPLIT_ROWS ? l->max_tokens * l->n_heads : SPLIT_ROWS, chunks = 1;
+    size_t rows = l->max_tokens * l->n_heads, chunks = 1;
     while (chunks * ATTN_CHUNK < l->max_positions) chunks *= 2;
-    return rows * chunks * (l->head_dim + 2);
+    size_t most = rows < SPLIT_ROWS ? rows : SPLIT_ROWS, floats = most * chunks * (l->head_dim + 2);
+    // More for stream.cu, within bounds: what does not fit is not split.
+    while (most < rows && floats < MOST_PARTIAL) {
+        most = 2 * most < rows ? 2 * most : rows;
+        floats = most * chunks * (l->head_dim + 2);
+    }
+    return floats;
 }
 
-template <int HD, bool FUSED, int RT> static void allow(struct cuda_state *s) {
+template <typename KV, bool FUSED, int RT> static void allow(struct cuda_state *s) {
     cuda_check(s,
-               cudaFuncSetAttribute(k_attention<HD, FUSED, RT>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    (int)attention_bytes<HD>(RT)),
+               cudaFuncSetAttribute(k_attention<KV, FUSED, RT>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    (int)attention_bytes<KV>(RT)),
                "preparing attention");
 }
 
-template <int HD> static void allow_shared(struct cuda_state *s) {
-    allow<HD, false, 2>(s);
-    allow<HD, false, 8>(s);
-    allow<HD, false, 16>(s);
-    allow<HD, true, 2>(s);
-    allow<HD, true, 8>(s);
-    allow<HD, true, 16>(s);
+template <typename KV> static void allow_shared(struct cuda_state *s) {
+    allow<KV, false, 2>(s);
+    allow<KV, false, 8>(s);
+    allow<KV, false, 16>(s);
+    allow<KV, true, 2>(s);
+    allow<KV, true, 8>(s);
+    allow<KV, true, 16>(s);
 }
 
 extern "C" bool cuda_attention_setup(struct cuda_state *s) {
-    allow_shared<32>(s);
-    allow_shared<64>(s);
-    allow_shared<96>(s);
-    allow_shared<128>(s);
+    allow_shared<bf16_kv<32>>(s);
+    allow_shared<fp8_kv<32>>(s);
+    allow_shared<bf16_kv<64>>(s);
+    allow_shared<fp8_kv<64>>(s);
+    allow_shared<bf16_kv<96>>(s);
+    allow_shared<fp8_kv<96>>(s);
+    allow_shared<bf16_kv<128>>(s);
+    allow_shared<fp8_kv<128>>(s);
     return s->failed == cudaSuccess;
 }
 

@@ -2,9 +2,10 @@
 //
 // A tile is up to 16 rows: consecutive tokens of a sequence times the query heads of one KV head. q is rounded to two
 // bf16s (high and low part), so that scores keep nearly f32's precision; p is rounded to bf16. Blocks of 32 positions
-// (a page) are independent: own maximum, p, sum and values. The blocks of a chunk of 256 positions are combined over
-// the chunk's maximum, in ascending order; chunks are combined in ascending order as ops.h combines blocks. Nothing
-// depends on how rows, pages or chunks are spread over warps, blocks and launches. Scores are in units of log 2.
+// (a page) are independent: own maximum, p, sum and values. The blocks of a chunk of 256 positions are combined in
+// ascending order (chain_add, chain_value), and so are the chunks. Nothing depends on how rows, pages or chunks are
+// spread over warps, blocks and launches. Scores are in units of log 2, and a block's maximum is rounded up to a whole
+// number: what is scaled from one maximum to another keeps its digits, and most blocks scale nothing.
 #ifndef TANDEM_OPS_CUDA_ATTENTION_CUH
 #define TANDEM_OPS_CUDA_ATTENTION_CUH
 
@@ -44,21 +45,50 @@ static __device__ __forceinline__ int row_blocks(int position, int chunk) {
 // ---- One block of 32 positions, by a warp
 // ----------------------------------------------------------------------------
 
-// q's rows, rounded in two parts: [ROWS][HD + 8] each.
-template <int HD> struct q_rows { __nv_bfloat16 high[ROWS][HD + 8], low[ROWS][HD + 8]; };
+// q's rows, rounded in two parts: [N][HD + 8] each. Rows from N on are zero.
+template <int HD, int N = ROWS> struct q_rows { __nv_bfloat16 high[N][HD + 8], low[N][HD + 8]; };
 
-template <int HD> static __device__ __forceinline__ void put_q(q_rows<HD> *q, int row, int c, float v) {
+template <int HD, int N> static __device__ __forceinline__ void put_q(q_rows<HD, N> *q, int row, int c, float v) {
     __nv_bfloat16 high = __float2bfloat16_rn(v);
     q->high[row][c] = high;
     q->low[row][c] = __float2bfloat16_rn(v - __bfloat162float(high));
 }
 
+// This step's own k and v of a head, as they will be read from their page, which may not have them yet.
+template <int HD> struct fresh_row {
+    uint4 k[HD / 32][4]; // as a unit's row: lane t's share of each 32 columns
+    uint32_t v[HD];      // in both halves
+    float row[2][HD];    // k and v before they are rounded
+};
+
+// Rounds this step's k or v of a head, which a warp has in registers: beside, and into its page.
+template <int HD>
+static __device__ __forceinline__ void store_fresh(fresh_row<HD> *f, const kv_view &kv, int page, int kv_head, int slot,
+                                                   bool of_v, const head_registers<HD> &x, int lane) {
+    constexpr int PAIRS = head_registers<HD>::PAIRS, HALF = HD / 2;
+#pragma unroll
+    for (int i = 0; i < PAIRS; i++) {
+        if (lane + 32 * i >= HALF) continue;
+        f->row[of_v][lane + 32 * i] = x.lo[i];
+        f->row[of_v][lane + 32 * i + HALF] = x.hi[i];
+    }
+    __syncwarp();
+#pragma unroll
+    for (int c = lane; c < HD; c += 32) {
+        __nv_bfloat16 rounded = kv_put(kv, of_v, page, kv_head, slot, c, f->row[of_v][c]);
+        if (of_v) f->v[c] = pack_bf16(__bfloat162float(rounded), __bfloat162float(rounded));
+        else reinterpret_cast<__nv_bfloat16 *>(f->k)[(c / 32 * 4 + c % 8 / 2) * 8 + c % 32 / 8 * 2 + c % 2] = rounded;
+    }
+}
+
 // Scores of rows g, g + 8 at positions 8 j + 2t, 8 j + 2t + 1: the high parts' chain plus the low parts'. Where rows
-// 8 to 15 are not used (not TALL), the low parts stand there, and one chain does for both. `page` [4][HD / 32][32
-// lanes].
-template <int HD, bool TALL>
-static __device__ __forceinline__ void scores(float (&s)[4][4], const q_rows<HD> *q, const uint4 *page, float scale,
-                                              int lane) {
+// 8 to 15 are not used (not TALL), the low parts stand there, and one chain does for both. `fresh`: the k of slot
+// `slot`, if that is not negative.
+template <typename KV, bool TALL, int N>
+static __device__ __forceinline__ void scores(float (&s)[4][4], const q_rows<KV::HD, N> *q, const unsigned char *page,
+                                              float scale, int lane, const fresh_row<KV::HD> *fresh = NULL,
+                                              int slot = -1) {
+    constexpr int HD = KV::HD;
     int g = lane / 4, t = lane % 4;
     float low[4][4] = {};
 #pragma unroll
@@ -72,12 +102,15 @@ static __device__ __forceinline__ void scores(float (&s)[4][4], const q_rows<HD>
         for (int e = 0; e < 8; e++) {
             int row = TALL ? g + e % 2 * 8 : g, c = i * 32 + e / 2 * 8 + 2 * t;
             bool is_low = !TALL && e % 2;
+            h[e] = 0;
+            if (N < 8 && g >= N) continue;
             h[e] = *reinterpret_cast<const uint32_t *>(is_low ? &q->low[row][c] : &q->high[row][c]);
             if (TALL) l[e] = *reinterpret_cast<const uint32_t *>(&q->low[row][c]);
         }
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            uint4 k = page[(j * (HD / 32) + i) * CHUNK_LANES + lane];
+            uint4 k = page_reader<KV>::k(page, j, i, lane);
+            if (8 * j + g == slot) k = fresh->k[i][t];
             mma(s[j], h[0], h[1], h[2], h[3], k.x, k.y);
             mma(s[j], h[4], h[5], h[6], h[7], k.z, k.w);
             if (!TALL) continue;
@@ -92,7 +125,7 @@ static __device__ __forceinline__ void scores(float (&s)[4][4], const q_rows<HD>
 }
 
 // The softmax of one row (half 0: g, 1: g + 8) up to position n - 1 of the block: scores become rounded p in pairs, 0
-// beyond; m and l are the row's maximum (-inf: no position) and sum.
+// beyond; m and l are the row's maximum, rounded up (-inf: no position), and sum.
 static __device__ __forceinline__ void softmax_row(uint32_t (&p)[4], float &m, float &l, const float (&s)[4][4],
                                                    int half, int n, int t) {
     m = MINUS_INFINITY;
@@ -102,7 +135,7 @@ static __device__ __forceinline__ void softmax_row(uint32_t (&p)[4], float &m, f
         for (int e = 0; e < 2; e++)
             if (8 * j + 2 * t + e < n) m = fmaxf(m, s[j][2 * half + e]);
     m = fmaxf(m, __shfl_xor_sync(~0u, m, 1));
-    m = fmaxf(m, __shfl_xor_sync(~0u, m, 2));
+    m = ceilf(fmaxf(m, __shfl_xor_sync(~0u, m, 2)));
     l = 0;
 #pragma unroll
     for (int j = 0; j < 4; j++) {
@@ -116,24 +149,27 @@ static __device__ __forceinline__ void softmax_row(uint32_t (&p)[4], float &m, f
     l += __shfl_xor_sync(~0u, l, 2);
 }
 
-// Clears the second, or both, of a pair of slots that stand at `slot` when they are not below n: what an unused slot
-// holds may be no number.
-static __device__ __forceinline__ uint32_t real_slots(uint32_t pair, int slot, int n) {
-    return slot + 1 < n ? pair : slot < n ? pair & 0xFFFFu : 0u;
+// A lane's share of a V page is 16 bytes for every 8 channels: slots 2t and 2t + 1 of each 8. What of them is to be
+// read from the page, and where this step's own v belongs: what an unused slot holds may be no number.
+struct v_slots {
+    uint32_t keep[4], put[4];
+};
+
+// Slots below n are in use; slot `fresh` (-1: none) is this step's.
+static __device__ __forceinline__ v_slots slots_in_use(int n, int fresh, int t) {
+    v_slots s;
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+        int slot = 8 * e + 2 * t;
+        s.put[e] = slot == fresh ? 0xFFFFu : slot + 1 == fresh ? 0xFFFF0000u : 0u;
+        s.keep[e] = (slot + 1 < n ? 0xFFFFFFFFu : slot < n ? 0xFFFFu : 0u) & ~s.put[e];
+    }
+    return s;
 }
 
-// Clears the slots of a V page in shared memory from n on.
-template <int HD> static __device__ __forceinline__ void clear_slots(uint4 *page, int n, int lane) {
-    int t = lane % 4;
-#pragma unroll 1
-    for (int i = lane; i < HD / 8 * CHUNK_LANES; i += 32) {
-        uint4 v = page[i];
-        v.x = real_slots(v.x, 2 * t, n);
-        v.y = real_slots(v.y, 8 + 2 * t, n);
-        v.z = real_slots(v.z, 16 + 2 * t, n);
-        v.w = real_slots(v.w, 24 + 2 * t, n);
-        page[i] = v;
-    }
+static __device__ __forceinline__ uint4 real_slots(uint4 v, const v_slots &s, uint32_t fresh) {
+    return make_uint4((v.x & s.keep[0]) | (fresh & s.put[0]), (v.y & s.keep[1]) | (fresh & s.put[1]),
+                      (v.z & s.keep[2]) | (fresh & s.put[2]), (v.w & s.keep[3]) | (fresh & s.put[3]));
 }
 
 // Values of channels 8 i + 2t, + 1 of rows g, g + 8. `v`: the lane's share of the page, [HD / 8][32 lanes].
@@ -143,36 +179,62 @@ static __device__ __forceinline__ void values(float (&o)[4], const uint32_t (&p)
     mma(o, p[2], p8[2], p[3], p8[3], v.z, v.w);
 }
 
-// ---- Combining
-// -------------------------------------------------------------------------------------------------------
-
-// A row's blocks of one chunk: the weights of blocks 0 .. n - 1 (stride apart), the chunk's maximum and sum.
-static __device__ __forceinline__ void chunk_weights(float *weight, float &m, float &l, const float *block_max,
-                                                     const float *block_sum, int n, int stride) {
-    m = block_max[0];
-    for (int i = 1; i < n; i++) m = fmaxf(m, block_max[i * stride]);
-    for (int i = 0; i < n; i++) {
-        float w = exp2_fast(block_max[i * stride] - m);
-        weight[i * stride] = w;
-        l = i == 0 ? block_sum[0] * w : fmaf(block_sum[i * stride], w, l);
+// The same of a whole page, each result with its i to `take`. SPECIAL: some slots are not in use, or one is this
+// step's: a loop of its own, since a branch within would keep the chip from overlapping the rounds.
+template <typename KV, bool SPECIAL, typename TAKE>
+static __device__ __forceinline__ void page_values(const unsigned char *page, const uint32_t (&pairs)[2][4],
+                                                   const v_slots &slots, const fresh_row<KV::HD> *fresh, int lane,
+                                                   const TAKE &take) {
+#pragma unroll
+    for (int i = 0; i < KV::HD / 8; i++) {
+        float d[4];
+        uint4 v = page_reader<KV>::v(page, i, lane);
+        if (SPECIAL) v = real_slots(v, slots, fresh ? fresh->v[8 * i + lane / 4] : 0);
+        values(d, pairs[0], pairs[1], v);
+        take(i, d);
     }
 }
 
-// A row's maximum and sum over the chunks so far.
+// ---- Combining
+// -------------------------------------------------------------------------------------------------------
+// A row's maximum and sum over the blocks of a chunk so far, and over the chunks so far: both are combined alike.
 struct chain {
     float m, l;
 };
 
-// Takes in a chunk: afterwards o = fma(o, a, chunk's o * c), or the chunk's o if it is the first.
+#define CHAIN_START                                                                                                    \
+    { MINUS_INFINITY, 0.0f }
+
+// Takes in the next block or chunk: its values are weighted with c, those so far with a (both powers of two).
 static __device__ __forceinline__ void chain_add(chain &s, float m, float l, float &a, float &c) {
     float m2 = fmaxf(s.m, m);
     a = exp2_fast(s.m - m2);
     c = exp2_fast(m - m2);
-    s.l = fmaf(s.l, a, l * c);
+    s.l = fmaf(l, c, s.l * a);
     s.m = m2;
 }
 
+// Values so far, with those of the next block or chunk. Where a is 1, fmaf(of, c, sum) is the same.
+static __device__ __forceinline__ float chain_value(float sum, float a, float of, float c) {
+    return fmaf(of, c, sum * a);
+}
+
+// Calls `call` with KV as a type.
+#define BY_KV(is_fp8, dim, call)                                                                                       \
+    do {                                                                                                               \
+        switch (dim) {                                                                                                 \
+        case 32: is_fp8 ? call(fp8_kv<32>) : call(bf16_kv<32>); break;                                                 \
+        case 64: is_fp8 ? call(fp8_kv<64>) : call(bf16_kv<64>); break;                                                 \
+        case 96: is_fp8 ? call(fp8_kv<96>) : call(bf16_kv<96>); break;                                                 \
+        case 128: is_fp8 ? call(fp8_kv<128>) : call(bf16_kv<128>); break;                                              \
+        default: cuda_check(s, cudaErrorInvalidValue, "attention with this head_dim");                                 \
+        }                                                                                                              \
+    } while (0)
+
 // Attention of many tokens of few sequences: wide.cu. False: this batch is not for it.
 bool cuda_wide_attention(struct cuda_state *s, const attention_params &p, const struct batch *host, int head_dim);
+// Attention of one token a sequence, where there is much to read: stream.cu. False: this batch is not for it.
+bool cuda_stream_attention(struct cuda_state *s, const attention_params &p, size_t n_tokens, size_t scratch_floats,
+                           int head_dim);
 
 #endif

@@ -38,6 +38,13 @@ static __device__ __forceinline__ float exp2_fast(float x) {
     return y;
 }
 
+// The products of two pairs of bf16s, rounded once; subnormal numbers count.
+static __device__ __forceinline__ uint32_t mul_bf16_pairs(uint32_t a, uint32_t b) {
+    uint32_t d;
+    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+
 // d += a b: a 16 rows by 16, b 16 by 8 columns, bf16 in, f32 sums. Lane 4 g + t holds of a: (g, 2t..), (g + 8, 2t..),
 // (g, 2t + 8..), (g + 8, 2t + 8..); of b: (2t.., g), (2t + 8.., g); of d: (g, 2t), (g, 2t + 1), (g + 8, 2t), ...
 static __device__ __forceinline__ void mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
@@ -60,6 +67,14 @@ static __device__ __forceinline__ float half_to_float(uint16_t v) {
     float f;
     asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v));
     return f;
+}
+
+// Adds 1 to a counter and returns what it was: what this block has written before (its threads have met since) is seen
+// by those who count after it.
+static __device__ __forceinline__ unsigned count_arrival(unsigned *counter) {
+    unsigned before;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+    return before;
 }
 
 // ---- Copies into shared memory

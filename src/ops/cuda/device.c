@@ -13,7 +13,7 @@ enum { MAX_RECORDINGS = 512, CHIP = 90, STAGING = 64 << 20 };
 
 // Those that `make gpu-check` has held against the others on a GPU are on by default.
 enum { VARIANTS_PROVEN = VARIANT_WIDE_ATTENTION | VARIANT_WGMMA | VARIANT_PERSISTENT };
-static const char *const variant_names[N_VARIANTS] = {"wide-attention", "persistent", "wgmma"};
+static const char *const variant_names[N_VARIANTS] = {"wide-attention", "persistent", "wgmma", "stream-attention"};
 
 struct recording {
     uint64_t key;
@@ -278,8 +278,8 @@ static bool start(struct cuda_state *s, struct error *err) {
     if (e == cudaSuccess) e = cudaStreamCreateWithFlags(&s->stream, cudaStreamNonBlocking);
     for (int i = 0; i < DEVICE_MARKS && e == cudaSuccess; i++)
         e = cudaEventCreateWithFlags(&s->marks[i], cudaEventDisableTiming);
-    if (e == cudaSuccess) e = cudaMalloc((void **)&s->arrivals, SPLIT_ROWS * sizeof *s->arrivals);
-    if (e == cudaSuccess) e = cudaMemset(s->arrivals, 0, SPLIT_ROWS * sizeof *s->arrivals);
+    if (e == cudaSuccess) e = cudaMalloc((void **)&s->arrivals, MOST_ARRIVALS * sizeof *s->arrivals);
+    if (e == cudaSuccess) e = cudaMemset(s->arrivals, 0, MOST_ARRIVALS * sizeof *s->arrivals);
     if (e == cudaSuccess) e = cudaMalloc(&s->parts, cuda_choose_bytes());
     if (e == cudaSuccess) e = cudaMalloc(&s->sampling, cuda_sample_bytes());
     if (e == cudaSuccess) e = cudaMemset(s->sampling, 0, cuda_sample_bytes());
@@ -290,6 +290,7 @@ static bool start(struct cuda_state *s, struct error *err) {
         cuda_wide_setup(s);
         cuda_persistent_setup(s);
         cuda_groups_setup(s);
+        cuda_stream_setup(s);
         e = s->failed;
     }
     return e == cudaSuccess ||

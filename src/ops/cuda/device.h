@@ -12,12 +12,20 @@ extern "C" {
 #include <cuda_runtime_api.h>
 
 enum {
-    SPLIT_ROWS = 1024, // tokens times heads up to which attention splits a sequence's chunks over blocks
-    SMALL_TOKENS = 8,  // up to here products norm and round their inputs themselves
+    SPLIT_ROWS = 1024,       // tokens times heads up to which attention splits a sequence's chunks over blocks
+    MOST_ARRIVALS = 16384,   // counters: tokens times KV heads
+    MOST_PARTIAL = 16 << 20, // floats of attention's partial results, about
+    SMALL_TOKENS = 8,        // up to here products norm and round their inputs themselves
 };
 
 // Kernels that may stand in for others and return the same bits, as device.variants numbers them (device.c names them).
-enum { VARIANT_WIDE_ATTENTION = 1 << 0, VARIANT_PERSISTENT = 1 << 1, VARIANT_WGMMA = 1 << 2, N_VARIANTS = 3 };
+enum {
+    VARIANT_WIDE_ATTENTION = 1 << 0,
+    VARIANT_PERSISTENT = 1 << 1,
+    VARIANT_WGMMA = 1 << 2,
+    VARIANT_STREAM_ATTENTION = 1 << 3,
+    N_VARIANTS = 4
+};
 
 // One opened GPU. `ops` comes first: a table's address is its state's.
 struct cuda_state {
@@ -29,7 +37,7 @@ struct cuda_state {
     cudaEvent_t marks[DEVICE_MARKS];
     cudaError_t failed;    // the first error; nothing is done after it
     const char *failed_at; // what was being done
-    unsigned *arrivals;    // [SPLIT_ROWS] zero between launches
+    unsigned *arrivals;    // [MOST_ARRIVALS] zero between launches
     void *parts;           // for choose
     unsigned *alarm;       // on the host: a kernel whose blocks wait for each other has waited too long
     int n_clusters;        // of eight blocks that the GPU holds at once, each with an SM's shared memory
@@ -66,6 +74,7 @@ bool cuda_attention_setup(struct cuda_state *s);
 bool cuda_wide_setup(struct cuda_state *s);
 bool cuda_persistent_setup(struct cuda_state *s);
 bool cuda_groups_setup(struct cuda_state *s);
+bool cuda_stream_setup(struct cuda_state *s);
 // Rows [row, row + n_rows) of a matrix, as stored, to their places in the device's order.
 void cuda_pack_rows(struct cuda_state *s, const struct matrix *out, const void *rows, size_t row, size_t n_rows);
 // The same for quantised weights; the bytes of 8 rows by 128 columns of such (0: not a type that is multiplied here),

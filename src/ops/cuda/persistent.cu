@@ -153,17 +153,17 @@ static __device__ __forceinline__ void fetch_all(const persistent_args &p, persi
                 f.unit(w.wq, me.kv_head * GROUP * 16 + me.rank * 2 * GROUP + i, unit_bytes);
 #pragma unroll 1
             for (int i = 0; i < 4; i++) f.unit(i < 2 ? w.wk : w.wv, me.kv_head * 16 + me.rank * 2 + i % 2, unit_bytes);
-            kv_view kv = {w.k, w.v, p.n_kv_heads, HEAD};
+            kv_view kv = {w.k, w.v, p.n_kv_heads, HEAD, false};
             int mine = 0;
 #pragma unroll 1
             for (int chunk = me.rank; chunk < me.n_chunks; chunk += CLUSTER)
 #pragma unroll 1
                 for (int i = chunk * CHUNK_PAGES; i < (chunk + 1) * CHUNK_PAGES && i <= me.last_page; i++) {
-                    size_t at = head_page(kv, sh->page[mine++], me.kv_head);
+                    int page = sh->page[mine++];
                     unsigned char *to = f.open(SLOT_BYTES);
                     if (lane == 0) {
-                        f.copy(to, w.k + at, SLOT_BYTES / 2);
-                        f.copy(to + SLOT_BYTES / 2, w.v + at, SLOT_BYTES / 2);
+                        f.copy(to, head_page(kv, false, page, me.kv_head), SLOT_BYTES / 2);
+                        f.copy(to + SLOT_BYTES / 2, head_page(kv, true, page, me.kv_head), SLOT_BYTES / 2);
                     }
                     f.close();
                 }
@@ -440,16 +440,15 @@ static __device__ __forceinline__ void put_kv(const persistent_args &p, persiste
     head_registers<HEAD> x =
         load_head<HEAD>(sh->qkv + (GROUP + of_v) * HEAD, of_v || !w.k_norm ? NULL : sh->head_norms[1],
                         of_v ? NULL : sh->cos_sin, p.eps, lane);
-    kv_view kv = {w.k, w.v, p.n_kv_heads, HEAD};
+    kv_view kv = {w.k, w.v, p.n_kv_heads, HEAD, false};
     int slot = position % KV_PAGE_TOKENS;
     __nv_bfloat16 *here = reinterpret_cast<__nv_bfloat16 *>(sh->ring[at.slot]) + of_v * (SLOT_BYTES / 4);
-    __nv_bfloat16 *there = (of_v ? w.v : w.k) + head_page(kv, page, me.kv_head);
+    __nv_bfloat16 *there = reinterpret_cast<__nv_bfloat16 *>(head_page(kv, of_v, page, me.kv_head));
     wait_for(p, &sh->full[at.slot], at.parity);
 #pragma unroll
     for (int i = 0; i < 2 * head_registers<HEAD>::PAIRS; i++) {
         int c = lane + 32 * (i / 2) + i % 2 * (HEAD / 2);
-        size_t index =
-            of_v ? unit_index((size_t)c, (size_t)slot, KV_PAGE_TOKENS) : unit_index((size_t)slot, (size_t)c, HEAD);
+        size_t index = kv_index(of_v, slot, c, HEAD);
         here[index] = there[index] = __float2bfloat16_rn(i % 2 ? x.hi[i / 2] : x.lo[i / 2]);
     }
     stores_before_copies();
@@ -460,11 +459,12 @@ template <int GROUP>
 static __device__ __forceinline__ void attend_page(const persistent_args &p, persistent_shared *sh, ring_place at,
                                                    int n, int warp, int lane) {
     int g = lane / 4, t = lane % 4;
-    const uint4 *k = reinterpret_cast<const uint4 *>(sh->ring[at.slot]), *v = k + SLOT_BYTES / 32 + lane;
+    const uint4 *v = reinterpret_cast<const uint4 *>(sh->ring[at.slot] + SLOT_BYTES / 2) + lane;
+    v_slots slots = slots_in_use(n, -1, t);
     float s[4][4], m, l;
     uint32_t pairs[4], none[4] = {0, 0, 0, 0};
     wait_for(p, &sh->full[at.slot], at.parity);
-    scores<HEAD, false>(s, &sh->q, k, p.scale, lane);
+    scores<bf16_kv<HEAD>, false>(s, &sh->q, sh->ring[at.slot], p.scale, lane);
     softmax_row(pairs, m, l, s, 0, n, t);
     if (t == 0 && g < GROUP) {
         sh->max[warp][g] = m;
@@ -474,48 +474,36 @@ static __device__ __forceinline__ void attend_page(const persistent_args &p, per
     for (int i = 0; i < HEAD / 8; i++) {
         float d[4];
         uint4 x = v[i * CHUNK_LANES];
-        if (n < ATTN_BLOCK) { // what an unused slot holds may be no number
-            x.x = real_slots(x.x, 2 * t, n);
-            x.y = real_slots(x.y, 8 + 2 * t, n);
-            x.z = real_slots(x.z, 16 + 2 * t, n);
-            x.w = real_slots(x.w, 24 + 2 * t, n);
-        }
+        if (n < ATTN_BLOCK) x = real_slots(x, slots, 0); // what an unused slot holds may be no number
         values(d, pairs, none, x);
         if (g < GROUP) *reinterpret_cast<float2 *>(sh->o[warp] + g * HEAD + i * 8 + 2 * t) = make_float2(d[0], d[1]);
     }
 }
 
-// A chunk's n pages over its maximum, to all blocks of the cluster: chunk_weights' order.
+// A chunk's n pages in order, to all blocks of the cluster.
 template <int GROUP>
 static __device__ __forceinline__ void push_chunk(persistent_shared *sh, int chunk, int n, int thread) {
     constexpr int QUADS = GROUP * HEAD / 4, AT_ONCE = WORKERS / QUADS; // blocks pushed to at once
     int quad = thread % QUADS, row = quad / (HEAD / 4);
-    float m = sh->max[0][row], l = 0;
-#pragma unroll
-    for (int i = 1; i < CHUNK_PAGES; i++)
-        if (i < n) m = fmaxf(m, sh->max[i][row]);
+    chain s = CHAIN_START;
     float4 of = make_float4(0, 0, 0, 0);
 #pragma unroll
     for (int i = 0; i < CHUNK_PAGES; i++) {
+        float a, c;
         if (i >= n) break;
-        float weight = exp2_fast(sh->max[i][row] - m);
         float4 o = *reinterpret_cast<const float4 *>(sh->o[i] + 4 * quad);
-        l = i == 0 ? sh->sum[0][row] * weight : fmaf(sh->sum[i][row], weight, l);
-        if (i == 0) {
-            of = make_float4(o.x * weight, o.y * weight, o.z * weight, o.w * weight);
-        } else {
-            of.x = fmaf(o.x, weight, of.x);
-            of.y = fmaf(o.y, weight, of.y);
-            of.z = fmaf(o.z, weight, of.z);
-            of.w = fmaf(o.w, weight, of.w);
-        }
+        chain_add(s, sh->max[i][row], sh->sum[i][row], a, c);
+        of.x = chain_value(of.x, a, o.x, c);
+        of.y = chain_value(of.y, a, o.y, c);
+        of.z = chain_value(of.z, a, o.z, c);
+        of.w = chain_value(of.w, a, o.w, c);
     }
     chunk_result *to = &sh->chunk[chunk];
 #pragma unroll
     for (int i = 0; i < CLUSTER / AT_ONCE; i++) {
         unsigned rank = (unsigned)(thread / QUADS + i * AT_ONCE);
         push16(to->o + 4 * quad, of, &sh->chunks_arrived, rank);
-        if (quad % (HEAD / 4) == 0) push16(&to->state[row], make_float4(m, l, 0, 0), &sh->chunks_arrived, rank);
+        if (quad % (HEAD / 4) == 0) push16(&to->state[row], make_float4(s.m, s.l, 0, 0), &sh->chunks_arrived, rank);
     }
 }
 
@@ -524,15 +512,14 @@ template <int GROUP>
 static __device__ __forceinline__ void chain_chunks(persistent_shared *sh, int n_chunks, int thread) {
     if (thread >= GROUP * HEAD) return;
     int row = thread / HEAD;
-    float4 first = sh->chunk[0].state[row];
-    chain s = {first.x, first.y};
-    float sum = sh->chunk[0].o[thread];
+    chain s = CHAIN_START;
+    float sum = 0;
 #pragma unroll 1
-    for (int i = 1; i < n_chunks; i++) {
+    for (int i = 0; i < n_chunks; i++) {
         float4 next = sh->chunk[i].state[row];
         float a, c;
         chain_add(s, next.x, next.y, a, c);
-        sum = fmaf(sum, a, sh->chunk[i].o[thread] * c);
+        sum = chain_value(sum, a, sh->chunk[i].o[thread], c);
     }
     int k = thread;
     *reinterpret_cast<__nv_bfloat16 *>(sh->inputs + k / 32 * 64 + k % 8 / 2 * 16 + k % 32 / 8 * 4 + k % 2 * 2) =
@@ -815,8 +802,8 @@ static bool layers(const struct op_ctx *ctx, const struct layers_args *a) {
                       l->bq,
                       l->bk,
                       l->bv,
-                      (__nv_bfloat16 *)l->kv->k,
-                      (__nv_bfloat16 *)l->kv->v};
+                      (unsigned char *)l->kv->k,
+                      (unsigned char *)l->kv->v};
     }
     struct launch l = {grid_for((size_t)s->n_clusters * CLUSTER), PERSISTENT_THREADS, sizeof(persistent_shared),
                        CLUSTER};

@@ -28,7 +28,7 @@ static_assert((int)NORM_WARPS == (int)WORKER_WARPS && (int)NORM_WARPS == (int)CL
 struct persistent_layer {
     const unsigned char *wq, *wk, *wv, *wo, *gate, *up, *down; // in units
     const float *attn_norm, *mlp_norm, *q_norm, *k_norm, *bq, *bk, *bv;
-    __nv_bfloat16 *k, *v;
+    unsigned char *k, *v; // bf16
 };
 
 struct persistent_args {

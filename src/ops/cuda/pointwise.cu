@@ -82,8 +82,9 @@ static __global__ void k_kv_store(kv_view kv, batch_view b, const float *k, cons
     int t = (int)blockIdx.x, position = b.position[t];
     int page = b.pages[b.page_start[b.seq[t]] + position / KV_PAGE_TOKENS], slot = position % KV_PAGE_TOKENS;
     int width = kv.n_kv_heads * kv.head_dim;
-    for (int i = (int)threadIdx.x; i < width; i += THREADS)
-        kv_put(kv, page, i / kv.head_dim, slot, i % kv.head_dim, k[(size_t)t * width + i], v[(size_t)t * width + i]);
+    for (int i = (int)threadIdx.x; i < width; i += THREADS) // whole warps: head_dim is a multiple of 32
+        for (int of_v = 0; of_v < 2; of_v++)
+            kv_put(kv, of_v, page, i / kv.head_dim, slot, i % kv.head_dim, (of_v ? v : k)[(size_t)t * width + i]);
 }
 
 // qk_norm_rope_store: a warp a head of q, k or v of a token.
@@ -110,11 +111,11 @@ static __global__ void k_qk_norm_rope_store(kv_view kv, batch_view b, float *q, 
         if (k_norm) head_norm(at, k_norm, eps, dim, lane);
         head_rope(at, cs, dim, lane);
         __syncwarp();
-        for (int c = lane; c < dim; c += 32) kv.k[k_index(kv, page, kv_head, slot, c)] = __float2bfloat16_rn(at[c]);
+        for (int c = lane; c < dim; c += 32) kv_put(kv, false, page, kv_head, slot, c, at[c]);
     } else {
         kv_head -= kv.n_kv_heads;
         const float *at = v + ((size_t)t * kv.n_kv_heads + kv_head) * dim;
-        for (int c = lane; c < dim; c += 32) kv.v[v_index(kv, page, kv_head, slot, c)] = __float2bfloat16_rn(at[c]);
+        for (int c = lane; c < dim; c += 32) kv_put(kv, true, page, kv_head, slot, c, at[c]);
     }
 }
 
@@ -139,7 +140,8 @@ static void embed(const struct op_ctx *ctx, float *x, const struct matrix *table
         return;
     }
     launch_kernel(cuda_of(ctx), "embed", k_embed, {grid_for(n_tokens), THREADS, 0}, x,
-                  (const __nv_bfloat16 *)table->data, token, ctx->chosen, (int)table->n_in, (int)padded_columns(table->n_in));
+                  (const __nv_bfloat16 *)table->data, token, ctx->chosen, (int)table->n_in,
+                  (int)padded_columns(table->n_in));
 }
 
 static void rmsnorm(const struct op_ctx *ctx, float *y, const float *x, const float *w, float eps, size_t n_rows,

@@ -2,18 +2,20 @@
 // query heads share it), and every page that it loads serves all of them. The arithmetic is attention.cuh's: a row's
 // bits are those of the other kernels.
 //
-// A warp computes the scores of a chunk's eight pages first and keeps p in registers: when the chunk's maximum is
-// known, each result of the values is weighted and added in ascending order of pages. While one of K and V is used, the
-// other's next chunk is on its way.
+// A warp goes from page to page by itself: scores, softmax, values, and what it has so far is weighted anew only where
+// a row's maximum has grown. Pages come in groups; while one group is used, the next one is on its way.
 #include "ops/cuda/attention.cuh"
 
-enum { FROM_TOKENS = 32 }; // a sequence, on average: fewer leave warps without rows
+enum {
+    FROM_TOKENS = 32, // a sequence, on average: fewer leave warps without rows
+    GROUP = 4,        // pages
+};
+static_assert(ATTN_WARPS == 2 * GROUP, "two warps a page of a group");
 
-template <int HD> struct wide_shared {
-    uint4 k[CHUNK_PAGES][ATTN_BLOCK * HD / 8], v[CHUNK_PAGES][ATTN_BLOCK * HD / 8];
-    q_rows<HD> q[ATTN_WARPS];
-    float max[ATTN_WARPS][CHUNK_PAGES][ROWS], sum[ATTN_WARPS][CHUNK_PAGES][ROWS]; // of a chunk's pages
-    uint64_t k_arrived[CHUNK_PAGES], v_arrived[CHUNK_PAGES];
+template <typename KV> struct wide_shared {
+    alignas(16) unsigned char k[2 * GROUP][KV::BYTES], v[2 * GROUP][KV::BYTES];
+    q_rows<KV::HD> q[ATTN_WARPS];
+    uint64_t k_arrived[2 * GROUP], v_arrived[2 * GROUP];
 };
 
 // A warp's 16 rows, and its lane's two of them: g and g + 8.
@@ -39,18 +41,19 @@ static __device__ __forceinline__ int find_tile(const batch_view &b, int size, i
 }
 
 // One warp's page of a kind into shared memory.
-template <int HD>
-static __device__ __forceinline__ void load_page(wide_shared<HD> *sh, const attention_params &p, bool of_v, int kv_head,
+template <typename KV>
+static __device__ __forceinline__ void load_page(wide_shared<KV> *sh, const attention_params &p, bool of_v, int kv_head,
                                                  int page, int slot, int lane) {
-    const __nv_bfloat16 *from = (of_v ? p.kv.v : p.kv.k) + head_page(p.kv, page, kv_head);
-    uint4 *to = of_v ? sh->v[slot] : sh->k[slot];
+    const unsigned char *from = head_page(p.kv, of_v, page, kv_head);
+    unsigned char *to = of_v ? sh->v[slot] : sh->k[slot];
 #if HOPPER
     if (lane != 0) return;
     uint64_t *bar = of_v ? &sh->v_arrived[slot] : &sh->k_arrived[slot];
-    barrier_expect(bar, ATTN_BLOCK * HD * 2);
-    bulk_copy(to, from, ATTN_BLOCK * HD * 2, bar);
+    barrier_expect(bar, KV::BYTES);
+    bulk_copy(to, from, KV::BYTES, bar);
 #else
-    for (int i = lane; i < ATTN_BLOCK * HD / 8; i += 32) to[i] = reinterpret_cast<const uint4 *>(from)[i];
+    for (int i = lane; i < KV::BYTES / 16; i += 32)
+        reinterpret_cast<uint4 *>(to)[i] = reinterpret_cast<const uint4 *>(from)[i];
 #endif
 }
 
@@ -68,27 +71,80 @@ static __device__ __forceinline__ void prepare_q(q_rows<HD> *q, const attention_
     __syncwarp();
 }
 
-// The weights of a chunk's first n pages for one row (those beyond stay as they are), its maximum and sum. `max` and
-// `sum`: the row's of each page, ROWS apart.
-static __device__ __forceinline__ void weigh(float (&weight)[CHUNK_PAGES][2], int half, float &m, float &l,
-                                             const float *max, const float *sum, int n) {
-    m = max[0];
+// A warp's two rows a lane: what a chunk has so far, and what the chunks before have.
+template <int HD> struct wide_sums {
+    chain chunk[2], all[2];
+    float of[HD / 8][4], sum[HD / 8][4];
+
+    __device__ __forceinline__ void next_chunk() {
+        chunk[0] = chunk[1] = CHAIN_START;
 #pragma unroll
-    for (int k = 1; k < CHUNK_PAGES; k++)
-        if (k < n) m = fmaxf(m, max[k * ROWS]);
-    l = 0;
+        for (int i = 0; i < HD / 8; i++)
 #pragma unroll
-    for (int k = 0; k < CHUNK_PAGES; k++) {
-        if (k >= n) break;
-        float w = exp2_fast(max[k * ROWS] - m);
-        weight[k][half] = w;
-        l = k == 0 ? sum[0] * w : fmaf(sum[k * ROWS], w, l);
+            for (int e = 0; e < 4; e++) of[i][e] = 0;
     }
+
+    __device__ __forceinline__ void start() {
+        all[0] = all[1] = CHAIN_START;
+#pragma unroll
+        for (int i = 0; i < HD / 8; i++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) sum[i][e] = 0;
+        next_chunk();
+    }
+
+    // The chunk has ended: joins those before it, in the rows that see any of it.
+    __device__ __forceinline__ void end_chunk(const int (&position)[2], int first) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            float a, c;
+            if (position[half] < first) continue;
+            chain_add(all[half], chunk[half].m, chunk[half].l, a, c);
+#pragma unroll
+            for (int i = 0; i < HD / 8; i++)
+#pragma unroll
+                for (int e = 2 * half; e < 2 * half + 2; e++) sum[i][e] = chain_value(sum[i][e], a, of[i][e], c);
+        }
+        next_chunk();
+    }
+};
+
+// A warp's rows and one page, of which n slots are in use.
+template <typename KV>
+static __device__ __forceinline__ void wide_page(wide_sums<KV::HD> &sums, wide_shared<KV> *sh, const q_rows<KV::HD> *q,
+                                                 const warp_rows &rows, int page, int n, int at, uint32_t parity,
+                                                 float scale, int lane) {
+    constexpr int HD = KV::HD;
+    float s[4][4], a[2], c[2];
+    uint32_t pairs[2][4];
+    barrier_wait(&sh->k_arrived[at], parity);
+    scores<KV, true>(s, q, sh->k[at], scale, lane);
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        float m, l;
+        softmax_row(pairs[half], m, l, s, half, rows.position[half] + 1 - page * ATTN_BLOCK, lane % 4);
+        chain_add(sums.chunk[half], m, l, a[half], c[half]);
+    }
+    if (a[0] != 1.0f || a[1] != 1.0f) {
+#pragma unroll
+        for (int i = 0; i < HD / 8; i++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) sums.of[i][e] *= a[e / 2];
+    }
+    __syncwarp();
+    barrier_wait(&sh->v_arrived[at], parity);
+    auto add = [&](int i, const float(&d)[4]) {
+#pragma unroll
+        for (int e = 0; e < 4; e++) sums.of[i][e] = fmaf(d[e], c[e / 2], sums.of[i][e]); // chain_value
+    };
+    if (n < ATTN_BLOCK) page_values<KV, true>(sh->v[at], pairs, slots_in_use(n, -1, lane % 4), NULL, lane, add);
+    else page_values<KV, false>(sh->v[at], pairs, {}, NULL, lane, add);
 }
 
-template <int HD> static __global__ void __launch_bounds__(ATTN_THREADS, 1) k_wide_attention(attention_params p) {
+template <typename KV> static __global__ void __launch_bounds__(ATTN_THREADS, 1) k_wide_attention(attention_params p) {
     DYNAMIC_SHARED(raw);
-    wide_shared<HD> *sh = reinterpret_cast<wide_shared<HD> *>(raw);
+    constexpr int HD = KV::HD;
+    wide_shared<KV> *sh = reinterpret_cast<wide_shared<KV> *>(raw);
     int thread = (int)threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
     int kv_head = (int)blockIdx.y, group = p.n_heads / p.kv.n_kv_heads, token;
     dependents_may_start();
@@ -100,7 +156,7 @@ template <int HD> static __global__ void __launch_bounds__(ATTN_THREADS, 1) k_wi
     dependency_wait();
     int seq = find_tile(p.b, p.tile_tokens * ATTN_WARPS, token), seq_end = p.b.seq_start[seq + 1];
     int end = min(token + p.tile_tokens * ATTN_WARPS, seq_end);
-    int limit = p.b.position[end - 1] + 1, last_page = (limit - 1) / ATTN_BLOCK, n_chunks = last_page / CHUNK_PAGES + 1;
+    int limit = p.b.position[end - 1] + 1, last_page = (limit - 1) / ATTN_BLOCK, n_groups = last_page / GROUP + 1;
     const int32_t *pages = p.b.pages + p.b.page_start[seq];
     warp_rows rows;
     rows.token = token + warp * p.tile_tokens;
@@ -112,79 +168,27 @@ template <int HD> static __global__ void __launch_bounds__(ATTN_THREADS, 1) k_wi
         rows.position[half] = at < rows.n_tokens ? p.b.position[rows.token + at] : -1;
     }
     if (warp <= last_page) {
-        load_page<HD>(sh, p, false, kv_head, pages[warp], warp, lane);
-        load_page<HD>(sh, p, true, kv_head, pages[warp], warp, lane);
+        load_page<KV>(sh, p, false, kv_head, pages[warp], warp, lane);
+        load_page<KV>(sh, p, true, kv_head, pages[warp], warp, lane);
     }
     prepare_q<HD>(&sh->q[warp], p, rows, kv_head, lane);
     __syncthreads();
 
-    chain state[2] = {};
-    float sum[HD / 8][4];
+    wide_sums<HD> sums;
+    sums.start();
 #pragma unroll 1
-    for (int chunk = 0; chunk < n_chunks; chunk++) {
-        int first = chunk * CHUNK_PAGES, mine = rows.last_page + 1 - first; // pages of the chunk that the warp needs
-        int next = first + CHUNK_PAGES + warp;
-        uint32_t parity = (uint32_t)chunk & 1;
-        uint32_t pairs[CHUNK_PAGES][2][4];
-#pragma unroll
-        for (int k = 0; k < CHUNK_PAGES; k++) {
-            if (k >= mine) break;
-            float s[4][4];
-            barrier_wait(&sh->k_arrived[k], parity);
-            scores<HD, true>(s, &sh->q[warp], sh->k[k], p.scale, lane);
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                float m, l;
-                softmax_row(pairs[k][half], m, l, s, half, rows.position[half] + 1 - (first + k) * ATTN_BLOCK, t);
-                if (t == 0) {
-                    sh->max[warp][k][g + 8 * half] = m;
-                    sh->sum[warp][k][g + 8 * half] = l;
-                }
-            }
+    for (int i = 0; i < n_groups; i++) {
+#pragma unroll 1
+        for (int page = i * GROUP; page < (i + 1) * GROUP && page <= rows.last_page; page++) {
+            wide_page<KV>(sums, sh, &sh->q[warp], rows, page, limit - page * ATTN_BLOCK, page % (2 * GROUP),
+                          (uint32_t)i / 2 & 1, p.scale, lane);
+            if (page % CHUNK_PAGES == CHUNK_PAGES - 1 || page == rows.last_page)
+                sums.end_chunk(rows.position, page / CHUNK_PAGES * ATTN_CHUNK);
         }
-        __syncthreads(); // K has been read
-        if (next <= last_page) load_page<HD>(sh, p, false, kv_head, pages[next], warp, lane);
-        int n[2] = {row_blocks(rows.position[0], chunk), row_blocks(rows.position[1], chunk)};
-        float weight[CHUNK_PAGES][2], a[2], b[2];
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            if (n[half] == 0) continue;
-            float m, l;
-            weigh(weight, half, m, l, &sh->max[warp][0][g + 8 * half], &sh->sum[warp][0][g + 8 * half], n[half]);
-            if (chunk == 0) state[half] = {m, l};
-            else chain_add(state[half], m, l, a[half], b[half]);
-        }
-        if (chunk == n_chunks - 1 && limit % ATTN_BLOCK != 0) {
-            if (warp == last_page % CHUNK_PAGES) {
-                barrier_wait(&sh->v_arrived[warp], parity);
-                clear_slots<HD>(sh->v[warp], limit - last_page * ATTN_BLOCK, lane);
-            }
-            __syncthreads();
-        }
-#pragma unroll
-        for (int k = 0; k < CHUNK_PAGES; k++)
-            if (k < mine) barrier_wait(&sh->v_arrived[k], parity);
-#pragma unroll
-        for (int i = 0; i < HD / 8; i++) {
-            float of[4];
-#pragma unroll
-            for (int k = 0; k < CHUNK_PAGES; k++) {
-                if (k >= mine) break;
-                float d[4];
-                values(d, pairs[k][0], pairs[k][1], sh->v[k][i * CHUNK_LANES + lane]);
-#pragma unroll
-                for (int e = 0; e < 4; e++)
-                    if (k < n[e / 2]) of[e] = k == 0 ? d[e] * weight[0][e / 2] : fmaf(d[e], weight[k][e / 2], of[e]);
-            }
-#pragma unroll
-            for (int e = 0; e < 4; e++)
-                if (n[e / 2] > 0) sum[i][e] = chunk == 0 ? of[e] : fmaf(sum[i][e], a[e / 2], of[e] * b[e / 2]);
-        }
-        __syncthreads(); // V has been read
-        if (next <= last_page) load_page<HD>(sh, p, true, kv_head, pages[next], warp, lane);
-#if !HOPPER
-        __syncthreads();
-#endif
+        __syncthreads(); // the group has been read
+        // Half of the warps ask for K, the others for V.
+        int next = (i + 2) * GROUP + warp % GROUP;
+        if (next <= last_page) load_page<KV>(sh, p, warp >= GROUP, kv_head, pages[next], next % (2 * GROUP), lane);
     }
 #pragma unroll
     for (int half = 0; half < 2; half++) {
@@ -195,16 +199,16 @@ template <int HD> static __global__ void __launch_bounds__(ATTN_THREADS, 1) k_wi
 #pragma unroll
         for (int i = 0; i < HD / 8; i++)
             *reinterpret_cast<float2 *>(out + i * 8 + 2 * t) =
-                make_float2(sum[i][2 * half] / state[half].l, sum[i][2 * half + 1] / state[half].l);
+                make_float2(sums.sum[i][2 * half] / sums.all[half].l, sums.sum[i][2 * half + 1] / sums.all[half].l);
     }
 }
 
 // ---- Launcher
 // ------------------------------------------------------------------------------------------------------------
 
-template <int HD> static void launch(struct cuda_state *s, const attention_params &p, size_t tiles) {
-    launch_kernel(s, "wide attention", k_wide_attention<HD>,
-                  {grid_for(tiles, (size_t)p.kv.n_kv_heads), ATTN_THREADS, sizeof(wide_shared<HD>)}, p);
+template <typename KV> static void launch(struct cuda_state *s, const attention_params &p, size_t tiles) {
+    launch_kernel(s, "wide attention", k_wide_attention<KV>,
+                  {grid_for(tiles, (size_t)p.kv.n_kv_heads), ATTN_THREADS, sizeof(wide_shared<KV>)}, p);
 }
 
 bool cuda_wide_attention(struct cuda_state *s, const attention_params &p, const struct batch *host, int head_dim) {
@@ -212,24 +216,26 @@ bool cuda_wide_attention(struct cuda_state *s, const attention_params &p, const 
     size_t size = (size_t)p.tile_tokens * ATTN_WARPS, tiles = 0;
     for (size_t i = 0; i < host->n_seqs; i++)
         tiles += ((size_t)(host->seq_start[i + 1] - host->seq_start[i]) + size - 1) / size;
-    if (head_dim == 32) launch<32>(s, p, tiles);
-    else if (head_dim == 64) launch<64>(s, p, tiles);
-    else if (head_dim == 96) launch<96>(s, p, tiles);
-    else launch<128>(s, p, tiles);
+#define LAUNCH(KV) launch<KV>(s, p, tiles)
+    BY_KV(p.kv.is_fp8, head_dim, LAUNCH);
     return true;
 }
 
-template <int HD> static void allow(struct cuda_state *s) {
+template <typename KV> static void allow(struct cuda_state *s) {
     cuda_check(s,
-               cudaFuncSetAttribute(k_wide_attention<HD>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    (int)sizeof(wide_shared<HD>)),
+               cudaFuncSetAttribute(k_wide_attention<KV>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    (int)sizeof(wide_shared<KV>)),
                "preparing attention");
 }
 
 extern "C" bool cuda_wide_setup(struct cuda_state *s) {
-    allow<32>(s);
-    allow<64>(s);
-    allow<96>(s);
-    allow<128>(s);
+    allow<bf16_kv<32>>(s);
+    allow<fp8_kv<32>>(s);
+    allow<bf16_kv<64>>(s);
+    allow<fp8_kv<64>>(s);
+    allow<bf16_kv<96>>(s);
+    allow<fp8_kv<96>>(s);
+    allow<bf16_kv<128>>(s);
+    allow<fp8_kv<128>>(s);
     return s->failed == cudaSuccess;
 }

@@ -36,6 +36,16 @@ static inline float half_to_float(uint16_t v) {
     return __uint_as_float(sign | __float_as_uint(__uint_as_float(rest << 13) * 0x1p112f));
 }
 
+static inline unsigned count_arrival(unsigned *counter) {
+    return atomicAdd(counter, 1);
+}
+
+static inline uint32_t mul_bf16_pairs(uint32_t a, uint32_t b) {
+    __nv_bfloat162 d = __floats2bfloat162_rn(__uint_as_float(a << 16) * __uint_as_float(b << 16),
+                                             __uint_as_float(a & 0xFFFF0000u) * __uint_as_float(b & 0xFFFF0000u));
+    return emulated_bits<uint32_t>(d);
+}
+
 // One order for all callers, ascending k; a chip's own may be another.
 static inline void mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
     const uint32_t a[4] = {a0, a1, a2, a3}, b[2] = {b0, b1};
