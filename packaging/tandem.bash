@@ -14,7 +14,7 @@ _tandem() {
     --isa) mapfile -t COMPREPLY < <(compgen -W "auto portable avx2 avx512 avx512vnni avx512bf16" -- "$cur") && return ;;
     --repack) mapfile -t COMPREPLY < <(compgen -W "on memory off" -- "$cur") && return ;;
     --path) mapfile -t COMPREPLY < <(compgen -W "fused standard T H" -- "$cur") && return ;;
-    --kv-type) mapfile -t COMPREPLY < <(compgen -W "bf16 f16 f32 q8_0" -- "$cur") && return ;;
+    --kv-type) mapfile -t COMPREPLY < <(compgen -W "bf16 f16 f32 q8_0 fp8" -- "$cur") && return ;;
     --synthetic)
         mapfile -t COMPREPLY < <(compgen -W "qwen3-0.6b qwen3-1.7b qwen3-4b qwen3-8b qwen3-14b qwen3-32b" -- "$cur")
         return

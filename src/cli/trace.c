@@ -254,7 +254,7 @@ static bool trace_path(struct recorder *r, tandem_engine *e, enum path path, con
 
 // The coarsest rounding on an engine's path: of the inputs of matrix products, and of K and V.
 static const char *engine_precision(const tandem_engine *e) {
-    bool bf16 = e->kv_type == DTYPE_BF16, quantised = e->kv_type == DTYPE_Q8_0;
+    bool bf16 = e->kv_type == DTYPE_BF16, quantised = dtype_info(e->kv_type)->is_quantised;
     const struct model *m = e->model;
     for (size_t i = 0; i < m->config.n_layers; i++) {
         const struct layer_weights *w = &m->layers[i];

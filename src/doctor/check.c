@@ -180,7 +180,6 @@ static bool place_model(struct doctor *d, struct error *err) {
     if (!device && d->ops->takes_octets)
         model_pack(d->model, &(struct pack_options){.pool = d->pool, .log = &d->options.log});
     if (!device) return true;
-    if (d->kv_type != DTYPE_BF16) return error_set(err, "%s: K and V in bf16 are expected", device->name);
     if (!model_runs_on(d->model, device, err)) return false;
     d->weights = weights_upload(d->model, device, &d->options.log, err);
     return d->weights != NULL;
@@ -204,7 +203,7 @@ static bool open_parts(struct doctor *d, struct error *err) {
     d->model = model_load(d->kind, d->path, &load, &why);
     snprintf(d->load_error, sizeof d->load_error, "%s", why.text);
     if (!d->model) return true;
-    if (!kv_type_fits(d->kv_type, d->model->config.head_dim, err)) return false;
+    if (!kv_type_fits(d->kv_type, d->model->config.head_dim, d->ops->device, err)) return false;
     if (!place_model(d, err)) return false;
     if (d->options.budget <= 0) d->options.budget = doctor_model_is_small(d) ? 25 : 240;
     if (d->options.thorough) d->options.budget = INFINITY;

@@ -59,9 +59,7 @@ static bool choose_limits(tandem_engine *e, const tandem_options *o, struct erro
         return error_set(err, "max_batch: expected 1 to %d, found %zu", MAX_BATCH, e->max_batch);
     e->max_step_tokens = e->chunk > e->max_batch ? e->chunk : e->max_batch;
     if (!kv_type_parse(o->kv_type, &e->kv_type, err)) return false;
-    if (e->ops->device && e->kv_type != DTYPE_BF16)
-        return error_set(err, "KV type: %s stores K and V as bf16, %s was asked for", e->ops->device->name, o->kv_type);
-    return kv_type_fits(e->kv_type, e->model->config.head_dim, err);
+    return kv_type_fits(e->kv_type, e->model->config.head_dim, e->ops->device, err);
 }
 
 // Keys the hash of the prefix cache, so that nobody can prepare prompts that collide.

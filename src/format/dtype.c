@@ -2,6 +2,7 @@
 #include "format/dtype.h"
 
 #include "base/size.h"
+#include "format/fp8.h"
 #include "format/quant.h"
 
 #include <string.h>
@@ -14,10 +15,11 @@ static const struct dtype_info infos[DTYPE_COUNT] = {
     [DTYPE_Q5_0] = {"Q5_0", 32, 22, true, true},   [DTYPE_Q5_1] = {"Q5_1", 32, 24, true, true},
     [DTYPE_Q2_K] = {"Q2_K", 256, 84, true, true},  [DTYPE_Q3_K] = {"Q3_K", 256, 110, true, true},
     [DTYPE_Q4_K] = {"Q4_K", 256, 144, true, true}, [DTYPE_Q5_K] = {"Q5_K", 256, 176, true, true},
-    [DTYPE_Q6_K] = {"Q6_K", 256, 210, true, true}, [DTYPE_F64] = {"F64", 1, 8, false, false},
-    [DTYPE_I8] = {"I8", 1, 1, false, false},       [DTYPE_U8] = {"U8", 1, 1, false, false},
-    [DTYPE_I16] = {"I16", 1, 2, false, false},     [DTYPE_I32] = {"I32", 1, 4, false, false},
-    [DTYPE_I64] = {"I64", 1, 8, false, false},     [DTYPE_BOOL] = {"BOOL", 1, 1, false, false},
+    [DTYPE_Q6_K] = {"Q6_K", 256, 210, true, true}, [DTYPE_FP8] = {"FP8", 32, 33, true, false},
+    [DTYPE_F64] = {"F64", 1, 8, false, false},     [DTYPE_I8] = {"I8", 1, 1, false, false},
+    [DTYPE_U8] = {"U8", 1, 1, false, false},       [DTYPE_I16] = {"I16", 1, 2, false, false},
+    [DTYPE_I32] = {"I32", 1, 4, false, false},     [DTYPE_I64] = {"I64", 1, 8, false, false},
+    [DTYPE_BOOL] = {"BOOL", 1, 1, false, false},
 };
 
 const struct dtype_info *dtype_info(enum dtype type) {
@@ -104,6 +106,7 @@ void dtype_to_f32(enum dtype type, const void *src, float *dst, size_t n) {
         break;
     case DTYPE_F16: f16_row_to_f32(bytes, dst, n); break;
     case DTYPE_BF16: bf16_row_to_f32(bytes, dst, n); break;
+    case DTYPE_FP8: fp8_to_f32(src, dst, n); break;
     case DTYPE_Q8_0: quant_q8_0_to_f32(bytes, dst, n_blocks); break;
     case DTYPE_Q4_0: quant_q4_0_to_f32(bytes, dst, n_blocks); break;
     case DTYPE_Q4_1: quant_q4_1_to_f32(bytes, dst, n_blocks); break;

@@ -24,6 +24,7 @@ enum dtype {
     DTYPE_Q4_K,
     DTYPE_Q5_K,
     DTYPE_Q6_K,
+    DTYPE_FP8, // K and V only (format/fp8.h)
     DTYPE_F64, // from here on: may stand in a file (traces, goldens), but no op multiplies with it
     DTYPE_I8,
     DTYPE_U8,
@@ -50,7 +51,7 @@ bool dtype_row_bytes(enum dtype type, size_t n, size_t *out);
 
 // Converts `n` elements (whole blocks) at `src` (any alignment) to f32, each exactly as the format defines it: f32
 // arithmetic in the order of the reference dequantiser, so that values agree bit for bit with the `gguf` package.
-// `type` must have is_weight.
+// `type` must have is_weight, or be FP8.
 void dtype_to_f32(enum dtype type, const void *src, float *dst, size_t n);
 
 static inline float bf16_to_f32(uint16_t h) {

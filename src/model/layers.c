@@ -521,7 +521,7 @@ size_t kv_store_bytes(const struct model_config *c, enum dtype type, size_t n_pa
 bool kv_store_create_on(struct device *d, struct kv_store *kv, const struct model_config *c, enum dtype type,
                         size_t n_pages, struct error *err) {
     *kv = (struct kv_store){.n_layers = c->n_layers, .n_pages = n_pages, .device = d};
-    if (!kv_type_fits(type, c->head_dim, err)) return false;
+    if (!kv_type_fits(type, c->head_dim, d, err)) return false;
     kv->bytes = kv_store_bytes(c, type, n_pages);
     size_t per_layer = kv->bytes / (2 * c->n_layers);
     bool fits = kv->bytes != SIZE_MAX;

@@ -61,6 +61,8 @@ struct device {
     const char *const *variant_names;
     size_t n_variants;
     uint32_t variants;
+
+    uint32_t kv_types; // bit (1 << enum dtype): K and V may be stored so
 };
 
 #endif

@@ -1,8 +1,10 @@
 // kv_page.c: see kv_page.h.
 #include "ops/kv_page.h"
 
+#include "format/fp8.h"
 #include "ops/cpu/activation.h"
 
+#include <stdio.h>
 #include <string.h>
 
 enum { BLOCK = 32, BLOCK_BYTES = 34 }; // Q8_0: scale, integers
@@ -35,6 +37,7 @@ void kv_round(enum dtype type, const float *x, void *row, size_t n) {
     case DTYPE_Q8_0:
         for (size_t i = 0; i < n; i += BLOCK) round_block(x + i, (unsigned char *)row + i / BLOCK * BLOCK_BYTES);
         break;
+    case DTYPE_FP8: fp8_from_f32(x, row, n); break;
     default:
         for (size_t i = 0; i < n; i++) ((uint16_t *)row)[i] = bf16_from_f32(x[i]);
     }
@@ -50,6 +53,11 @@ float kv_channel(enum dtype type, const void *row, size_t channel) {
         memcpy(&half, block, sizeof half);
         return (float)(int8_t)block[2 + channel % BLOCK] * f16_to_f32(half);
     }
+    case DTYPE_FP8: {
+        float x[FP8_BLOCK];
+        fp8_to_f32((const unsigned char *)row + channel / FP8_BLOCK * FP8_BLOCK_BYTES, x, FP8_BLOCK);
+        return x[channel % FP8_BLOCK];
+    }
     default: return bf16_to_f32(((const uint16_t *)row)[channel]);
     }
 }
@@ -63,18 +71,28 @@ void kv_as_stored(enum dtype type, const float *x, float *out, size_t n) {
     }
 }
 
+static const enum dtype kv_types[] = {DTYPE_BF16, DTYPE_F16, DTYPE_F32, DTYPE_Q8_0, DTYPE_FP8};
+enum { N_TYPES = sizeof kv_types / sizeof kv_types[0] };
+
 bool kv_type_parse(const char *name, enum dtype *out, struct error *err) {
-    static const enum dtype types[] = {DTYPE_BF16, DTYPE_F16, DTYPE_F32, DTYPE_Q8_0};
     enum dtype type = DTYPE_BF16;
     bool known = !name || dtype_from_name(name, &type);
-    for (size_t i = 0; known && i < sizeof types / sizeof types[0]; i++)
-        if (types[i] == type) return *out = type, true;
-    return error_set(err, "KV type: expected bf16, f16, f32 or q8_0, found %s", name);
+    for (size_t i = 0; known && i < N_TYPES; i++)
+        if (kv_types[i] == type) return *out = type, true;
+    return error_set(err, "KV type: expected bf16, f16, f32, q8_0 or fp8, found %s", name);
 }
 
-bool kv_type_fits(enum dtype type, size_t head_dim, struct error *err) {
+bool kv_type_fits(enum dtype type, size_t head_dim, const struct device *device, struct error *err) {
     size_t block = dtype_info(type)->block_len;
-    return head_dim % block == 0 ||
-           error_set(err, "KV type: %s stores blocks of %zu channels, the model's heads have %zu",
-                     dtype_info(type)->name, block, head_dim);
+    if (head_dim % block != 0)
+        return error_set(err, "KV type: %s stores blocks of %zu channels, the model's heads have %zu",
+                         dtype_info(type)->name, block, head_dim);
+    if (!device || device->kv_types >> type & 1) return true;
+    char names[64] = "";
+    for (size_t i = 0, used = 0; i < N_TYPES && used < sizeof names; i++)
+        if (device->kv_types >> kv_types[i] & 1)
+            used += (size_t)snprintf(names + used, sizeof names - used, "%s%s", used ? " or " : "",
+                                     dtype_info(kv_types[i])->name);
+    return error_set(err, "KV type: %s stores K and V as %s, %s was asked for", device->name, names,
+                     dtype_info(type)->name);
 }

@@ -16,6 +16,7 @@ static inline size_t kv_bytes(enum dtype type, size_t n) {
     switch (type) {
     case DTYPE_F32: return 4 * n;
     case DTYPE_Q8_0: return n / 32 * 34;
+    case DTYPE_FP8: return n / 32 * 33;
     default: return 2 * n;
     }
 }
@@ -37,6 +38,7 @@ static inline size_t kv_row_at(const struct kv_layer *kv, size_t page, size_t kv
 // Rounds n channels as a store does. BF16, F16: nearest even; F32: not at all. Q8_0: blocks of 32 with the scale
 // d = f16(a / 127), a = max |x_i|, and q_i = nearest_even(x_i * (1 / d)), at most 127 in magnitude; all zero where d
 // is. NaN, Inf and an `a` beyond what d holds make d NaN or Inf and q zero, so that every value of the block is NaN.
+// FP8: format/fp8.h.
 void kv_round(enum dtype type, const float *x, void *row, size_t n);
 
 // The n channels that a row holds, exactly: dtype_to_f32(type, row, x, n). One of them:
@@ -45,8 +47,9 @@ float kv_channel(enum dtype type, const void *row, size_t channel);
 // What x becomes by being stored and read: [n]
 void kv_as_stored(enum dtype type, const float *x, float *out, size_t n);
 
-// --kv-type's names; NULL is "bf16". False with what is wrong: the name, or a head that is no whole number of blocks.
+// --kv-type's names; NULL is "bf16". False with what is wrong: the name; or a head that is no whole number of blocks,
+// or a device (NULL: none) that does not store it.
 bool kv_type_parse(const char *name, enum dtype *out, struct error *err);
-bool kv_type_fits(enum dtype type, size_t head_dim, struct error *err);
+bool kv_type_fits(enum dtype type, size_t head_dim, const struct device *device, struct error *err);
 
 #endif

@@ -81,7 +81,7 @@ struct batch {
 // The K and V pages of one layer. K and V are rounded once, to `type`, when they are stored: kv_page.h has the layout
 // and the rounding. The stored values are exact in f32, and that is what attention multiplies.
 struct kv_layer {
-    enum dtype type; // BF16, F16, F32, or Q8_0 (blocks of 32 channels); a device: BF16
+    enum dtype type; // BF16, F16, F32, Q8_0 or FP8 (blocks of 32 channels); a device: those of its kv_types
     void *k, *v;
     size_t n_pages, n_kv_heads, head_dim;
 };

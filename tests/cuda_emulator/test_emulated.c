@@ -123,10 +123,16 @@ static void test_heads(void **state) {
     static const struct {
         const char *model;
         struct part part;
+        bool fp8;
     } shapes[] = {
-        {"synthetic:tiny-qwen2", {1, 96, 128, 4, 1, 64}}, {"synthetic:tiny-llama", {1, 96, 128, 8, 4, 32}},
-        {"synthetic:tiny-llama", {1, 96, 128, 3, 3, 32}}, {"models/tandem-tiny", {1, 96, 128, 5, 1, 96}},
-        {"models/tandem-tiny", {1, 96, 128, 4, 2, 128}},  {"models/tandem-tiny", {1, 96, 128, 16, 1, 32}},
+        {"synthetic:tiny-qwen2", {1, 96, 128, 4, 1, 64}, true},
+        {"synthetic:tiny-llama", {1, 96, 128, 8, 4, 32}, false},
+        {"synthetic:tiny-llama", {1, 96, 128, 3, 3, 32}, false},
+        {"models/tandem-tiny", {1, 96, 128, 5, 1, 96}, false},
+        {"models/tandem-tiny", {1, 96, 128, 4, 2, 128}, false},
+        {"models/tandem-tiny", {1, 96, 128, 16, 1, 32}, false},
+        {"models/tandem-tiny", {1, 96, 128, 2, 1, 128}, true},
+        {"models/tandem-tiny", {1, 96, 128, 9, 1, 96}, true},
     };
     static const size_t chunks[] = {3, 12}, neighbours[] = {5};
     for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; i++)
@@ -137,7 +143,8 @@ static void test_heads(void **state) {
                                 .chunks = chunks,
                                 .n_chunks = 2,
                                 .neighbours = neighbours,
-                                .n_neighbours = 1},
+                                .n_neighbours = 1,
+                                .fp8 = shapes[i].fp8},
                   4 + i, 2);
 }
 
@@ -323,12 +330,12 @@ static void test_oracle(void **state) {
 // ------------------------------------------------------------------------------------------------------------------
 
 // `tandem check --device cuda`: every op in its place, fused and not, and the logits, against the oracles on the CPU.
-static void test_doctor(void **state) {
-    (void)state;
+static void examine(const char *device, const char *kv_type) {
     struct error err = {0};
     emulator_set(&(struct emulator_options){.seed = 12, .n_sms = 8});
     struct doctor_options options = {.model = "synthetic:tiny-llama",
-                                     .device = "cuda:0+wide-attention",
+                                     .device = device,
+                                     .kv_type = kv_type,
                                      .stages = 1u << STAGE_MODEL | 1u << STAGE_OPS,
                                      .threads = 1,
                                      .seed = 1,
@@ -347,6 +354,12 @@ static void test_doctor(void **state) {
     doctor_report_free(report);
     free(report);
     doctor_close(d);
+}
+
+static void test_doctor(void **state) {
+    (void)state;
+    examine("cuda:0", "bf16");
+    examine("cuda:0+stream-attention", "fp8");
 }
 
 static int create_pool(void **state) {

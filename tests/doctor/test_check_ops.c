@@ -163,11 +163,11 @@ static void a_slot_too_many_is_written(void **state) {
 // Every type of KV is healthy, and a mistake in the rounding of one is found.
 static void other_kv_types_pass(void **state) {
     (void)state;
-    static const enum dtype types[] = {DTYPE_F32, DTYPE_F16, DTYPE_Q8_0};
+    static const enum dtype types[] = {DTYPE_F32, DTYPE_F16, DTYPE_Q8_0, DTYPE_FP8};
     for (size_t i = 0; i < sizeof types / sizeof types[0]; i++) {
         struct clinic c = open_clinic("synthetic:tiny-qwen3", 1u << STAGE_OPS | 1u << STAGE_MODEL);
         c.doctor->kv_type = types[i];
-        assert_true(kv_type_fits(types[i], c.doctor->model->config.head_dim, NULL));
+        assert_true(kv_type_fits(types[i], c.doctor->model->config.head_dim, NULL, NULL));
         examine(&c);
         expect_healthy(&c);
         close_clinic(&c);

@@ -98,7 +98,8 @@ static void run_way(const struct subject *s, const struct way *w, const struct p
     struct run *run = run_create(s->model, &o, &err);
     if (!run) fail_msg("%s", err.text);
     struct kv_store kv;
-    if (!kv_store_create_on(cuda->device, &kv, c, DTYPE_BF16, n_pages, &err)) fail_msg("%s", err.text);
+    if (!kv_store_create_on(cuda->device, &kv, c, p->fp8 ? DTYPE_FP8 : DTYPE_BF16, n_pages, &err))
+        fail_msg("%s", err.text);
     cuda->device->fill(cuda->device, kv.memory, 0xFF, kv.bytes); // NaN
     int32_t *token = checked(most, 4), *position = checked(most, 4), *seq = checked(most, 4), *rows = checked(most, 4);
     int32_t *seq_start = checked(w->n_seqs + 1, 4), *page_start = checked(w->n_seqs + 1, 4);

@@ -39,6 +39,7 @@ struct plan {
     size_t n_chunks;
     const size_t *neighbours; // [n_neighbours] sequences side by side, a token each
     size_t n_neighbours;
+    bool fp8;                 // K and V in eight bits
     size_t n_ragged, n_crowd; // sequences in chunks of 13; side by side, not recorded; 0: neither
 };
 extern const struct plan long_plan; // a GPU's, but for length

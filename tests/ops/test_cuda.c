@@ -12,18 +12,23 @@
 
 #include <cmocka.h>
 
-static void same_bits(const char *model, size_t length, bool whole) {
+static void same_bits_of(const char *model, size_t length, bool whole, bool fp8) {
     if (!cuda) skip();
     struct subject s;
     struct plan plan = long_plan;
     size_t n_ways = 0;
     plan.length = length;
     plan.whole = whole;
+    plan.fp8 = fp8;
     open_subject(&s, model);
     size_t different = compare_ways(&s, model, &plan, &n_ways);
     print_message("%s: %zu ways, %zu differ\n", model, n_ways, different);
     close_subject(&s);
     assert_int_equal(different, 0);
+}
+
+static void same_bits(const char *model, size_t length, bool whole) {
+    same_bits_of(model, length, whole, false);
 }
 
 static void test_tiny_qwen3(void **state) {
@@ -55,6 +60,13 @@ static void test_quantised(void **state) {
         same_bits(model, 140, true);
     }
     same_bits("synthetic:qwen3-0.6b:q8_0", 130, false);
+}
+
+static void test_fp8(void **state) {
+    (void)state;
+    same_bits_of("synthetic:tiny-qwen3", 290, true, true);
+    same_bits_of("synthetic:tiny-llama", 140, true, true);
+    same_bits_of("synthetic:qwen3-0.6b", 270, false, true);
 }
 
 static void test_full_shape(void **state) {
@@ -175,7 +187,7 @@ int main(int argc, char **argv) {
         cmocka_unit_test(test_tiny_llama),      cmocka_unit_test(test_tandem_tiny),
         cmocka_unit_test(test_full_shape),      cmocka_unit_test(test_oracle_quantised),
         cmocka_unit_test(test_quantised),       cmocka_unit_test(test_depths),
-        cmocka_unit_test(test_sampling),
+        cmocka_unit_test(test_sampling),        cmocka_unit_test(test_fp8),
     };
     if (argc > 1) cmocka_set_test_filter(argv[1]);
     return cmocka_run_group_tests(tests, open_gpu, close_gpu);

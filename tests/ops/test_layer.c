@@ -431,7 +431,7 @@ static void every_head_dim_and_group(void **state) {
 
 static void every_kv_type(void **state) {
     (void)state;
-    static const enum dtype types[] = {DTYPE_F16, DTYPE_Q8_0};
+    static const enum dtype types[] = {DTYPE_F16, DTYPE_Q8_0, DTYPE_FP8};
     static const size_t dims[] = {32, 64, 96, 128, 256}, groups[] = {1, 2, 3, 7, 16};
     for (size_t k = 0; k < sizeof types / sizeof *types; k++) {
         for (size_t d = 0; d < sizeof dims / sizeof *dims; d++) {
@@ -451,6 +451,8 @@ static void every_kv_type(void **state) {
     s.kv = DTYPE_Q8_0;
     s.n_heads = 2, s.n_kv_heads = 1;
     s.past[0] = 1100, s.new[0] = 1;
+    check_shape(&s, false);
+    s.kv = DTYPE_FP8;
     check_shape(&s, false);
     s = small;
     s.kv = DTYPE_F16;

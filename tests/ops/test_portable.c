@@ -429,6 +429,66 @@ static void test_kv_round_extremes(void **state) {
     for (size_t i = 0; i < 32; i++) assert_true(fabsf(back[i] - x[i]) < 4e4f);
 }
 
+// The E4M3 nearest to v, ties to even, by trying all 256.
+static double nearest_e4m3(double v) {
+    double best = 0, error = INFINITY;
+    for (int i = 0; i < 127; i++) { // 127 would be NaN
+        double x = i < 8 ? i * exp2(-9) : (8 + i % 8) * exp2(i / 8 - 10), d = fabs(fabs(v) - x);
+        if (d < error || (d <= error && i % 2 == 0)) best = x, error = d;
+    }
+    return copysign(best, v);
+}
+
+// FP8: the smallest scale that holds the block's largest magnitude, and the nearest numbers of that scale.
+static void test_kv_round_fp8(void **state) {
+    (void)state;
+    enum { N = 64 };
+    for (uint32_t seed = 1; seed < 400; seed++) {
+        float *x = random_floats(N, exp2f((float)(seed % 37) - 22.0f), seed), back[N];
+        unsigned char row[N / 32 * 33 + 1];
+        if (seed % 5 == 0)
+            for (size_t i = 0; i < N; i++) x[i] *= exp2f(-(float)(i % 24)); // far below the largest too
+        if (seed % 7 == 0) x[3] = exp2f((float)(seed % 11)) * 448.0f / 512.0f, x[4] = -1.001f * x[3];
+        row[sizeof row - 1] = 0xA5;
+        assert_int_equal(kv_bytes(DTYPE_FP8, N), sizeof row - 1);
+        kv_round(DTYPE_FP8, x, row, N);
+        assert_int_equal(row[sizeof row - 1], 0xA5);
+        dtype_to_f32(DTYPE_FP8, row, back, N);
+        for (size_t b = 0; b < N; b += 32) {
+            double most = 0;
+            for (size_t i = b; i < b + 32; i++) most = fmax(most, fabs((double)x[i]));
+            double scale = exp2(fmax(ceil(log2(most / 448)), -100));
+            assert_int_equal(row[b / 32 * 33], (int)log2(scale) + 247);
+            for (size_t i = b; i < b + 32; i++) {
+                assert_true(kv_channel(DTYPE_FP8, row, i) == back[i]);
+                assert_true((double)back[i] == nearest_e4m3((double)x[i] / scale) * scale);
+            }
+        }
+        kv_as_stored(DTYPE_FP8, x, x, N);
+        assert_memory_equal(x, back, sizeof back);
+        free(x);
+    }
+}
+
+static void test_kv_round_fp8_extremes(void **state) {
+    (void)state;
+    const float odd[] = {NAN, INFINITY, -INFINITY, 57345.0f, -3e38f};
+    float back[64], x[64];
+    for (size_t k = 0; k < sizeof odd / sizeof *odd; k++) {
+        for (size_t i = 0; i < 64; i++) x[i] = (float)i - 31.5f;
+        x[40] = odd[k];
+        kv_as_stored(DTYPE_FP8, x, back, 64);
+        for (size_t i = 0; i < 32; i++) assert_true(fabsf(back[i] - x[i]) <= fabsf(x[i]) / 16);
+        for (size_t i = 32; i < 64; i++) assert_true(isnan(back[i]));
+    }
+    for (size_t i = 0; i < 32; i++) x[i] = i % 2 ? 57344.0f : -1e-30f; // the largest that a block holds
+    kv_as_stored(DTYPE_FP8, x, back, 32);
+    for (size_t i = 0; i < 32; i++) assert_true(back[i] == (i % 2 ? 57344.0f : 0.0f));
+    for (size_t i = 0; i < 32; i++) x[i] = i % 2 ? 1e-42f : 0.0f; // subnormal
+    kv_as_stored(DTYPE_FP8, x, back, 32);
+    for (size_t i = 0; i < 32; i++) assert_true(back[i] == 0.0f);
+}
+
 static void test_kv_types(void **state) {
     (void)state;
     enum dtype type;
@@ -436,8 +496,8 @@ static void test_kv_types(void **state) {
     const struct {
         const char *name;
         enum dtype type;
-    } known[] = {
-        {NULL, DTYPE_BF16}, {"bf16", DTYPE_BF16}, {"f16", DTYPE_F16}, {"f32", DTYPE_F32}, {"q8_0", DTYPE_Q8_0}};
+    } known[] = {{NULL, DTYPE_BF16}, {"bf16", DTYPE_BF16}, {"f16", DTYPE_F16},
+                 {"f32", DTYPE_F32}, {"q8_0", DTYPE_Q8_0}, {"fp8", DTYPE_FP8}};
     for (size_t i = 0; i < sizeof known / sizeof *known; i++) {
         assert_true(kv_type_parse(known[i].name, &type, &err));
         assert_int_equal(type, known[i].type);
@@ -448,9 +508,14 @@ static void test_kv_types(void **state) {
         assert_non_null(strstr(err.text, unknown[i]));
         assert_non_null(strstr(err.text, "q8_0"));
     }
-    assert_true(kv_type_fits(DTYPE_Q8_0, 96, &err) && kv_type_fits(DTYPE_F16, 20, &err));
-    assert_false(kv_type_fits(DTYPE_Q8_0, 80, &err));
+    assert_true(kv_type_fits(DTYPE_Q8_0, 96, NULL, &err) && kv_type_fits(DTYPE_F16, 20, NULL, &err));
+    assert_false(kv_type_fits(DTYPE_Q8_0, 80, NULL, &err));
     assert_non_null(strstr(err.text, "80"));
+    // A device stores some.
+    struct device d = {.name = "a device", .kv_types = 1u << DTYPE_BF16 | 1u << DTYPE_FP8};
+    assert_true(kv_type_fits(DTYPE_BF16, 96, &d, &err) && kv_type_fits(DTYPE_FP8, 96, &d, &err));
+    assert_false(kv_type_fits(DTYPE_Q8_0, 96, &d, &err));
+    assert_string_equal(err.text, "KV type: a device stores K and V as BF16 or FP8, Q8_0 was asked for");
 }
 
 // A token at position 8,191 over equal keys averages the values; one key that stands out takes nearly all.
@@ -515,6 +580,8 @@ int main(void) {
         cmocka_unit_test(test_kv_store),
         cmocka_unit_test(test_kv_round_q8_0),
         cmocka_unit_test(test_kv_round_extremes),
+        cmocka_unit_test(test_kv_round_fp8),
+        cmocka_unit_test(test_kv_round_fp8_extremes),
         cmocka_unit_test(test_kv_types),
         cmocka_unit_test(test_attention),
         cmocka_unit_test(test_long_attention),

@@ -329,7 +329,8 @@ const struct ops *ops_cuda_open(int index, struct error *err) {
                                 .end = end,
                                 .variant_names = variant_names,
                                 .n_variants = N_VARIANTS,
-                                .variants = VARIANTS_PROVEN};
+                                .variants = VARIANTS_PROVEN,
+                                .kv_types = 1u << DTYPE_BF16 | 1u << DTYPE_FP8};
     s->ops = (struct ops){.name = s->short_name, .device = &s->device};
     cuda_fill_pointwise(&s->ops);
     cuda_fill_products(&s->ops);

@@ -19,10 +19,8 @@ struct batch_view {
     int n_tokens, n_seqs;
 };
 
-// No K and V are stored so yet.
 static inline bool is_fp8(const struct kv_layer *kv) {
-    (void)kv;
-    return false;
+    return kv->type == DTYPE_FP8;
 }
 
 static inline kv_view view(const struct kv_layer *kv) {

@@ -18,13 +18,24 @@ static const unsigned char *block_at(const struct kv_layer *kv, const void *data
     return (const unsigned char *)data + kv_row_at(kv, page, kv_head, 0);
 }
 
-// Eight channels of a row from channel c on; not of Q8_0.
+// Eight channels of a row from channel c on; not of Q8_0 and FP8.
 INLINE __m256 load_8(enum dtype type, const unsigned char *row, size_t c) {
     return load_as_f32(type, row + kv_bytes(type, c));
 }
 
-// 32 channels of a row from channel c on, a multiple of 32. Q8_0's products of 7 and 11 bits are exact.
+// 32 channels of a row from channel c on, a multiple of 32. Q8_0's products of 7 and 11 bits are exact; FP8: fp8.h.
 INLINE void load_32(enum dtype type, const unsigned char *row, size_t c, __m256 x[4]) {
+    if (type == DTYPE_FP8) {
+        const unsigned char *block = row + kv_bytes(type, c);
+        __m256 scale = _mm256_castsi256_ps(_mm256_set1_epi32((int)((unsigned)block[0] << 23)));
+        for (size_t i = 0; i < 4; i++) {
+            __m128i bytes = _mm_loadl_epi64((const __m128i *)(const void *)(block + 1 + 8 * i));
+            __m256i wide = _mm256_slli_epi32(_mm256_cvtepi8_epi32(bytes), 20); // the sign in bits 27 to 31
+            wide = _mm256_and_si256(wide, _mm256_set1_epi32((int)0x87F00000u));
+            x[i] = _mm256_mul_ps(_mm256_castsi256_ps(wide), scale);
+        }
+        return;
+    }
     if (type != DTYPE_Q8_0) {
         for (size_t i = 0; i < 4; i++) x[i] = load_8(type, row, c + 8 * i);
         return;
@@ -114,6 +125,7 @@ static void scores_rows(const struct kv_layer *kv, float *s, const float *const 
     switch (kv->type) {
     case DTYPE_F32: scores_rows_of(DTYPE_F32, s, q, n_rows, k, n, kv->head_dim, scale, next); break;
     case DTYPE_F16: scores_rows_of(DTYPE_F16, s, q, n_rows, k, n, kv->head_dim, scale, next); break;
+    case DTYPE_FP8: scores_rows_of(DTYPE_FP8, s, q, n_rows, k, n, kv->head_dim, scale, next); break;
     case DTYPE_Q8_0: scores_rows_of(DTYPE_Q8_0, s, q, n_rows, k, n, kv->head_dim, scale, next); break;
     default: scores_rows_of(DTYPE_BF16, s, q, n_rows, k, n, kv->head_dim, scale, next);
     }
@@ -175,7 +187,7 @@ INLINE void values(enum dtype type, float *const *out, const float *const *p, co
                    const unsigned char *v, size_t n, size_t head_dim, const unsigned char *next, const size_t R) {
     size_t c = 0;
     for (; c + 32 <= head_dim; c += 32, next = NULL) values_at(type, out, p, joint, v, n, head_dim, c, next, R, 4);
-    if (type == DTYPE_Q8_0) return; // whole blocks
+    if (type == DTYPE_Q8_0 || type == DTYPE_FP8) return; // whole blocks
     for (; c + 8 <= head_dim; c += 8) values_at(type, out, p, joint, v, n, head_dim, c, NULL, R, 1);
     for (; c < head_dim; c++) {
         for (size_t r = 0; r < R; r++) {
@@ -198,6 +210,7 @@ static void values_rows(const struct kv_layer *kv, float *const *out, const floa
     switch (kv->type) {
     case DTYPE_F32: values_rows_of(DTYPE_F32, out, p, joint, n_rows, v, n, kv->head_dim, next); break;
     case DTYPE_F16: values_rows_of(DTYPE_F16, out, p, joint, n_rows, v, n, kv->head_dim, next); break;
+    case DTYPE_FP8: values_rows_of(DTYPE_FP8, out, p, joint, n_rows, v, n, kv->head_dim, next); break;
     case DTYPE_Q8_0: values_rows_of(DTYPE_Q8_0, out, p, joint, n_rows, v, n, kv->head_dim, next); break;
     default: values_rows_of(DTYPE_BF16, out, p, joint, n_rows, v, n, kv->head_dim, next);
     }
@@ -349,6 +362,7 @@ static void widen(const struct kv_layer *kv, float *to, const unsigned char *fro
     switch (kv->type) {
     case DTYPE_F32: widen_of(DTYPE_F32, to, from, n, kv->head_dim); break;
     case DTYPE_F16: widen_of(DTYPE_F16, to, from, n, kv->head_dim); break;
+    case DTYPE_FP8: widen_of(DTYPE_FP8, to, from, n, kv->head_dim); break;
     case DTYPE_Q8_0: widen_of(DTYPE_Q8_0, to, from, n, kv->head_dim); break;
     default: widen_of(DTYPE_BF16, to, from, n, kv->head_dim);
     }
