@@ -33,6 +33,8 @@ struct exchange *exchange_create(struct server *s, struct MHD_Connection *connec
 
 void exchange_unref(struct exchange *x) {
     struct server *s = x->server;
+    for (int n = atomic_load(&x->refs); n > 1;)
+        if (atomic_compare_exchange_weak(&x->refs, &n, n - 1)) return;
     // The lists are read under the server's lock: what is found there must not vanish.
     pthread_mutex_lock(&s->lock);
     if (atomic_fetch_sub(&x->refs, 1) > 1) {
@@ -106,8 +108,13 @@ void exchange_write(struct exchange *x, const struct buffer *bytes) {
         if (x->out.len - x->sent + bytes->len > MAX_PENDING || !buffer_append(&x->out, bytes->data, bytes->len))
             x->broken = true; // the watcher cancels and drops it
         x->last_write = clock_seconds();
-        wake(x);
     }
+    pthread_mutex_unlock(&x->lock);
+}
+
+void exchange_wake(struct exchange *x) {
+    pthread_mutex_lock(&x->lock);
+    if (x->out.len > x->sent || x->broken) wake(x);
     pthread_mutex_unlock(&x->lock);
 }
 

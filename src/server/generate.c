@@ -414,12 +414,10 @@ void generation_submit(struct generation *g) {
 // ---- Events: the engine's thread
 
 static void note_token(struct generation *g, struct choice *c) {
-    struct server *s = g->s;
+    struct times *times = &g->s->step_times;
     double now = clock_seconds();
-    pthread_mutex_lock(&s->lock);
-    if (g->first_token == 0) histogram_add(&s->metrics.first_token, now - g->x->received);
-    if (c->last_token > 0) histogram_add(&s->metrics.between_tokens, now - c->last_token);
-    pthread_mutex_unlock(&s->lock);
+    if (g->first_token == 0) histogram_add(&times->first_token, now - g->x->received);
+    if (c->last_token > 0) histogram_add(&times->between_tokens, now - c->last_token);
     if (g->first_token == 0) g->first_token = now;
     g->last_token = c->last_token = now;
 }
@@ -503,7 +501,13 @@ bool generation_event(void *server, const tandem_event *e) {
     struct part *p = e->user;
     struct generation *g = p->g;
     struct choice *c = &g->choices[(size_t)(p - g->parts) * g->n + e->choice];
-    (void)server;
+    struct server *s = server;
+    if (!g->is_told) {
+        g->is_told = true;
+        g->next_told = s->told;
+        s->told = g;
+        atomic_fetch_add(&g->n_open, 1);
+    }
     switch (e->kind) {
     case TANDEM_EVENT_START:
         p->n_cached = e->n_cached;
@@ -516,6 +520,20 @@ bool generation_event(void *server, const tandem_event *e) {
     case TANDEM_EVENT_DONE: on_done(g, c, e); return true;
     }
     return true;
+}
+
+void generations_send(struct server *s) {
+    if (s->step_times.first_token.n || s->step_times.between_tokens.n) {
+        pthread_mutex_lock(&s->lock);
+        times_move(&s->step_times, &s->metrics.times);
+        pthread_mutex_unlock(&s->lock);
+    }
+    for (struct generation *g; (g = s->told);) {
+        s->told = g->next_told;
+        g->is_told = false;
+        if (atomic_load(&g->n_open) > 1) exchange_wake(g->x); // else its end does
+        release(g);
+    }
 }
 
 // ---- For writers

@@ -94,8 +94,10 @@ struct generation {
     long created;
     double submitted, last_token;
     _Atomic double first_step, first_token;
-    struct buffer scratch;  // an event in the making
-    atomic_size_t n_open;   // choices in progress, and one for the submitting worker
+    struct buffer scratch; // an event in the making
+    atomic_size_t n_open;  // choices in progress, one for the submitting worker, and one for a step that told of it
+    struct generation *next_told; // server->told
+    bool is_told;
     atomic_int fail_status; // 0: it did not fail
     char fail_text[512];
     pthread_mutex_t fail_lock;
@@ -114,6 +116,8 @@ bool generation_add_part(struct generation *g, struct token_ids *prompt); // tak
 void generation_submit(struct generation *g);
 
 bool generation_event(void *server, const tandem_event *event); // a tandem_event_callback
+// After a step: sends what its events made, once for each connection.
+void generations_send(struct server *s);
 void generation_cancel(struct generation *g);
 // Cancels it if it is too late; true: it was, by `what`. It was not before.
 bool generation_check_deadline(struct generation *g, double now, enum timeout *what);

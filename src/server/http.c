@@ -374,7 +374,10 @@ static void *work(void *user) {
 static void *run_engine(void *user) {
     struct server *s = user;
     while (!atomic_load(&s->stopping) || tandem_wait(s->engine, 0)) {
-        if (tandem_wait(s->engine, 0.1)) tandem_step(s->engine, generation_event, s);
+        if (tandem_wait(s->engine, 0.1)) {
+            tandem_step(s->engine, generation_event, s);
+            generations_send(s);
+        }
         atomic_store(&s->last_step, clock_seconds());
     }
     return NULL;

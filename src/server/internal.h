@@ -96,10 +96,15 @@ struct histogram {
     uint64_t n;
 };
 
+struct times {
+    struct histogram first_token, between_tokens;
+};
+
 struct metrics {          // guarded by the server's lock
     uint64_t requests[6]; // by status / 100
     uint64_t rejected_queue, rejected_key, disconnects, timeouts[N_TIMEOUTS];
-    struct histogram first_token, between_tokens, total;
+    struct times times;
+    struct histogram total;
 };
 
 struct replies;
@@ -120,6 +125,8 @@ struct server {
     long created; // wall clock, for "created" of the model
     atomic_bool draining, stopping;
     _Atomic double last_step; // when the engine made one, or was idle
+    struct generation *told;  // the engine's thread alone: those that the step in progress had events for
+    struct times step_times;  // the same: what it is to add to the metrics
     atomic_ulong next_number;
     atomic_size_t n_generations;
 
@@ -155,7 +162,8 @@ void exchange_reply_type(struct exchange *x, int status, struct buffer *body, co
 void exchange_fail(struct exchange *x, int status, const char *param, const char *message);
 void exchange_fault(struct exchange *x, const struct fault *f);      // the same; status 0: out of memory
 void exchange_stream(struct exchange *x);                            // begins a stream of events
-void exchange_write(struct exchange *x, const struct buffer *bytes); // more of it
+void exchange_write(struct exchange *x, const struct buffer *bytes); // more of it, which waits for the next line
+void exchange_wake(struct exchange *x);                              // what was written is sent
 void exchange_end(struct exchange *x);                               // its end
 bool exchange_is_gone(struct exchange *x);                           // nobody will read the answer
 // The error object as JSON. `code`: NULL: the status.
@@ -178,6 +186,7 @@ bool watch_connection(struct server *s, struct connection *c); // it begins; the
 void watch_exchange(struct exchange *x); // its request is complete: who left before is noticed now
 
 void histogram_add(struct histogram *h, double seconds); // metrics.c
+void times_move(struct times *from, struct times *to);   // adds and clears
 bool metrics_write(struct server *s, struct buffer *out);
 
 bool page_policy(struct buffer *out); // page.c

@@ -16,6 +16,18 @@ void histogram_add(struct histogram *h, double seconds) {
     h->sum += seconds;
 }
 
+static void move(struct histogram *from, struct histogram *to) {
+    for (size_t i = 0; i < sizeof from->count / sizeof from->count[0]; i++) to->count[i] += from->count[i];
+    to->n += from->n;
+    to->sum += from->sum;
+    *from = (struct histogram){0};
+}
+
+void times_move(struct times *from, struct times *to) {
+    move(&from->first_token, &to->first_token);
+    move(&from->between_tokens, &to->between_tokens);
+}
+
 static bool put(struct buffer *out, const char *name, const char *type, const char *help, double value) {
     return buffer_printf(out, "# HELP tandem_%s %s\n# TYPE tandem_%s %s\ntandem_%s %.17g\n", name, help, name, type,
                          name, value);
@@ -73,8 +85,9 @@ bool metrics_write(struct server *s, struct buffer *out) {
                                  "# TYPE tandem_timeouts_total counter\n");
     for (int i = 0; ok && i < N_TIMEOUTS; i++)
         ok = buffer_printf(out, "tandem_timeouts_total{limit=\"%s\"} %" PRIu64 "\n", timeouts[i], m.timeouts[i]);
-    return ok && put_histogram(out, "first_token_seconds", "From the request to its first token.", &m.first_token) &&
+    return ok &&
+           put_histogram(out, "first_token_seconds", "From the request to its first token.", &m.times.first_token) &&
            put_histogram(out, "between_tokens_seconds", "From one token of an answer to the next.",
-                         &m.between_tokens) &&
+                         &m.times.between_tokens) &&
            put_histogram(out, "request_seconds", "From the request to the end of its answer.", &m.total);
 }

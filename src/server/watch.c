@@ -69,7 +69,10 @@ static void look_at_exchange(struct server *s, struct exchange *x, double now) {
         }
     }
     pthread_mutex_unlock(&x->lock);
-    if (silent) exchange_write(x, &ping);
+    if (silent) {
+        exchange_write(x, &ping);
+        exchange_wake(x);
+    }
 }
 
 // How much a connection has sent since it was made.
