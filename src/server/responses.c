@@ -2,6 +2,7 @@
 // turned into chat messages first.
 #include "server/chat.h"
 #include "server/format.h"
+#include "server/responses_tools.h"
 
 #include "base/size.h"
 
@@ -74,11 +75,18 @@ static bool add_message(struct gather *a, const struct pyjson *item, const char 
     return ok;
 }
 
-static bool put_function(struct buffer *calls, const struct pyjson *name, const char *own_name) {
-    return buffer_append_text(calls, calls->len ? ", " : "") &&
-           buffer_append_text(calls, "{\"type\": \"function\", \"function\": {\"name\": ") &&
-           (own_name ? pyjson_write_string(own_name, strlen(own_name), calls) : pyjson_write_portable(name, calls)) &&
-           buffer_append_text(calls, ", \"arguments\": ");
+// `own_name` NULL: the item's, as the model knows it.
+static bool put_function(struct buffer *calls, const struct pyjson *item, const char *own_name) {
+    const struct pyjson *namespace = field(item, "namespace");
+    struct buffer name = {0};
+    bool ok = own_name ? buffer_append_text(&name, own_name)
+                       : responses_tool_name(namespace && namespace->type == PYJSON_STRING ? namespace : NULL,
+                                             pyjson_get(item, "name"), &name);
+    ok = ok && buffer_append_text(calls, calls->len ? ", " : "") &&
+         buffer_append_text(calls, "{\"type\": \"function\", \"function\": {\"name\": ") &&
+         pyjson_write_string(buffer_text(&name), name.len, calls) && buffer_append_text(calls, ", \"arguments\": ");
+    buffer_free(&name);
+    return ok;
 }
 
 static bool add_call(struct gather *a, const struct pyjson *item, const char *name, struct fault *f) {
@@ -86,13 +94,12 @@ static bool add_call(struct gather *a, const struct pyjson *item, const char *na
     if (!function || function->type != PYJSON_STRING || !arguments || arguments->type != PYJSON_STRING)
         return fault_set(f, 400, name, "%s: a function_call needs name and arguments, strings", name);
     a->open = true;
-    return (put_function(&a->calls, function, NULL) && pyjson_write_portable(arguments, &a->calls) &&
+    return (put_function(&a->calls, item, NULL) && pyjson_write_portable(arguments, &a->calls) &&
             buffer_append_text(&a->calls, "}}")) ||
            no_memory(f);
 }
 
-// Calls of tools that are none of the request's functions, in a history from elsewhere: local_shell_call with its
-// action, custom_tool_call with its input.
+// Calls of tools that are no functions: local_shell_call with its action, custom_tool_call with its input.
 static bool add_other_call(struct gather *a, const struct pyjson *item, const char *name, bool shell, struct fault *f) {
     const struct pyjson *function = pyjson_get(item, "name"), *input = pyjson_get(item, shell ? "action" : "input");
     if (!input || (shell ? input->type != PYJSON_OBJECT
@@ -101,7 +108,7 @@ static bool add_other_call(struct gather *a, const struct pyjson *item, const ch
                          "%s: a local_shell_call needs action, an object; a custom_tool_call name and input, strings",
                          name);
     a->open = true;
-    bool ok = put_function(&a->calls, function, shell ? "local_shell" : NULL);
+    bool ok = put_function(&a->calls, item, shell ? "local_shell" : NULL);
     if (shell) ok = ok && pyjson_write_portable(input, &a->calls) && buffer_append_text(&a->calls, "}}");
     else
         ok = ok && buffer_append_text(&a->calls, "{\"input\": ") && pyjson_write_portable(input, &a->calls) &&
@@ -180,38 +187,6 @@ static bool convert_input(struct arena *arena, const struct pyjson *body, struct
     return ok;
 }
 
-// Tools are flat here; the template wants them as in chat completions. Those that are no functions run on OpenAI's
-// servers, or are known to its models alone: they are left out, since Codex always sends some.
-static bool convert_tools(struct arena *arena, const struct pyjson *body, struct chat_prompt *p, struct fault *f) {
-    const struct pyjson *list = NULL;
-    struct buffer out = {0};
-    if (!field_typed(body, "tools", PYJSON_ARRAY, &list, f)) return false;
-    if (!list || list->n == 0) return true;
-    bool ok = buffer_append_byte(&out, '[');
-    size_t i = 0;
-    for (const struct pyjson *t = list->first; ok && t; t = t->next, i++) {
-        const struct pyjson *name = field(t, "name"), *type = field(t, "type");
-        bool function = pyjson_is_text(type, "function");
-        if (type && type->type == PYJSON_STRING && !function) continue;
-        if (!function || !name) {
-            buffer_free(&out);
-            return fault_set(f, 400, "tools", "tools[%zu]: expected type \"function\" and a name", i);
-        }
-        static const char *const keys[] = {"description", "parameters", "strict"};
-        ok = buffer_printf(&out, "%s{\"type\": \"function\", \"function\": {\"name\": ", out.len > 1 ? ", " : "") &&
-             pyjson_write_portable(name, &out);
-        for (size_t k = 0; ok && k < 3; k++)
-            if (field(t, keys[k]))
-                ok = buffer_printf(&out, ", \"%s\": ", keys[k]) && pyjson_write_portable(field(t, keys[k]), &out);
-        ok = ok && buffer_append_text(&out, "}}");
-    }
-    ok = ok && buffer_append_byte(&out, ']');
-    p->tools = ok ? pyjson_parse(arena, buffer_text(&out), out.len, "tools", &f->error) : NULL;
-    buffer_free(&out);
-    if (!p->tools) return no_memory(f);
-    return prompt_check_tools(p->tools, f);
-}
-
 // ---- Writing
 
 enum item { NO_ITEM, REASONING, MESSAGE, CALL };
@@ -272,17 +247,30 @@ static bool put_text_item(struct buffer *out, enum item kind, const char *id, co
     return ok && buffer_append_text(out, "}]}");
 }
 
-static bool put_call_item(struct buffer *out, const struct call *call, const char *id, const char *status,
-                          bool with_arguments) {
-    return buffer_printf(
-               out,
-               "{\"type\": \"function_call\", \"id\": \"%s\", \"call_id\": \"%s\", \"status\": \"%s\", \"name\": ", id,
-               call->id, status) &&
-           write_string(out, buffer_text(&call->name), call->name.len) &&
-           buffer_append_text(out, ", \"arguments\": ") &&
-           write_string(out, with_arguments ? buffer_text(&call->arguments) : "",
-                        with_arguments ? call->arguments.len : 0) &&
-           buffer_append_byte(out, '}');
+// `whole` false: what it is called with has not come yet.
+static bool put_call_item(const struct generation *g, struct buffer *out, const struct call *call, const char *id,
+                          const char *status, bool whole) {
+    const struct pyjson *body = ((const struct own *)g->own)->body;
+    struct responses_tool tool = responses_tool_find(body, buffer_text(&call->name), call->name.len);
+    struct buffer input = {0};
+    bool ok = !whole || (tool.is_custom ? responses_custom_input(&call->arguments, &input)
+                                        : buffer_append(&input, buffer_text(&call->arguments), call->arguments.len));
+    ok = ok &&
+         buffer_printf(out, "{\"type\": \"%s\", \"id\": \"%s\", \"call_id\": \"%s\", \"status\": \"%s\", \"name\": ",
+                       tool.is_custom ? "custom_tool_call" : "function_call", id, call->id, status) &&
+         (tool.name ? write_string(out, tool.name->text, tool.name->n_text)
+                    : write_string(out, buffer_text(&call->name), call->name.len)) &&
+         (!tool.namespace || (buffer_append_text(out, ", \"namespace\": ") &&
+                              write_string(out, tool.namespace->text, tool.namespace->n_text))) &&
+         buffer_printf(out, ", \"%s\": ", tool.is_custom ? "input" : "arguments") &&
+         write_string(out, buffer_text(&input), input.len) && buffer_append_byte(out, '}');
+    buffer_free(&input);
+    return ok;
+}
+
+static bool is_custom(const struct generation *g, const struct call *call) {
+    const struct pyjson *body = ((const struct own *)g->own)->body;
+    return responses_tool_find(body, buffer_text(&call->name), call->name.len).is_custom;
 }
 
 static bool put_echo(const struct pyjson *body, const char *key, const char *otherwise, struct buffer *out) {
@@ -316,8 +304,8 @@ static bool put_output(struct choice *c, struct buffer *out) {
         comma = ", ";
     }
     for (size_t i = 0; ok && i < c->n_calls; i++, comma = ", ") {
-        random_id(id, sizeof id, "fc_");
-        ok = buffer_append_text(out, comma) && put_call_item(out, &c->calls[i], id, "completed", true);
+        random_id(id, sizeof id, is_custom(c->g, &c->calls[i]) ? "ctc_" : "fc_");
+        ok = buffer_append_text(out, comma) && put_call_item(c->g, out, &c->calls[i], id, "completed", true);
     }
     return ok;
 }
@@ -387,6 +375,32 @@ static const struct buffer *text_of(const struct choice *c, enum item kind) {
     return kind == REASONING ? &c->reasoning : &c->text;
 }
 
+// The whole of what a call is called with. Free text comes in one piece: as JSON it had come escaped.
+static void tell_call(struct generation *g, const struct call *call) {
+    struct buffer *out = &g->scratch, input = {0};
+    if (is_custom(g, call)) {
+        const char *delta = "response.custom_tool_call_input.delta", *done = "response.custom_tool_call_input.done";
+        bool ok = responses_custom_input(&call->arguments, &input);
+        tell(g, delta,
+             ok && open_event(g, delta) && put_place(g, false) && buffer_append_text(out, ", \"delta\": ") &&
+                 write_string(out, buffer_text(&input), input.len));
+        tell(g, done,
+             ok && open_event(g, done) && put_place(g, false) && buffer_append_text(out, ", \"input\": ") &&
+                 write_string(out, buffer_text(&input), input.len));
+        buffer_free(&input);
+        return;
+    }
+    struct responses_tool tool =
+        responses_tool_find(((struct own *)g->own)->body, buffer_text(&call->name), call->name.len);
+    const char *type = "response.function_call_arguments.done";
+    tell(g, type,
+         open_event(g, type) && put_place(g, false) && buffer_append_text(out, ", \"name\": ") &&
+             (tool.name ? write_string(out, tool.name->text, tool.name->n_text)
+                        : write_string(out, buffer_text(&call->name), call->name.len)) &&
+             buffer_append_text(out, ", \"arguments\": ") &&
+             write_string(out, buffer_text(&call->arguments), call->arguments.len));
+}
+
 static void close_item(struct choice *c) {
     struct generation *g = c->g;
     struct own *own = g->own;
@@ -396,15 +410,10 @@ static void close_item(struct choice *c) {
     const char *done = "response.output_item.done";
     if (own->open == CALL) {
         const struct call *call = &c->calls[c->n_calls - 1];
-        const char *type = "response.function_call_arguments.done";
-        tell(g, type,
-             open_event(g, type) && put_place(g, false) && buffer_append_text(out, ", \"name\": ") &&
-                 write_string(out, buffer_text(&call->name), call->name.len) &&
-                 buffer_append_text(out, ", \"arguments\": ") &&
-                 write_string(out, buffer_text(&call->arguments), call->arguments.len));
+        tell_call(g, call);
         tell(g, done,
              open_event(g, done) && buffer_printf(out, ", \"output_index\": %zu, \"item\": ", own->index) &&
-                 put_call_item(out, call, own->item_id, "completed", true));
+                 put_call_item(g, out, call, own->item_id, "completed", true));
     } else {
         const char *text = buffer_text(text_of(c, own->open)) + own->start;
         size_t n = text_of(c, own->open)->len - own->start;
@@ -472,17 +481,17 @@ static void responses_call_begin(struct choice *c, size_t k) {
     close_item(c);
     c->n_calls = k + 1;
     own->open = CALL;
-    random_id(own->item_id, sizeof own->item_id, "fc_");
+    random_id(own->item_id, sizeof own->item_id, is_custom(g, &next) ? "ctc_" : "fc_");
     tell(g, "response.output_item.added",
          open_event(g, "response.output_item.added") &&
              buffer_printf(&g->scratch, ", \"output_index\": %zu, \"item\": ", own->index) &&
-             put_call_item(&g->scratch, &next, own->item_id, "in_progress", false));
+             put_call_item(g, &g->scratch, &next, own->item_id, "in_progress", false));
 }
 
 static void responses_call_arguments(struct choice *c, size_t k, const char *text, size_t n) {
     struct generation *g = c->g;
     const char *type = "response.function_call_arguments.delta";
-    (void)k;
+    if (is_custom(g, &c->calls[k])) return;
     tell(g, type,
          open_event(g, type) && put_place(g, false) && buffer_append_text(&g->scratch, ", \"delta\": ") &&
              write_string(&g->scratch, text, n));
@@ -548,7 +557,7 @@ static bool read_responses(struct generation *g, struct fault *f) {
     int64_t limit = -1;
     bool background = false;
     bool ok = body && prompt_check_model(g->s, body, f) && convert_input(&g->arena, body, &p, f) &&
-              convert_tools(&g->arena, body, &p, f) && prompt_read_thinking(body, &p, f) &&
+              responses_tools(&g->arena, body, &p.tools, f) && prompt_read_thinking(body, &p, f) &&
               field_typed(body, "reasoning", PYJSON_OBJECT, &reasoning, f) &&
               field_bool(body, "stream", &g->streams, f) && field_bool(body, "background", &background, f) &&
               field_int(body, "max_output_tokens", 1, INT64_MAX, &limit, f);

@@ -166,6 +166,68 @@ def test_codex(server):
     assert status == 400 and b"reads text only" in body
 
 
+PATCH = {"type": "custom", "name": "apply_patch", "description": "Edits files.", "format": {
+    "type": "grammar", "syntax": "lark", "definition": "start: begin_patch hunk+ end_patch"}}
+SPACE = {"type": "namespace", "name": "mcp__files", "description": "Files.", "tools": [
+    {"type": "function", "name": "open", "description": "Opens.", "strict": True, "parameters": {
+        "type": "object", "properties": {"path": {"enum": ["a", "b"]}}, "required": ["path"], "additionalProperties": False}},
+    {"type": "custom", "name": "note"}]}
+
+
+def responses(server, stream, **more):
+    """The output items of an answer in which a tool is called, whole or from its stream, and the stream's events."""
+    client = openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
+    more = {"model": "tandem-tiny", "input": "Change a file.", "reasoning": {"effort": "none"}, "parallel_tool_calls": False,
+            "max_output_tokens": 400, "temperature": 0, **more}
+    if not stream:
+        return client.responses.create(**more).output, []
+    events = list(client.responses.create(stream=True, **more))
+    assert events[-1].type == "response.completed", events[-1]
+    done = [e.item for e in events if e.type == "response.output_item.done"]
+    assert [d.model_dump(exclude={"id", "call_id"}) for d in done] == [d.model_dump(exclude={"id", "call_id"}) for d in events[-1].response.output]
+    return done, events
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_custom_tools_take_free_text(server, stream):
+    """Codex's apply_patch and exec: the model writes a function's one argument, the client gets its text."""
+    (call,), events = responses(server, stream, tools=[{"type": "function", **TOOL["function"]}, PATCH], tool_choice={"type": "custom", "name": "apply_patch"})
+    assert (call.type, call.name, call.namespace) == ("custom_tool_call", "apply_patch", None) and call.id.startswith("ctc_") and call.call_id
+    assert isinstance(call.input, str) and not call.input.startswith("{")
+    if stream:
+        kinds = [e.type for e in events]
+        assert "response.function_call_arguments.delta" not in kinds
+        assert "".join(e.delta for e in events if e.type == "response.custom_tool_call_input.delta") == call.input
+        assert [e.input for e in events if e.type == "response.custom_tool_call_input.done"] == [call.input]
+        added = next(e.item for e in events if e.type == "response.output_item.added")
+        assert (added.type, added.input, added.call_id, added.id) == ("custom_tool_call", "", call.call_id, call.id)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_tools_of_a_namespace_are_called_by_their_names(server, stream):
+    allowed = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "mcp__files__open"}]}
+    (call,), events = responses(server, stream, tools=[PATCH, SPACE], tool_choice=allowed)
+    assert (call.type, call.name, call.namespace) == ("function_call", "open", "mcp__files")
+    assert json.loads(call.arguments)["path"] in ("a", "b")
+    if stream:
+        assert [e.name for e in events if e.type == "response.function_call_arguments.done"] == ["open"]
+    (call,), _ = responses(server, stream, tools=[SPACE], tool_choice={"type": "custom", "name": "mcp__files__note"})
+    assert (call.type, call.name, call.namespace) == ("custom_tool_call", "note", "mcp__files")
+
+
+def test_such_calls_in_a_history_are_as_the_model_wrote_them(server):
+    """Equal to those of a function with that name: so the prompt begins as the last one did."""
+    def count(*items):
+        return server.post("/v1/responses", {"input": [{"role": "user", "content": "x"}, *items], "max_output_tokens": 1, "tools": [PATCH, SPACE]})["usage"]["input_tokens"]
+    assert count({"type": "custom_tool_call", "call_id": "c", "name": "apply_patch", "input": "*** Begin"}) == count(
+        {"type": "function_call", "call_id": "c", "name": "apply_patch", "arguments": "{\"input\": \"*** Begin\"}"})
+    assert count({"type": "function_call", "call_id": "c", "name": "open", "namespace": "mcp__files", "arguments": "{}"}) == count(
+        {"type": "function_call", "call_id": "c", "name": "mcp__files__open", "arguments": "{}"})
+    for wrong, name in (({**SPACE, "tools": [{"type": "function"}]}, "tools[0].tools[0]"), ({"type": "custom"}, "tools[0]"), ({**PATCH, "name": 7}, "tools[0]")):
+        status, _, body = server.request("POST", "/v1/responses", {"input": "x", "tools": [wrong]})
+        assert status == 400 and json.loads(body)["error"]["param"] == name, body
+
+
 def test_responses_log_probabilities_are_refused_or_given(server):
     answer = server.post("/v1/responses", {"input": "hi", "top_logprobs": 2, "include": ["message.output_text.logprobs"],
                                            "max_output_tokens": 4, "temperature": 0, "reasoning": {"effort": "none"}})
