@@ -19,6 +19,7 @@ struct position_kv {
 struct kv_shadow {
     size_t n_layers, n_kv_heads;
     size_t head_bytes;        // of one head; 0 before the first store
+    unsigned char *room;      // for a row, of any type, as it stands in its page
     struct position_kv *list; // [n]
     size_t n, cap;
     struct arena arena;
@@ -27,8 +28,9 @@ struct kv_shadow {
 struct kv_shadow *kv_shadow_create(const struct model_config *c, struct error *err) {
     struct kv_shadow *s = size_alloc_zero(1, sizeof *s);
     if (s) *s = (struct kv_shadow){.n_layers = c->n_layers, .n_kv_heads = c->n_kv_heads};
-    else error_set(err, "out of memory");
-    return s;
+    if (s && (s->room = arena_alloc(&s->arena, c->head_dim, sizeof(float)))) return s;
+    kv_shadow_free(s);
+    return error_set(err, "out of memory"), NULL;
 }
 
 void kv_shadow_free(struct kv_shadow *s) {
@@ -108,9 +110,9 @@ static size_t cyclic(size_t at, int by, size_t n) {
     return (at + n + (size_t)(by + (int)n)) % n;
 }
 
-// Bytes of one head of one position of one sequence; NULL: outside.
+// The row of one head of one position of one sequence, copied to `room`; NULL: outside.
 static const unsigned char *slot_of(const struct kv_layer *kv, const struct batch *b, size_t seq, size_t position,
-                                    size_t head, int is_v, const struct way *way) {
+                                    size_t head, int is_v, const struct way *way, unsigned char *room) {
     if (way->next) position++;
     seq = cyclic(seq, way->seq, b->n_seqs);
     size_t n_pages = (size_t)(b->page_start[seq + 1] - b->page_start[seq]);
@@ -122,8 +124,9 @@ static const unsigned char *slot_of(const struct kv_layer *kv, const struct batc
     head = cyclic(head, way->head, kv->n_kv_heads);
     size_t row = way->nhd ? (page * KV_PAGE_TOKENS + slot) * kv->n_kv_heads + head
                           : (page * kv->n_kv_heads + head) * KV_PAGE_TOKENS + slot;
-    const unsigned char *data = is_v != (int)way->swapped ? kv->v : kv->k;
-    return data + row * kv_row_bytes(kv);
+    enum kv_side side = is_v != (int)way->swapped ? KV_V : KV_K;
+    kv_read(kv, side, side == KV_V ? kv->v : kv->k, row, room);
+    return room;
 }
 
 static float element_at(const struct kv_layer *kv, const unsigned char *row, size_t c) {
@@ -144,6 +147,7 @@ struct stored {
     const struct kv_layer *kv;
     const struct batch *b;
     const float *k, *v;
+    unsigned char *room; // for a row
 };
 
 static const float *source(const struct stored *s, size_t t, size_t head, int is_v) {
@@ -155,7 +159,8 @@ static bool found_there(const struct stored *s, size_t t, size_t head, int is_v,
                         unsigned char *row) {
     size_t bytes = kv_row_bytes(s->kv);
     kv_round(s->kv->type, source(s, t, head, is_v), row, s->kv->head_dim);
-    const unsigned char *at = slot_of(s->kv, s->b, (size_t)s->b->seq[t], (size_t)s->b->position[t], head, is_v, way);
+    const unsigned char *at =
+        slot_of(s->kv, s->b, (size_t)s->b->seq[t], (size_t)s->b->position[t], head, is_v, way, s->room);
     return at && memcmp(at, row, bytes) == 0;
 }
 
@@ -164,7 +169,7 @@ static bool is_cut(const struct stored *s, size_t t, size_t head, int is_v) {
     if (s->kv->type != DTYPE_BF16) return false;
     const float *from = source(s, t, head, is_v);
     const unsigned char *at =
-        slot_of(s->kv, s->b, (size_t)s->b->seq[t], (size_t)s->b->position[t], head, is_v, &right_way);
+        slot_of(s->kv, s->b, (size_t)s->b->seq[t], (size_t)s->b->position[t], head, is_v, &right_way, s->room);
     for (size_t c = 0; c < s->kv->head_dim; c++) {
         uint32_t u;
         memcpy(&u, &from[c], 4);
@@ -204,7 +209,7 @@ static void name_store(const struct stored *s, unsigned char *row, struct findin
 
 bool kv_shadow_store(struct kv_shadow *s, const char *op, int layer, const struct kv_layer *kv, const struct batch *b,
                      const struct walk_sequence *const *of_seq, const float *k, const float *v, struct finding *f) {
-    struct stored job = {kv, b, k, v};
+    struct stored job = {kv, b, k, v, s->room};
     size_t head_bytes = s->head_bytes = kv_row_bytes(kv);
     unsigned char *row = size_alloc(head_bytes, 1);
     bool ok = row != NULL;
@@ -212,7 +217,8 @@ bool kv_shadow_store(struct kv_shadow *s, const char *op, int layer, const struc
         size_t t = i / 2 / kv->n_kv_heads, head = i / 2 % kv->n_kv_heads;
         int is_v = (int)(i % 2);
         if (!found_there(&job, t, head, is_v, &right_way, row)) {
-            const unsigned char *at = slot_of(kv, b, (size_t)b->seq[t], (size_t)b->position[t], head, is_v, &right_way);
+            const unsigned char *at =
+                slot_of(kv, b, (size_t)b->seq[t], (size_t)b->position[t], head, is_v, &right_way, s->room);
             size_t c = at ? first_difference(kv, at, row) : 0;
             finding_place(f, op, layer, "K and V stand in their slots");
             f->fault.head = (int)head;
@@ -258,9 +264,10 @@ struct slot_fault {
 static bool stands_elsewhere(const struct slot_fault *f, size_t *page) {
     size_t bytes = f->s->head_bytes, slot = (size_t)f->position % KV_PAGE_TOKENS;
     const unsigned char *data = f->is_v ? f->kv->v : f->kv->k;
-    for (*page = 0; *page < f->kv->n_pages; ++*page)
-        if (memcmp(data + ((*page * f->kv->n_kv_heads + f->head) * KV_PAGE_TOKENS + slot) * bytes, f->want, bytes) == 0)
-            return true;
+    for (*page = 0; *page < f->kv->n_pages; ++*page) {
+        kv_read(f->kv, f->is_v ? KV_V : KV_K, data, kv_row(f->kv, *page, f->head, slot), f->s->room);
+        if (memcmp(f->s->room, f->want, bytes) == 0) return true;
+    }
     return false;
 }
 
@@ -334,7 +341,7 @@ bool kv_shadow_check(const struct kv_shadow *s, const char *op, int layer, const
                                           .is_v = (int)(i % 2),
                                           .position = j,
                                           .parent = prefix_key(of_seq[q], j - 1)};
-                slot.at = slot_of(kv, b, q, (size_t)j, slot.head, slot.is_v, &right_way);
+                slot.at = slot_of(kv, b, q, (size_t)j, slot.head, slot.is_v, &right_way, s->room);
                 slot.want = known ? shadow_row(s, p, layer, slot.is_v) + slot.head * bytes : NULL;
                 if (!slot_ok(&slot, op, f)) return false;
             }

@@ -493,11 +493,11 @@ static bool probe(struct walk *w, const struct op_ctx *ctx, const struct entry *
 
 // ---- Attention's parts (the standard path) -------------------------------------------------------------------------
 
-// Channel c of position j; `data` is K or V.
-static double stored(const struct kv_layer *kv, const void *data, const int32_t *pages, size_t j, size_t head,
+// Channel c of position j.
+static double stored(const struct kv_layer *kv, enum kv_side side, const int32_t *pages, size_t j, size_t head,
                      size_t c) {
-    size_t at = kv_row_at(kv, (size_t)pages[j / KV_PAGE_TOKENS], head, j % KV_PAGE_TOKENS);
-    return (double)kv_channel(kv->type, (const unsigned char *)data + at, c);
+    size_t row = kv_row(kv, (size_t)pages[j / KV_PAGE_TOKENS], head, j % KV_PAGE_TOKENS);
+    return (double)kv_value(kv, side, side == KV_K ? kv->k : kv->v, row, c);
 }
 
 static bool off(double found, double want, double bound) {
@@ -521,12 +521,13 @@ static const char *first_wrong_part(const struct walk *w, const struct op_ctx *c
     double scale = (double)(float)(1 / sqrt((double)d));
     ops->attn_scores(ctx, m->s, q, kv, kv_head, pages, n, (float)scale);
     for (size_t j = 0; j < n; j++) {
-        double want = 0, size = 0;
+        double want = 0, size = 0, q_most = 0, k_sum = 0;
         for (size_t i = 0; i < d; i++) {
-            double term = (double)q[i] * stored(kv, kv->k, pages, j, kv_head, i);
-            want += term, size += fabs(term);
+            double k = stored(kv, KV_K, pages, j, kv_head, i), term = (double)q[i] * k;
+            want += term, size += fabs(term), k_sum += fabs(k), q_most = fmax(q_most, fabs((double)q[i]));
         }
-        if (off((double)m->s[j], want * scale, scale * size * ((double)d / 16 + 10) * u + 1e-37)) return "attn_scores";
+        double slack = size * ((double)d / 16 + 10) * u + kv_score_slack(kv->type, q_most, k_sum);
+        if (off((double)m->s[j], want * scale, scale * slack + 1e-37)) return "attn_scores";
     }
     memcpy(m->p, m->s, n * sizeof *m->p);
     ops->attn_softmax(ctx, m->p, m->max, m->sum, n);
@@ -547,12 +548,14 @@ static const char *first_wrong_part(const struct walk *w, const struct op_ctx *c
     ops->attn_values(ctx, m->o, m->p, kv, kv_head, pages, n);
     for (size_t i = 0; i < n_blocks * d; i++) {
         size_t begin = i / d * ATTN_BLOCK, end = begin + ATTN_BLOCK < n ? begin + ATTN_BLOCK : n;
-        double want = 0, size = 0;
+        double want = 0, size = 0, most = 0;
         for (size_t j = begin; j < end; j++) {
-            double term = (double)m->p[j] * stored(kv, kv->v, pages, j, kv_head, i % d);
+            double term = (double)m->p[j] * stored(kv, KV_V, pages, j, kv_head, i % d);
             want += term, size += fabs(term);
+            for (size_t k = 0; kv->type == DTYPE_Q8_0 && k < 32; k++)
+                most = fmax(most, fabs(stored(kv, KV_V, pages, j, kv_head, i % d / 32 * 32 + k)));
         }
-        if (off((double)m->o[i], want, 40 * u * size + 1e-37)) return "attn_values";
+        if (off((double)m->o[i], want, 40 * u * size + kv_value_slack(kv->type, most) + 1e-37)) return "attn_values";
     }
     for (size_t i = 0; i < d; i++) m->out[i] = poison_float();
     ops->attn_combine(ctx, m->out, m->max, m->sum, m->o, n_blocks, d);

@@ -144,7 +144,7 @@ struct view {
     const struct twist *t;
 };
 
-// Where position j's row begins, in bytes; SIZE_MAX: outside.
+// Position j's row; SIZE_MAX: outside.
 static size_t place(const struct view *v, size_t j) {
     size_t index = j / KV_PAGE_TOKENS, slot = j % KV_PAGE_TOKENS, page;
     if (v->t->kind == TWIST_PAGES_REVERSED) index = index < v->n_pages ? v->n_pages - 1 - index : index;
@@ -158,12 +158,8 @@ static size_t place(const struct view *v, size_t j) {
     }
     if (page >= v->kv->n_pages) return SIZE_MAX;
     size_t n = v->kv->n_kv_heads;
-    if (v->t->kind == TWIST_NHD) return ((page * KV_PAGE_TOKENS + slot) * n + v->kv_head) * kv_row_bytes(v->kv);
-    return kv_row_at(v->kv, page, v->kv_head, slot);
-}
-
-static double kv_value(const struct kv_layer *kv, const void *data, size_t row, size_t channel) {
-    return (double)kv_channel(kv->type, (const unsigned char *)data + row, channel);
+    if (v->t->kind == TWIST_NHD) return (page * KV_PAGE_TOKENS + slot) * n + v->kv_head;
+    return kv_row(v->kv, page, v->kv_head, slot);
 }
 
 static bool open_view(const struct call *c, const struct twist *t, size_t row, size_t head, struct view *v) {
@@ -190,30 +186,35 @@ static bool open_view(const struct call *c, const struct twist *t, size_t row, s
 // Scores of one head into s [end - begin]; the largest error that f32 may make in one.
 static bool scores(const struct call *c, const struct view *v, const float *q, double *s, double *slack) {
     size_t n = c->head_dim;
-    double scale = v->t->kind == TWIST_SCALE ? v->t->value : c->scale, q_norm = 0;
-    const void *keys = v->t->kind == TWIST_KV_SWAPPED ? v->kv->v : v->kv->k;
-    for (size_t i = 0; i < n; i++) q_norm += (double)q[i] * (double)q[i];
+    double scale = v->t->kind == TWIST_SCALE ? v->t->value : c->scale, q_norm = 0, q_most = 0;
+    const enum kv_side keys = v->t->kind == TWIST_KV_SWAPPED ? KV_V : KV_K;
+    for (size_t i = 0; i < n; i++) {
+        q_norm += (double)q[i] * (double)q[i];
+        q_most = fmax(q_most, fabs((double)q[i]));
+    }
     *slack = 0;
     for (size_t j = v->begin; j < v->end; j++) {
         size_t at = place(v, j);
         if (at == SIZE_MAX) return false;
-        double sum = 0, k_norm = 0;
+        double sum = 0, k_norm = 0, k_sum = 0;
         for (size_t i = 0; i < n; i++) {
-            double k = kv_value(v->kv, keys, at, i);
+            double k = (double)kv_value(v->kv, keys, keys == KV_V ? v->kv->v : v->kv->k, at, i);
             sum += (double)q[i] * k;
             k_norm += k * k;
+            k_sum += fabs(k);
         }
         s[j - v->begin] = sum * scale;
         double off = fabs(scale) * ((double)n / 16 + 8) * U * sqrt(q_norm * k_norm) + 2 * U * fabs(sum * scale);
+        off += fabs(scale) * kv_score_slack(v->kv->type, q_most, k_sum);
         if (!(off <= *slack)) *slack = off;
     }
     return true;
 }
 
-// Sums p v over [from, to) of the view into o, and of p into *l.
+// Sums p v over [from, to) of the view into o, and of p into *l; most: the largest |v|.
 static bool add_values(const struct view *v, const double *p, size_t from, size_t to, double *o, double *size,
-                       double *l) {
-    const void *values = v->t->kind == TWIST_KV_SWAPPED || v->t->kind == TWIST_V_IS_K ? v->kv->k : v->kv->v;
+                       double *most, double *l) {
+    const enum kv_side values = v->t->kind == TWIST_KV_SWAPPED || v->t->kind == TWIST_V_IS_K ? KV_K : KV_V;
     bool rounded = v->t->kind == TWIST_BF16_SUM;
     for (size_t j = from; j < to; j++) {
         size_t at = place(v, j);
@@ -222,9 +223,10 @@ static bool add_values(const struct view *v, const double *p, size_t from, size_
         *l += weight;
         if (v->t->kind == TWIST_P_BF16) weight = bf16(weight);
         for (size_t i = 0; i < v->kv->head_dim; i++) {
-            double value = kv_value(v->kv, values, at, i);
+            double value = (double)kv_value(v->kv, values, values == KV_V ? v->kv->v : v->kv->k, at, i);
             o[i] += weight * value;
             size[i] += fabs(weight * value);
+            most[i] = fmax(most[i], fabs(value));
             if (rounded) o[i] = bf16(o[i]);
         }
     }
@@ -235,7 +237,7 @@ static bool add_values(const struct view *v, const double *p, size_t from, size_
 static bool attend(const struct call *c, const struct twist *t, size_t row, size_t head, double *work, double *out,
                    double *bound) {
     struct view v;
-    double o[MOST_HEAD_DIM] = {0}, size[MOST_HEAD_DIM] = {0}, l = 0, slack, m = -INFINITY;
+    double o[MOST_HEAD_DIM] = {0}, size[MOST_HEAD_DIM] = {0}, most[MOST_HEAD_DIM] = {0}, l = 0, slack, m = -INFINITY;
     size_t n = c->head_dim, n_blocks;
     size_t from_row = t->kind == TWIST_ROW_SHIFT ? (row + (size_t)(t->arg + (int)c->n_rows)) % c->n_rows : row;
     if (!open_view(c, t, from_row, head, &v)) return false;
@@ -251,19 +253,21 @@ static bool attend(const struct call *c, const struct twist *t, size_t row, size
             for (size_t j = from; j < to; j++) block_max = fmax(block_max, work[j - v.begin]);
             for (size_t j = from; j < to; j++) work[j - v.begin] = exp(work[j - v.begin] - block_max);
             if (t->kind == TWIST_LAST_BLOCK && to < v.end) continue;
-            if (!add_values(&v, work, from, to, o, size, &l)) return false;
+            if (!add_values(&v, work, from, to, o, size, most, &l)) return false;
         }
     } else {
         for (size_t j = 0; j < v.end - v.begin; j++)
             work[j] = t->kind == TWIST_NO_MAXIMUM ? (double)expf((float)work[j]) : exp(work[j] - m);
-        if (!add_values(&v, work, v.begin, v.end, o, size, &l)) return false;
+        if (!add_values(&v, work, v.begin, v.end, o, size, most, &l)) return false;
     }
     if (t->kind == TWIST_NO_MAXIMUM && l > (double)FLT_MAX) l = INFINITY;
     if (t->kind == TWIST_NO_DIVISION) l = 1;
     double relative = 2 * (2 * slack + (48 + 2 * (double)n_blocks) * U);
     for (size_t i = 0; i < n; i++) {
         out[i] = o[i] / l;
-        if (bound) bound[i] = relative * size[i] / l + FLT_MIN;
+        double largest = 0; // of the channels that share a scale
+        for (size_t k = i / 32 * 32; k < i / 32 * 32 + 32 && k < n; k++) largest = fmax(largest, most[k]);
+        if (bound) bound[i] = relative * size[i] / l + kv_value_slack(c->kv->type, largest) + FLT_MIN;
     }
     return true;
 }

@@ -300,30 +300,46 @@ static double norm2(const double *v, size_t n) {
     return sqrt(squares);
 }
 
+static double sum_of_sizes(const double *v, size_t n) {
+    double sum = 0;
+    for (size_t i = 0; i < n; i++) sum += fabs(v[i]);
+    return sum;
+}
+
 // The bound of one sequence's results. A score's error d moves every probability by a factor of at most exp(2 d); then
 // come the sums over blocks of positions and their combination. A GPU rounds q to two bf16s, and each probability to
-// one (docs/NUMERICS.md), which counts for the values and for their sum.
+// one (docs/NUMERICS.md), which counts for the values and for their sum. With K and V of Q8_0 the CPU rounds q and
+// probabilities to integers, whose error goes by the largest of them (kv_page.h).
 static void attention_bound(const struct judge *g, const struct oracle_attention *o, double *bound) {
     size_t hd = o->head_dim, group = o->n_heads / o->n_kv_heads, kv = o->n_kv_heads * hd;
     bool on_device = g->c->d->ops->device != NULL;
+    enum dtype type = on_device ? DTYPE_BF16 : g->c->d->kv_type;
     double rounded_q = on_device ? ldexp(1, -17) : 0, rounded_p = on_device ? 2 * ldexp(1, -9) : 0;
     for (size_t t = 0; t < o->n_tokens; t++)
         for (size_t h = 0; h < o->n_heads; h++) {
             size_t from = h / group * hd;
-            double longest = 0, q = norm2(o->q + (t * o->n_heads + h) * hd, hd);
+            double longest = 0, q = norm2(o->q + (t * o->n_heads + h) * hd, hd), most_q = 0, most_sum = 0;
             double *out = bound + (t * o->n_heads + h) * hd;
-            for (size_t c = 0; c < hd; c++) out[c] = 0;
+            for (size_t c = 0; c < hd; c++)
+                out[c] = 0, most_q = fmax(most_q, fabs(o->q[(t * o->n_heads + h) * hd + c]));
             for (int32_t j = 0; j <= o->position[t]; j++) {
                 const double *v = o->v + (size_t)j * kv + from;
                 double k = norm2(o->k + (size_t)j * kv + from, hd);
                 longest = k > longest ? k : longest;
+                most_sum = fmax(most_sum, sum_of_sizes(o->k + (size_t)j * kv + from, hd));
                 for (size_t c = 0; c < hd; c++) out[c] = fabs(v[c]) > out[c] ? fabs(v[c]) : out[c];
             }
             double score = (((double)hd / 16 + 8) * unit + rounded_q) * q * longest / sqrt((double)hd);
+            score += kv_score_slack(type, most_q, most_sum) / sqrt((double)hd);
             double n_blocks = (double)(o->position[t] / ATTN_BLOCK + 1);
             double relative =
                 expm1(2 * (2 * score + 4 * unit)) + (2 * n_blocks + 2 * ATTN_BLOCK + 16) * unit + rounded_p;
-            for (size_t c = 0; c < hd; c++) out[c] = out[c] * relative + tiny;
+            for (size_t c = 0, end; c < hd; c = end) { // channels that share a scale
+                double largest = 0;
+                end = c + 32 < hd ? c + 32 : hd;
+                for (size_t i = c; i < end; i++) largest = fmax(largest, out[i]);
+                for (size_t i = c; i < end; i++) out[i] = out[i] * relative + kv_value_slack(type, largest) + tiny;
+            }
         }
 }
 

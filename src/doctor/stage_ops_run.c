@@ -159,9 +159,9 @@ static void fill_past(struct step *s, size_t seq) {
     size_t hd = s->kv.head_dim, width = s->kv.n_kv_heads * hd;
     for (size_t p = 0; p < q->past; p++)
         for (size_t h = 0; h < s->kv.n_kv_heads; h++) {
-            size_t at = kv_row_at(&s->kv, (size_t)pages[p / KV_PAGE_TOKENS], h, p % KV_PAGE_TOKENS);
-            kv_round(s->kv.type, q->past_k + p * width + h * hd, (unsigned char *)s->kv.k + at, hd);
-            kv_round(s->kv.type, q->past_v + p * width + h * hd, (unsigned char *)s->kv.v + at, hd);
+            size_t row = kv_row(&s->kv, (size_t)pages[p / KV_PAGE_TOKENS], h, p % KV_PAGE_TOKENS);
+            kv_store_row(&s->kv, KV_K, row, q->past_k + p * width + h * hd);
+            kv_store_row(&s->kv, KV_V, row, q->past_v + p * width + h * hd);
         }
 }
 
@@ -254,9 +254,11 @@ static void read_stored(const struct step *s, struct capture *out) {
         size_t p = (size_t)s->batch.position[t];
         size_t page = (size_t)s->batch.pages[(size_t)s->batch.page_start[s->batch.seq[t]] + p / KV_PAGE_TOKENS];
         for (size_t h = 0; h < s->kv.n_kv_heads; h++) {
-            size_t at = kv_row_at(&s->kv, page, h, p % KV_PAGE_TOKENS), to = t * width + h * hd;
-            dtype_to_f32(s->kv.type, (const unsigned char *)s->kv.k + at, out->seg[SEG_KV_K] + to, hd);
-            dtype_to_f32(s->kv.type, (const unsigned char *)s->kv.v + at, out->seg[SEG_KV_V] + to, hd);
+            size_t row = kv_row(&s->kv, page, h, p % KV_PAGE_TOKENS), to = t * width + h * hd;
+            for (size_t c = 0; c < hd; c++) {
+                out->seg[SEG_KV_K][to + c] = kv_value(&s->kv, KV_K, s->kv.k, row, c);
+                out->seg[SEG_KV_V][to + c] = kv_value(&s->kv, KV_V, s->kv.v, row, c);
+            }
         }
     }
     out->present[SEG_KV_K] = out->present[SEG_KV_V] = true;
@@ -264,7 +266,7 @@ static void read_stored(const struct step *s, struct capture *out) {
 
 // Slots that belong to no token of this step hold the bytes that they held.
 static void check_untouched(const struct step *s, struct capture *out) {
-    size_t hd = s->kv.head_dim, row = kv_row_bytes(&s->kv);
+    size_t hd = s->kv.head_dim;
     for (size_t page = 0; page < s->kv.n_pages; page++)
         for (size_t slot = 0; slot < KV_PAGE_TOKENS; slot++) {
             int32_t owner = s->owner[page];
@@ -272,9 +274,9 @@ static void check_untouched(const struct step *s, struct capture *out) {
             const struct op_sequence *q = owner >= 0 ? &s->c->seqs[owner] : NULL;
             if (q && position >= q->past && position < q->past + q->n) continue;
             for (size_t h = 0; h < s->kv.n_kv_heads; h++) {
-                size_t at = kv_row_at(&s->kv, page, h, slot);
-                if (memcmp((unsigned char *)s->kv.k + at, s->before + at, row) == 0 &&
-                    memcmp((unsigned char *)s->kv.v + at, s->before + s->kv_bytes + at, row) == 0)
+                size_t row = kv_row(&s->kv, page, h, slot);
+                if (kv_same_row(&s->kv, KV_K, s->kv.k, s->before, row) &&
+                    kv_same_row(&s->kv, KV_V, s->kv.v, s->before + s->kv_bytes, row))
                     continue;
                 out->kv_touched = true;
                 out->touched_position = q ? (int)position : -1;

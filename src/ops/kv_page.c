@@ -62,6 +62,59 @@ float kv_channel(enum dtype type, const void *row, size_t channel) {
     }
 }
 
+// Block b of Q8_0's row `slot` in the place of its head's rows.
+static void read_block(enum kv_side side, size_t head_dim, const unsigned char *head, size_t slot, size_t b,
+                       unsigned char *block) {
+    memcpy(block, head + kv_scale_at(b, slot), 2);
+    for (size_t c = 0; c < BLOCK; c++) block[2 + c] = head[kv_integer_at(side, head_dim, slot, b * BLOCK + c)];
+}
+
+void kv_write_block(enum kv_side side, size_t head_dim, unsigned char *head, size_t slot, size_t b,
+                    const unsigned char *block) {
+    memcpy(head + kv_scale_at(b, slot), block, 2);
+    for (size_t c = 0; c < BLOCK; c++) head[kv_integer_at(side, head_dim, slot, b * BLOCK + c)] = block[2 + c];
+}
+
+void kv_read(const struct kv_layer *kv, enum kv_side side, const void *data, size_t row, void *to) {
+    size_t bytes = kv_row_bytes(kv), slot = row % KV_PAGE_TOKENS;
+    const unsigned char *from = data;
+    if (kv->type != DTYPE_Q8_0) memcpy(to, from + row * bytes, bytes);
+    for (size_t b = 0; kv->type == DTYPE_Q8_0 && b < kv->head_dim / BLOCK; b++)
+        read_block(side, kv->head_dim, from + (row - slot) * bytes, slot, b, (unsigned char *)to + b * BLOCK_BYTES);
+}
+
+bool kv_same_row(const struct kv_layer *kv, enum kv_side side, const void *a, const void *b, size_t row) {
+    size_t bytes = kv_row_bytes(kv), slot = row % KV_PAGE_TOKENS;
+    const unsigned char *x = a, *y = b;
+    if (kv->type != DTYPE_Q8_0) return memcmp(x + row * bytes, y + row * bytes, bytes) == 0;
+    x += (row - slot) * bytes, y += (row - slot) * bytes;
+    for (size_t c = 0; c < kv->head_dim; c++) {
+        size_t at = kv_integer_at(side, kv->head_dim, slot, c), scale = kv_scale_at(c / BLOCK, slot);
+        if (x[at] != y[at] || memcmp(x + scale, y + scale, 2) != 0) return false;
+    }
+    return true;
+}
+
+void kv_store_row(const struct kv_layer *kv, enum kv_side side, size_t row, const float *x) {
+    size_t bytes = kv_row_bytes(kv), slot = row % KV_PAGE_TOKENS;
+    unsigned char *to = side == KV_K ? kv->k : kv->v, block[BLOCK_BYTES];
+    if (kv->type != DTYPE_Q8_0) kv_round(kv->type, x, to + row * bytes, kv->head_dim);
+    for (size_t b = 0; kv->type == DTYPE_Q8_0 && b < kv->head_dim / BLOCK; b++) {
+        round_block(x + b * BLOCK, block);
+        kv_write_block(side, kv->head_dim, to + (row - slot) * bytes, slot, b, block);
+    }
+}
+
+float kv_value(const struct kv_layer *kv, enum kv_side side, const void *data, size_t row, size_t channel) {
+    size_t bytes = kv_row_bytes(kv), slot = row % KV_PAGE_TOKENS;
+    const unsigned char *from = data;
+    if (kv->type != DTYPE_Q8_0) return kv_channel(kv->type, from + row * bytes, channel);
+    uint16_t half;
+    from += (row - slot) * bytes;
+    memcpy(&half, from + kv_scale_at(channel / BLOCK, slot), sizeof half);
+    return (float)(int8_t)from[kv_integer_at(side, kv->head_dim, slot, channel)] * f16_to_f32(half);
+}
+
 void kv_as_stored(enum dtype type, const float *x, float *out, size_t n) {
     unsigned char row[4 * BLOCK];
     for (size_t i = 0; i < n; i += BLOCK) {

@@ -158,6 +158,14 @@ struct qk_norm_rope_store_args {
 // combined in ascending order of b: m' = max(m, m_b); a = exp32(m - m'); c = exp32(m_b - m');
 //   l = fma(l, a, l_b * c); o = fma(o, a, o_b * c)   (the first block is taken as it is)
 // out = o / l. Query head h reads KV head h / (n_heads / n_kv_heads).
+//
+// Over K and V of Q8_0 (on the CPU) integers are multiplied. k_i = d_b u_i, v_j = d_j u_j in blocks b of 32 channels:
+//   q's head is rounded once: a = max |q_i|, f = a / 32767, Q_i = nearest_even(q_i * (32767 / a)), as ACT_BLOCK's rule
+//   has it for a < 2^-100, NaN and Inf;
+//   s_j = t * (f * scale), t one chain over ascending b of t = fma(d_b, (float)(sum_i Q_i u_i), t) from +0;
+//   o_b[c] = (float)(sum_j W_j u_j[c]) * (D / 32767), D = max_j d_j of the block's positions j <= position, g_j = d_j *
+//   (32767 / D), W_j = nearest_even(p_j * g_j); D = 0: W = 0; D NaN or Inf: o_b is NaN.
+// The integer sums are exact; their conversion rounds to nearest.
 struct attention_args {
     const struct batch *batch;
     size_t n_heads, n_kv_heads, head_dim;

@@ -181,8 +181,8 @@ static void kv_store_shared_scale(const struct op_ctx *ctx, struct kv_layer *kv,
     for (size_t t = 0; t < b->n_tokens; t++) {
         size_t p = (size_t)b->position[t],
                page = (size_t)b->pages[(size_t)b->page_start[b->seq[t]] + p / KV_PAGE_TOKENS];
-        unsigned char *row = (unsigned char *)kv->v + kv_row_at(kv, page, 0, p % KV_PAGE_TOKENS);
-        memcpy(row + kv_bytes(kv->type, 32), row, 2);
+        unsigned char *head = (unsigned char *)kv->v + kv_head_at(kv, page, 0);
+        memcpy(head + kv_scale_at(1, p % KV_PAGE_TOKENS), head + kv_scale_at(0, p % KV_PAGE_TOKENS), 2);
     }
 }
 static void spoil_scale(struct ops *o) {

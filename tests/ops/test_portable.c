@@ -409,6 +409,37 @@ static void test_kv_round_q8_0(void **state) {
     }
 }
 
+// A row is found again as it was rounded, and no other row's bytes change, whatever the type deals out.
+static void test_kv_rows(void **state) {
+    (void)state;
+    enum { D = 64, PAGES = 2, HEADS = 3, ROWS = PAGES * HEADS * KV_PAGE_TOKENS };
+    static const enum dtype types[] = {DTYPE_BF16, DTYPE_F16, DTYPE_F32, DTYPE_Q8_0};
+    static unsigned char k[ROWS * D * 4], v[sizeof k], before[sizeof k];
+    for (size_t i = 0; i < sizeof types / sizeof *types; i++) {
+        struct kv_layer kv = {types[i], k, v, PAGES, HEADS, D};
+        float *x = random_floats(ROWS * D, 2.0f, 71), back[D];
+        for (size_t row = 0; row < ROWS; row++) {
+            for (int side = KV_K; side <= KV_V; side++) {
+                unsigned char want[4 * D], found[4 * D], *data = side == KV_K ? k : v;
+                size_t changed = 0;
+                memcpy(before, data, sizeof before);
+                kv_store_row(&kv, (enum kv_side)side, row, x + row * D);
+                kv_round(types[i], x + row * D, want, D);
+                kv_read(&kv, (enum kv_side)side, data, row, found);
+                assert_memory_equal(want, found, kv_row_bytes(&kv));
+                dtype_to_f32(types[i], want, back, D);
+                for (size_t c = 0; c < D; c++) assert_true(kv_value(&kv, (enum kv_side)side, data, row, c) == back[c]);
+                for (size_t b = 0; b < sizeof k; b++) changed += data[b] != before[b];
+                assert_true(changed > 0 && changed <= kv_row_bytes(&kv));
+                for (size_t other = 0; other < ROWS; other++)
+                    assert_true(kv_same_row(&kv, (enum kv_side)side, data, before, other) == (other != row));
+            }
+        }
+        assert_int_equal(kv_row(&kv, 1, 2, 5), (1 * HEADS + 2) * KV_PAGE_TOKENS + 5);
+        free(x);
+    }
+}
+
 // What cannot be stored shows: its whole block becomes NaN, and nothing else. What is next to zero becomes zero.
 static void test_kv_round_extremes(void **state) {
     (void)state;
@@ -582,6 +613,7 @@ int main(void) {
         cmocka_unit_test(test_kv_round_extremes),
         cmocka_unit_test(test_kv_round_fp8),
         cmocka_unit_test(test_kv_round_fp8_extremes),
+        cmocka_unit_test(test_kv_rows),
         cmocka_unit_test(test_kv_types),
         cmocka_unit_test(test_attention),
         cmocka_unit_test(test_long_attention),

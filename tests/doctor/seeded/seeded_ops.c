@@ -391,8 +391,8 @@ static void wrong_store(struct kv_layer *kv, const struct batch *b, const float 
                                                     : (page * kv->n_kv_heads + h) * KV_PAGE_TOKENS + slot;
             size_t from = (t * kv->n_kv_heads + h) * kv->head_dim;
             bool swap = sown->mistake == STORE_SWAPPED;
-            kv_round(kv->type, (swap ? v : k) + from, (unsigned char *)kv->k + row * kv_row_bytes(kv), kv->head_dim);
-            kv_round(kv->type, (swap ? k : v) + from, (unsigned char *)kv->v + row * kv_row_bytes(kv), kv->head_dim);
+            kv_store_row(kv, KV_K, row, (swap ? v : k) + from);
+            kv_store_row(kv, KV_V, row, (swap ? k : v) + from);
         }
     }
 }
@@ -441,10 +441,6 @@ static void broken_qk_norm_rope_store(const struct op_ctx *ctx, const struct qk_
 
 // ---- Attention -----------------------------------------------------------------------------------------------------
 
-static float kv_value(const struct kv_layer *kv, const void *data, size_t row, size_t channel) {
-    return kv_channel(kv->type, (const unsigned char *)data + row * kv_row_bytes(kv), channel);
-}
-
 // The row that a mistaken op reads.
 static size_t wrong_place(const struct attention_args *a, const int32_t *pages, size_t n_pages, size_t j, size_t head) {
     size_t index = j / KV_PAGE_TOKENS, slot = j % KV_PAGE_TOKENS;
@@ -461,7 +457,8 @@ static void wrong_head(const struct attention_args *a, size_t t, size_t h, float
     size_t right_n = (size_t)b->position[t] + 1, n = right_n, room = n_pages * KV_PAGE_TOKENS;
     size_t kv_head = is == HEAD_MODULO ? h % a->n_kv_heads : h / (a->n_heads / a->n_kv_heads);
     const int32_t *pages = b->pages + b->page_start[seq];
-    const void *keys = is == READ_SWAPPED ? a->kv->v : a->kv->k, *values = is == READ_SWAPPED ? a->kv->k : a->kv->v;
+    const enum kv_side keys = is == READ_SWAPPED ? KV_V : KV_K, values = is == READ_SWAPPED ? KV_K : KV_V;
+    const void *key_data = keys == KV_K ? a->kv->k : a->kv->v, *value_data = values == KV_K ? a->kv->k : a->kv->v;
     float scale = is == SCALE_MISSING ? 1 : is == SCALE_SQUARED ? a->scale * a->scale : a->scale;
     if (is == MASK_MORE && n < room) n++;
     if (is == MASK_LESS && n > 1) n--;
@@ -474,7 +471,7 @@ static void wrong_head(const struct attention_args *a, size_t t, size_t h, float
         size_t at = wrong_place(a, pages, n_pages, j, kv_head);
         double sum = 0;
         for (size_t i = 0; i < d; i++)
-            sum += (double)a->q[(t * a->n_heads + h) * d + i] * (double)kv_value(a->kv, keys, at, i);
+            sum += (double)a->q[(t * a->n_heads + h) * d + i] * (double)kv_value(a->kv, keys, key_data, at, i);
         p[j] = (float)sum * scale;
         if (is == READ_ZERO_WEIGHTS && j >= right_n) p[j] = -INFINITY;
         m = p[j] > m ? p[j] : m;
@@ -485,7 +482,7 @@ static void wrong_head(const struct attention_args *a, size_t t, size_t h, float
         float weight = expf(is == NO_MAXIMUM ? p[j] : p[j] - m);
         l += weight;
         for (size_t i = 0; i < d; i++) {
-            out[i] += weight * kv_value(a->kv, values, at, i);
+            out[i] += weight * kv_value(a->kv, values, value_data, at, i);
             if (is == BF16_VALUES) out[i] = bf16(out[i]);
         }
     }

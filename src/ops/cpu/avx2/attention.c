@@ -8,22 +8,19 @@
 
 #if defined(__AVX2__)
 
-#include "ops/cpu/avx2/vec.h"
-#include "ops/kv_page.h"
-
-enum { MAX_ROWS = 16 }; // query rows of a tile
+#include "ops/cpu/avx2/attention.h"
 
 // Where a block of K or V vectors of one head starts.
 static const unsigned char *block_at(const struct kv_layer *kv, const void *data, size_t page, size_t kv_head) {
-    return (const unsigned char *)data + kv_row_at(kv, page, kv_head, 0);
+    return (const unsigned char *)data + kv_head_at(kv, page, kv_head);
 }
 
-// Eight channels of a row from channel c on; not of Q8_0 and FP8.
+// Eight channels of a row from channel c on; not of FP8.
 INLINE __m256 load_8(enum dtype type, const unsigned char *row, size_t c) {
     return load_as_f32(type, row + kv_bytes(type, c));
 }
 
-// 32 channels of a row from channel c on, a multiple of 32. Q8_0's products of 7 and 11 bits are exact; FP8: fp8.h.
+// 32 channels of a row from channel c on, a multiple of 32. FP8: fp8.h.
 INLINE void load_32(enum dtype type, const unsigned char *row, size_t c, __m256 x[4]) {
     if (type == DTYPE_FP8) {
         const unsigned char *block = row + kv_bytes(type, c);
@@ -36,18 +33,7 @@ INLINE void load_32(enum dtype type, const unsigned char *row, size_t c, __m256 
         }
         return;
     }
-    if (type != DTYPE_Q8_0) {
-        for (size_t i = 0; i < 4; i++) x[i] = load_8(type, row, c + 8 * i);
-        return;
-    }
-    const unsigned char *block = row + kv_bytes(type, c);
-    int16_t half;
-    memcpy(&half, block, sizeof half);
-    __m256 d = _mm256_cvtph_ps(_mm_set1_epi16(half));
-    for (size_t i = 0; i < 4; i++) {
-        __m128i q = _mm_loadl_epi64((const __m128i *)(const void *)(block + 2 + 8 * i));
-        x[i] = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(q)), d);
-    }
+    for (size_t i = 0; i < 4; i++) x[i] = load_8(type, row, c + 8 * i);
 }
 
 // Asks for row j of the block that comes next.
@@ -126,34 +112,9 @@ static void scores_rows(const struct kv_layer *kv, float *s, const float *const 
     case DTYPE_F32: scores_rows_of(DTYPE_F32, s, q, n_rows, k, n, kv->head_dim, scale, next); break;
     case DTYPE_F16: scores_rows_of(DTYPE_F16, s, q, n_rows, k, n, kv->head_dim, scale, next); break;
     case DTYPE_FP8: scores_rows_of(DTYPE_FP8, s, q, n_rows, k, n, kv->head_dim, scale, next); break;
-    case DTYPE_Q8_0: scores_rows_of(DTYPE_Q8_0, s, q, n_rows, k, n, kv->head_dim, scale, next); break;
     default: scores_rows_of(DTYPE_BF16, s, q, n_rows, k, n, kv->head_dim, scale, next);
     }
 }
-
-// One block's scores s[n] to p; positions past n count as score -inf, that is p = +0, which leaves every sum as it is.
-static void softmax_block(float *s, size_t n, float *max, float *sum) {
-    float p[ATTN_BLOCK];
-    for (size_t j = 0; j < ATTN_BLOCK; j++) p[j] = j < n ? s[j] : -INFINITY;
-    __m256 v[4], m8;
-    for (size_t i = 0; i < 4; i++) v[i] = _mm256_loadu_ps(p + 8 * i);
-    m8 = _mm256_max_ps(_mm256_max_ps(v[0], v[1]), _mm256_max_ps(v[2], v[3]));
-    __m128 m4 = _mm_max_ps(_mm256_castps256_ps128(m8), _mm256_extractf128_ps(m8, 1));
-    m4 = _mm_max_ps(m4, _mm_movehl_ps(m4, m4));
-    *max = _mm_cvtss_f32(_mm_max_ss(m4, _mm_movehdup_ps(m4)));
-    for (size_t i = 0; i < 4; i++) {
-        v[i] = exp32_8(_mm256_sub_ps(v[i], _mm256_set1_ps(*max)));
-        _mm256_storeu_ps(p + 8 * i, v[i]);
-    }
-    memcpy(s, p, n * sizeof *s);
-    *sum = dot16_reduce_2(_mm256_add_ps(v[0], v[2]), _mm256_add_ps(v[1], v[3]));
-}
-
-// How a block's output joins what a row has so far: out = o_b, or fma(out, a, o_b * c).
-struct joint {
-    bool first;
-    float a, c;
-};
 
 // V lanes of 8 channels each at channel c, for R rows; p[r] holds the block's first n probabilities.
 INLINE void values_at(enum dtype type, float *const *out, const float *const *p, const struct joint *joint,
@@ -187,7 +148,7 @@ INLINE void values(enum dtype type, float *const *out, const float *const *p, co
                    const unsigned char *v, size_t n, size_t head_dim, const unsigned char *next, const size_t R) {
     size_t c = 0;
     for (; c + 32 <= head_dim; c += 32, next = NULL) values_at(type, out, p, joint, v, n, head_dim, c, next, R, 4);
-    if (type == DTYPE_Q8_0 || type == DTYPE_FP8) return; // whole blocks
+    if (type == DTYPE_FP8) return; // whole blocks
     for (; c + 8 <= head_dim; c += 8) values_at(type, out, p, joint, v, n, head_dim, c, NULL, R, 1);
     for (; c < head_dim; c++) {
         for (size_t r = 0; r < R; r++) {
@@ -211,13 +172,8 @@ static void values_rows(const struct kv_layer *kv, float *const *out, const floa
     case DTYPE_F32: values_rows_of(DTYPE_F32, out, p, joint, n_rows, v, n, kv->head_dim, next); break;
     case DTYPE_F16: values_rows_of(DTYPE_F16, out, p, joint, n_rows, v, n, kv->head_dim, next); break;
     case DTYPE_FP8: values_rows_of(DTYPE_FP8, out, p, joint, n_rows, v, n, kv->head_dim, next); break;
-    case DTYPE_Q8_0: values_rows_of(DTYPE_Q8_0, out, p, joint, n_rows, v, n, kv->head_dim, next); break;
     default: values_rows_of(DTYPE_BF16, out, p, joint, n_rows, v, n, kv->head_dim, next);
     }
-}
-
-static size_t in_block(size_t n_kv, size_t begin) {
-    return n_kv <= begin ? 0 : n_kv - begin < ATTN_BLOCK ? n_kv - begin : ATTN_BLOCK;
 }
 
 // ---- The four parts
@@ -226,6 +182,10 @@ static size_t in_block(size_t n_kv, size_t begin) {
 static void attn_scores(const struct op_ctx *ctx, float *s, const float *q, const struct kv_layer *kv, size_t kv_head,
                         const int32_t *pages, size_t n_kv, float scale) {
     (void)ctx;
+    if (kv->type == DTYPE_Q8_0) {
+        avx2_integer_scores(s, q, kv, kv_head, pages, n_kv, scale);
+        return;
+    }
     for (size_t j = 0; j < n_kv; j += ATTN_BLOCK) {
         const unsigned char *k = block_at(kv, kv->k, (size_t)pages[j / KV_PAGE_TOKENS], kv_head);
         scores_rows(kv, s + j, &q, 1, k, in_block(n_kv, j), scale, NULL);
@@ -242,25 +202,14 @@ static void attn_values(const struct op_ctx *ctx, float *o, const float *p, cons
                         const int32_t *pages, size_t n_kv) {
     (void)ctx;
     const struct joint joint = {.first = true};
+    if (kv->type == DTYPE_Q8_0) {
+        avx2_integer_values(o, p, kv, kv_head, pages, n_kv);
+        return;
+    }
     for (size_t j = 0; j < n_kv; j += ATTN_BLOCK, o += kv->head_dim, p += ATTN_BLOCK) {
         const unsigned char *v = block_at(kv, kv->v, (size_t)pages[j / KV_PAGE_TOKENS], kv_head);
         values_rows(kv, &o, &p, &joint, 1, v, in_block(n_kv, j), NULL);
     }
-}
-
-static void divide(float *out, float l, size_t n) {
-    size_t i = 0;
-    for (; i + 8 <= n; i += 8) _mm256_storeu_ps(out + i, _mm256_div_ps(_mm256_loadu_ps(out + i), _mm256_set1_ps(l)));
-    for (; i < n; i++) out[i] /= l;
-}
-
-// Joins a block to a row's running maximum and sum.
-static struct joint join(float *m, float *l, float block_max, float block_sum) {
-    float next = block_max > *m ? block_max : *m;
-    struct joint j = {.a = exp32(*m - next), .c = exp32(block_max - next)};
-    *l = fmaf(*l, j.a, block_sum * j.c);
-    *m = next;
-    return j;
 }
 
 static void attn_combine(const struct op_ctx *ctx, float *out, const float *block_max, const float *block_sum,
@@ -283,25 +232,6 @@ static void attn_combine(const struct op_ctx *ctx, float *out, const float *bloc
 
 // ---- The fused op
 // ----------------------------------------------------------------------------------------------------
-
-// Query rows of one sequence that share a KV head.
-struct rows {
-    size_t n;
-    const float *q[MAX_ROWS];
-    float *out[MAX_ROWS];
-    size_t n_kv[MAX_ROWS];
-    float m[MAX_ROWS], l[MAX_ROWS];
-};
-
-// A block's scores s[n] of row r to p, and its part in the row's maximum and sum.
-static struct joint add_weights(struct rows *rows, size_t r, float *s, size_t n, size_t begin) {
-    float max, sum;
-    softmax_block(s, n, &max, &sum);
-    if (begin > 0) return join(&rows->m[r], &rows->l[r], max, sum);
-    rows->m[r] = max;
-    rows->l[r] = sum;
-    return (struct joint){.first = true};
-}
 
 // One block for rows [r, r + n) of a tile, n <= 2; s: their scores.
 static void add_block(const struct attention_args *a, struct rows *rows, size_t r, size_t n_rows, float *s,
@@ -363,7 +293,6 @@ static void widen(const struct kv_layer *kv, float *to, const unsigned char *fro
     case DTYPE_F32: widen_of(DTYPE_F32, to, from, n, kv->head_dim); break;
     case DTYPE_F16: widen_of(DTYPE_F16, to, from, n, kv->head_dim); break;
     case DTYPE_FP8: widen_of(DTYPE_FP8, to, from, n, kv->head_dim); break;
-    case DTYPE_Q8_0: widen_of(DTYPE_Q8_0, to, from, n, kv->head_dim); break;
     default: widen_of(DTYPE_BF16, to, from, n, kv->head_dim);
     }
 }
@@ -451,7 +380,9 @@ struct attention_job {
 };
 
 static void attend_any(const struct attention_args *a, struct rows *rows, const int32_t *pages, size_t kv_head) {
-    if (rows->n >= WIDE_ROWS && a->head_dim % 32 == 0 && a->head_dim <= WIDE_HEAD) attend_wide(a, rows, pages, kv_head);
+    if (a->kv->type == DTYPE_Q8_0) avx2_integer_attend(a, rows, pages, kv_head);
+    else if (rows->n >= WIDE_ROWS && a->head_dim % 32 == 0 && a->head_dim <= WIDE_HEAD)
+        attend_wide(a, rows, pages, kv_head);
     else attend(a, rows, pages, kv_head);
 }
 
@@ -506,12 +437,30 @@ static size_t split_floats(size_t n_blocks, size_t head_dim) {
     return n_blocks * (head_dim + 2);
 }
 
+static void split_integers(const struct split_job *j, size_t t, size_t head, size_t n_rows, size_t begin, size_t end) {
+    const struct attention_args *a = j->a;
+    struct rows rows = {.n = n_rows};
+    float *max[MAX_ROWS], *sum[MAX_ROWS];
+    for (size_t r = 0; r < n_rows; r++) {
+        rows.q[r] = a->q + (t * a->n_heads + head + r) * a->head_dim;
+        max[r] = j->rows + (t * a->n_heads + head + r) * split_floats(j->n_blocks, a->head_dim);
+        sum[r] = max[r] + j->n_blocks;
+        rows.out[r] = sum[r] + j->n_blocks;
+    }
+    avx2_integer_blocks(a, &rows, max, sum, a->batch->pages + a->batch->page_start[a->batch->seq[t]], head / j->group,
+                        (size_t)a->batch->position[t] + 1, begin, end);
+}
+
 // Blocks [begin, end) for up to MAX_ROWS query heads of token t, from `head` on.
 static void split_heads(const struct split_job *j, size_t t, size_t head, size_t n_rows, size_t begin, size_t end) {
     const struct attention_args *a = j->a;
     const struct joint joint[2] = {{.first = true}, {.first = true}};
     const int32_t *pages = a->batch->pages + a->batch->page_start[a->batch->seq[t]];
     size_t n_kv = (size_t)a->batch->position[t] + 1, kv_head = head / j->group;
+    if (a->kv->type == DTYPE_Q8_0) {
+        split_integers(j, t, head, n_rows, begin, end);
+        return;
+    }
     float s[MAX_ROWS * ATTN_BLOCK], *row[MAX_ROWS];
     const float *q[MAX_ROWS];
     for (size_t r = 0; r < n_rows; r++) {

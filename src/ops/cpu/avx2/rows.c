@@ -7,7 +7,10 @@
 #include "ops/cpu/avx2/vec.h"
 #include "ops/kv_page.h"
 
-enum { TOKEN_GRAIN = 4, ELEMENT_GRAIN = 4096 };
+enum {
+    TOKEN_GRAIN = 8, // as many positions of Q8_0 share cache lines
+    ELEMENT_GRAIN = 4096
+};
 
 static float square_sum(const float *x, size_t n) {
     __m256 low = _mm256_setzero_ps(), high = low;
@@ -130,14 +133,21 @@ static void store_q8_0(unsigned char *block, const float *x) {
     _mm256_storeu_si256((__m256i *)(void *)(block + 2), packed);
 }
 
-// One K or V vector to its row, as kv_round rounds it.
+// One K or V vector to its row of Q8_0.
+static void store_dealt(const struct kv_layer *kv, enum kv_side side, unsigned char *head, size_t slot,
+                        const float *x) {
+    unsigned char block[34];
+    for (size_t b = 0; b < kv->head_dim / 32; b++) {
+        store_q8_0(block, x + 32 * b);
+        kv_write_block(side, kv->head_dim, head, slot, b, block);
+    }
+}
+
+// One K or V vector to its row, as kv_round rounds it; not of Q8_0.
 static void store_row(const struct kv_layer *kv, void *row, const float *x) {
     size_t n = kv->head_dim, i = 0;
     uint16_t *to = row;
     switch (kv->type) {
-    case DTYPE_Q8_0:
-        for (; i < n; i += 32) store_q8_0((unsigned char *)row + kv_bytes(DTYPE_Q8_0, i), x + i);
-        return;
     case DTYPE_BF16:
         for (; i + 8 <= n; i += 8) {
             __m256i h = _mm256_srli_epi32(round_to_bf16(_mm256_loadu_ps(x + i)), 16);
@@ -160,9 +170,16 @@ static void store_token(const struct kv_layer *kv, const struct batch *batch, si
     const int32_t *pages = batch->pages + batch->page_start[batch->seq[t]];
     size_t page = (size_t)pages[position / KV_PAGE_TOKENS];
     for (size_t h = 0; h < kv->n_kv_heads; h++) {
-        size_t at = kv_row_at(kv, page, h, position % KV_PAGE_TOKENS), from = (t * kv->n_kv_heads + h) * kv->head_dim;
-        store_row(kv, (unsigned char *)kv->k + at, k + from);
-        store_row(kv, (unsigned char *)kv->v + at, v + from);
+        size_t at = kv_head_at(kv, page, h), from = (t * kv->n_kv_heads + h) * kv->head_dim;
+        unsigned char *of_k = (unsigned char *)kv->k + at, *of_v = (unsigned char *)kv->v + at;
+        size_t slot = position % KV_PAGE_TOKENS, row = slot * kv_row_bytes(kv);
+        if (kv->type == DTYPE_Q8_0) {
+            store_dealt(kv, KV_K, of_k, slot, k + from);
+            store_dealt(kv, KV_V, of_v, slot, v + from);
+        } else {
+            store_row(kv, of_k + row, k + from);
+            store_row(kv, of_v + row, v + from);
+        }
     }
 }
 

@@ -78,10 +78,10 @@ static void store_piece(void *user, size_t begin, size_t end, int thread) {
         const int32_t *pages = j->batch->pages + j->batch->page_start[j->batch->seq[t]];
         size_t page = (size_t)pages[position / KV_PAGE_TOKENS];
         for (size_t h = 0; h < kv->n_kv_heads; h++) {
-            size_t at = kv_row_at(kv, page, h, position % KV_PAGE_TOKENS);
+            size_t row = kv_row(kv, page, h, position % KV_PAGE_TOKENS);
             size_t from = (t * kv->n_kv_heads + h) * kv->head_dim;
-            kv_round(kv->type, j->k + from, (unsigned char *)kv->k + at, kv->head_dim);
-            kv_round(kv->type, j->v + from, (unsigned char *)kv->v + at, kv->head_dim);
+            kv_store_row(kv, KV_K, row, j->k + from);
+            kv_store_row(kv, KV_V, row, j->v + from);
         }
     }
 }
