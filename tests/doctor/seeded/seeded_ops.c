@@ -538,7 +538,7 @@ static void broken_attn_values(const struct op_ctx *ctx, float *o, const float *
             float sum = 0;
             for (size_t j = b * ATTN_BLOCK; j < (b + 1) * ATTN_BLOCK && j < n_kv; j++) {
                 size_t row = ((size_t)pages[b] * kv->n_kv_heads + kv_head) * KV_PAGE_TOKENS + j % KV_PAGE_TOKENS;
-                sum = bf16(sum + p[j] * kv_value(kv, kv->v, row, i));
+                sum = bf16(sum + p[j] * kv_value(kv, KV_V, kv->v, row, i));
             }
             o[b * kv->head_dim + i] = sum;
         }
