@@ -115,12 +115,14 @@ static void play_choice(struct server *s, const tandem_request_options *o, size_
         e.top = &e.token;
         e.n_top = o->n_top ? 1 : 0;
         goes_on = generation_event(s, &e) && !engine_is_end(s->engine, id);
+        if (i % 2) generations_send(s); // a step may have several tokens of one request, by its choices
     }
     if (i == most && goes_on) finish = TANDEM_FINISH_LENGTH;
     if (cancelled) finish = TANDEM_FINISH_CANCELLED;
     if (*n == 1 && **text == 'E') finish = TANDEM_FINISH_ERROR;
     e = (tandem_event){.user = o->user, .kind = TANDEM_EVENT_DONE, .choice = choice, .finish = finish};
     generation_event(s, &e);
+    generations_send(s);
 }
 
 // JSON, as RFC 8259 has it: a judge of its own, which knows nothing of the server's reader. What it sees of an answer

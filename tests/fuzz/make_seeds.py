@@ -150,6 +150,13 @@ def body_seeds():
              "tools": [{"name": "f", "input_schema": {"type": "object"}}], "tool_choice": {"type": "any"}}),
         (3, {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "tool_result", "tool_use_id": "t",
             "content": "r"}]}], "max_tokens": 1, "stop_sequences": ["x"], "output_config": {"format": {"type": "json_schema", "schema": {}}}}),
+        (2, {"input": [{"type": "custom_tool_call", "call_id": "c", "name": "p", "namespace": "s", "input": "x"},
+                       {"type": "custom_tool_call_output", "call_id": "c", "output": "y"}], "stream": True, "tool_choice": {"type": "custom", "name": "s__p"},
+             "reasoning": {"effort": "none"}, "tools": [{"type": "namespace", "name": "s", "tools": [
+                 {"type": "custom", "name": "p", "format": {"type": "grammar", "syntax": "lark", "definition": "a"}},
+                 {"type": "function", "name": "f", "parameters": {}}]}]}),
+        (0, {"messages": user + [{"role": "assistant", "content": "", "reasoning_content": "a"}], "continue_final_message": True, "stream": True}),
+        (3, {"messages": user + [{"role": "assistant", "content": "a"}], "max_tokens": 9}),
         (4, {"messages": user}), (5, {"prompt": "abc"}), (6, {"tokens": [1, 2, 3]}), (7, {"messages": user, "add_generation_prompt": True})]
     for route, body in bodies:
         yield bytes([route]) + json.dumps(body).encode() + b"\0" + bytes(range(1, 49))
