@@ -251,9 +251,9 @@ typedef struct tandem_request_options {
     bool prompt_logprobs; /* for the prompt's tokens from the second on, too (nothing is taken from the cache then) */
     bool hash;            /* fill logits_hash */
     void *user;
-    /* Called by tandem_step before a token is sampled, for all choices of a step before the first of its events. Returns
-     * a bit for each id that may come (bit id % 32 of word id / 32; at least one is set), valid until it is called for
-     * this choice again or the choice has ended, or NULL: all may. NULL: no such constraint. */
+    /* Called by tandem_step before a token is sampled, for all choices of a step before the first of its events.
+     * Returns a bit for each id that may come (bit id % 32 of word id / 32; at least one is set), valid until it is
+     * called for this choice again or the choice has ended, or NULL: all may. NULL: no such constraint. */
     const uint32_t *(*mask)(void *user, size_t choice);
 } tandem_request_options;
 
