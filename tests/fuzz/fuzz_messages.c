@@ -50,7 +50,8 @@ static void render_all(const struct template_document *doc, const struct templat
 // The first byte chooses the options, the others are the document.
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     if (size == 0) return 0;
-    struct template_options options = {data[0] % 3 - 1, data[0] / 3 % 3 - 1};
+    struct template_options options = {
+        .enable_thinking = data[0] % 3 - 1, .add_generation_prompt = data[0] / 3 % 3 - 1, .continues = data[0] / 128};
     struct error err = {""};
     struct template_document *doc = template_parse((const char *)data + 1, size - 1, "input", &err);
     if (!doc) {
