@@ -20,7 +20,7 @@ struct request {
     size_t prefill[MOST_LIST], depth[MOST_LIST], batch[MOST_LIST], n_prefill, n_depth, n_batch;
     bool decode;
     bool chosen; // the user named what to measure: nothing is left out silently
-    size_t n_repeats, chunk;
+    size_t n_repeats, chunk, n_prompts;
     double max_seconds;
     uint32_t fusion[BENCH_VARIANTS];
     size_t n_fusions;
@@ -83,12 +83,15 @@ static bool parse_request(const struct cli_options *o, struct request *r) {
     bool asks_decode = o->given[OPT_DECODE_STEPS] || o->given[OPT_DEPTH] || o->given[OPT_BATCH];
     r->n_repeats = 5;
     r->chunk = DEFAULT_CHUNK;
+    r->n_prompts = 1;
     if (!cli_sizes(o, OPT_PREFILL, 1, most, r->prefill, MOST_LIST, &r->n_prefill) ||
         !cli_sizes(o, OPT_DEPTH, 0, most, r->depth, MOST_LIST, &r->n_depth) ||
         !cli_sizes(o, OPT_BATCH, 1, 1024, r->batch, MOST_LIST, &r->n_batch) ||
         !cli_size(o, OPT_REPEAT, 1, BENCH_MOST_REPEATS, &r->n_repeats) ||
-        !cli_size(o, OPT_CHUNK, 1, 65536, &r->chunk) || !parse_fusion(o, r))
+        !cli_size(o, OPT_PROMPTS, 1, 1024, &r->n_prompts) || !cli_size(o, OPT_CHUNK, 1, 65536, &r->chunk) ||
+        !parse_fusion(o, r))
         return false;
+    if (o->given[OPT_PROMPTS] && !o->given[OPT_PREFILL]) return cli_usage("--prompts goes with --prefill"), false;
     if (o->given[OPT_JSON] && o->given[OPT_CSV]) return cli_usage("expected one of --json and --csv"), false;
     if (o->given[OPT_WORKLOAD] && workload_requests(o->text[OPT_WORKLOAD]) == 0)
         return cli_usage("--workload: expected offline-256, or offline-N for its first N requests, found \"%s\"",
@@ -104,7 +107,8 @@ static bool parse_request(const struct cli_options *o, struct request *r) {
         r->n_prefill = sizeof prefills / sizeof prefills[0];
     }
     for (size_t i = 0; i < r->n_prefill; i++)
-        r->cases[r->n_cases++] = (struct bench_case){.kind = BENCH_PREFILL, .batch = 1, .n_tokens = r->prefill[i]};
+        r->cases[r->n_cases++] =
+            (struct bench_case){.kind = BENCH_PREFILL, .batch = r->n_prompts, .n_tokens = r->prefill[i]};
     if (r->decode && r->n_depth == 0 && r->n_batch == 0) { // --decode alone, or nothing at all
         for (size_t i = 0; i < sizeof depths / sizeof depths[0]; i++)
             r->cases[r->n_cases++] = (struct bench_case){.kind = BENCH_DECODE, .batch = 1, .depth = depths[i]};
@@ -267,7 +271,7 @@ static bool run_cases(const struct request *r, struct report *rep, struct bench 
         struct bench_outcome out;
         struct error err = {0};
         if (!runs[i]) continue;
-        double guess = c->kind == BENCH_PREFILL && prefill_tps > 0 ? (double)c->n_tokens / prefill_tps : 0;
+        double guess = c->kind == BENCH_PREFILL && prefill_tps > 0 ? (double)(c->n_tokens * c->batch) / prefill_tps : 0;
         if (!r->chosen && guess > 60) {
             fprintf(stderr, "tandem: bench: left out: prefill of %zu tokens would take %.0f s; --prefill %zu runs it\n",
                     c->n_tokens, guess, c->n_tokens);
@@ -402,16 +406,16 @@ static int run(const struct cli_options *o) {
     return status;
 }
 
-static const enum option_id options[] = {OPT_SYNTHETIC, OPT_TYPE,   OPT_PREFILL, OPT_DECODE_STEPS, OPT_DEPTH,
-                                         OPT_BATCH,     OPT_CHUNK,  OPT_REPEAT,  OPT_WORKLOAD,     OPT_FUSIONS,
-                                         OPT_KV_TYPE,   OPT_REPACK, OPT_THREADS, OPT_DEVICE,       OPT_ISA,
-                                         OPT_JSON,      OPT_CSV,    OPT_HELP};
+static const enum option_id options[] = {OPT_SYNTHETIC, OPT_TYPE,    OPT_PREFILL, OPT_PROMPTS, OPT_DECODE_STEPS,
+                                         OPT_DEPTH,     OPT_BATCH,   OPT_CHUNK,   OPT_REPEAT,  OPT_WORKLOAD,
+                                         OPT_FUSIONS,   OPT_KV_TYPE, OPT_REPACK,  OPT_THREADS, OPT_DEVICE,
+                                         OPT_ISA,       OPT_JSON,    OPT_CSV,     OPT_HELP};
 
 const struct command command_bench = {
     .name = "bench",
     .summary = "speed: prefill and decode, beside the machine's read bandwidth",
-    .usage = "[MODEL | --synthetic SHAPE [--type TYPE,...]] [--prefill N,...] [--decode] [--depth N,...]\n"
-             "       [--batch N,...] [--workload NAME] [--repeat N] [--json | --csv]",
+    .usage = "[MODEL | --synthetic SHAPE [--type TYPE,...]] [--prefill N,...] [--prompts N] [--decode]\n"
+             "       [--depth N,...] [--batch N,...] [--workload NAME] [--repeat N] [--json | --csv]",
     .details =
         "Without options: prompts of 64, 512 and 2048 tokens; decoding at depths 0, 1024, 4096 and 16384; batches of "
         "8\n"

@@ -234,8 +234,10 @@ static int32_t id_at(const struct bench *b, size_t seq, size_t position) {
     return (int32_t)((position * 7919 + seq * 104729 + 17) % b->engine->model->config.n_vocab);
 }
 
-// A batch of n tokens of each of n_seqs sequences, from `start` on. n_pages: pages of each sequence.
-static struct batch make_batch(struct bench *b, size_t n_seqs, size_t start, size_t n, size_t n_pages, bool logits) {
+// A batch of n tokens of each of n_seqs sequences, of which `first` is the first, from `start` on. n_pages: pages of
+// each sequence.
+static struct batch make_batch(struct bench *b, size_t first, size_t n_seqs, size_t start, size_t n, size_t n_pages,
+                               bool logits) {
     struct batch batch = {.n_tokens = n_seqs * n,
                           .n_seqs = n_seqs,
                           .n_logit_rows = logits ? n_seqs : 0,
@@ -249,12 +251,12 @@ static struct batch make_batch(struct bench *b, size_t n_seqs, size_t start, siz
                           .logit_rows = b->rows};
     for (size_t s = 0; s <= n_seqs; s++) {
         b->seq_start[s] = (int32_t)(s * n);
-        b->page_start[s] = (int32_t)(s * n_pages);
+        b->page_start[s] = (int32_t)((first + s) * n_pages);
         if (s == n_seqs) break;
         b->kv_len[s] = (int32_t)(start + n);
         b->rows[s] = (int32_t)(s * n + n - 1);
         for (size_t i = 0; i < n; i++) {
-            b->token[s * n + i] = id_at(b, s, start + i);
+            b->token[s * n + i] = id_at(b, first + s, start + i);
             b->position[s * n + i] = (int32_t)(start + i);
             b->seq[s * n + i] = (int32_t)s;
         }
@@ -276,9 +278,7 @@ static bool fill_kv(struct bench *b, const struct bench_case *what, struct error
         for (size_t s = 0; s < what->batch; s++) {
             for (size_t at = 0; at < what->depth; at += FILL_TOKENS) {
                 size_t n = what->depth - at < FILL_TOKENS ? what->depth - at : FILL_TOKENS;
-                struct batch batch = make_batch(b, 1, at, n, n_pages, false);
-                b->page_start[0] = (int32_t)(s * n_pages);
-                b->page_start[1] = (int32_t)((s + 1) * n_pages);
+                struct batch batch = make_batch(b, s, 1, at, n, n_pages, false);
                 run_store_kv(b->run, &b->kv.layers[layer], &batch, k, v);
             }
         }
@@ -287,21 +287,32 @@ static bool fill_kv(struct bench *b, const struct bench_case *what, struct error
     return true;
 }
 
+// Sequences that a step holds.
+static size_t side_by_side(const struct bench *b, const struct bench_case *what, size_t n_tokens) {
+    size_t fit = b->options.max_tokens / n_tokens;
+    if (what->kind == BENCH_DECODE || fit > what->batch) return what->batch;
+    return fit ? fit : 1;
+}
+
 // One timed repeat. Returns its seconds; *hash as in bench_result.
 static double repeat_once(struct bench *b, const struct bench_case *what, size_t n_tokens, uint64_t *hash) {
     size_t n_pages = bench_pages(what) / what->batch, n_vocab = b->engine->model->config.n_vocab;
     size_t chunk = what->kind == BENCH_DECODE ? 1 : b->options.max_tokens;
+    size_t most = side_by_side(b, what, n_tokens);
     double start = clock_seconds(), hashing = 0;
-    for (size_t at = 0; at < n_tokens; at += chunk) {
-        size_t n = n_tokens - at < chunk ? n_tokens - at : chunk;
-        bool logits = what->kind == BENCH_DECODE || at + n == n_tokens;
-        struct batch batch = make_batch(b, what->batch, what->depth + at, n, n_pages, logits);
-        model_queue(b->engine->model, b->run, &b->kv, &batch);
-        if (b->engine->ops->device) run_choices(b->run); // a step has ended when its tokens are known
-        if (!logits || (what->kind == BENCH_DECODE && at > 0)) continue;
-        double before = clock_seconds();
-        *hash = logits_hash(0, run_logits(b->run), n_vocab);
-        hashing = clock_seconds() - before;
+    for (size_t first = 0; first < what->batch; first += most) {
+        size_t n_seqs = what->batch - first < most ? what->batch - first : most;
+        for (size_t at = 0; at < n_tokens; at += chunk) {
+            size_t n = n_tokens - at < chunk ? n_tokens - at : chunk;
+            bool logits = what->kind == BENCH_DECODE || at + n == n_tokens;
+            struct batch batch = make_batch(b, first, n_seqs, what->depth + at, n, n_pages, logits);
+            model_queue(b->engine->model, b->run, &b->kv, &batch);
+            if (b->engine->ops->device) run_choices(b->run); // a step has ended when its tokens are known
+            if (!logits || first > 0 || (what->kind == BENCH_DECODE && at > 0)) continue;
+            double before = clock_seconds();
+            *hash = logits_hash(0, run_logits(b->run), n_vocab);
+            hashing = clock_seconds() - before;
+        }
     }
     return clock_seconds() - start - hashing;
 }
@@ -317,13 +328,15 @@ static size_t choose_steps(struct bench *b, const struct bench_case *what) {
 static void count_work(const struct bench *b, const struct bench_case *what, size_t n_tokens, double *bytes,
                        double *flops) {
     const struct model *m = b->engine->model;
-    double batch = (double)what->batch, kv = (double)kv_token_bytes(b->engine);
+    size_t most = side_by_side(b, what, n_tokens);
+    double batch = (double)what->batch, steps = (double)((what->batch + most - 1) / most),
+           kv = (double)kv_token_bytes(b->engine);
     size_t chunk = what->kind == BENCH_DECODE ? 1 : b->options.max_tokens;
     *bytes = *flops = 0;
     for (size_t at = 0; at < n_tokens; at += chunk) {
         double n = (double)(n_tokens - at < chunk ? n_tokens - at : chunk), start = (double)(what->depth + at);
         bool logits = what->kind == BENCH_DECODE || at + chunk >= n_tokens;
-        *bytes += step_weight_bytes(m) + batch * kv * (start + n);
+        *bytes += steps * step_weight_bytes(m) + batch * kv * (start + n);
         *flops += step_flops(&m->config, batch * n, logits ? batch : 0, batch * n * (start + (n + 1) / 2));
     }
 }

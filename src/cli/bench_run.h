@@ -16,7 +16,7 @@ enum bench_kind { BENCH_PREFILL, BENCH_DECODE };
 // One line of the table: what is to be measured.
 struct bench_case {
     enum bench_kind kind;
-    size_t batch;    // sequences side by side; 1 for prefill
+    size_t batch;    // sequences side by side; of prefill: prompts, of which a step holds as many as fit
     size_t depth;    // positions in the KV of every sequence before the first timed step
     size_t n_tokens; // of each sequence and repeat; for decode 0: as many as take about half a second, 4 to 64
 };

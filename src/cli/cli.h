@@ -64,6 +64,7 @@ enum option_id {
     OPT_SYNTHETIC,
     OPT_TYPE,
     OPT_PREFILL,
+    OPT_PROMPTS,
     OPT_DECODE_STEPS,
     OPT_DEPTH,
     OPT_BATCH,

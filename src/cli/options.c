@@ -66,6 +66,7 @@ static const struct {
     [OPT_SYNTHETIC] = {"synthetic", 0, "SHAPE", "random weights of a shape in place of a MODEL (qwen3-0.6b, ...)"},
     [OPT_TYPE] = {"type", 0, "TYPE", "type of the weights"},
     [OPT_PREFILL] = {"prefill", 0, "N,...", "measure prompts of these lengths"},
+    [OPT_PROMPTS] = {"prompts", 0, "N", "so many prompts of each length, in a step as many as --chunk holds"},
     [OPT_DECODE_STEPS] = {"decode", 0, NULL, "measure decoding"},
     [OPT_DEPTH] = {"depth", 0, "N,...", "decode with this many tokens in the KV already"},
     [OPT_BATCH] = {"batch", 0, "N,...", "decode this many sequences side by side"},

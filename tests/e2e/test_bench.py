@@ -58,7 +58,8 @@ def test_prefill_hash_is_that_of_run():
 
 def test_hash_ignores_batch_chunk_threads_and_fusion():
     (prefill,) = set(hashes("--prefill", "70") + hashes("--prefill", "70", "--chunk", "7", "--threads", "1")
-                     + hashes("--prefill", "70", "--fusion", "off"))
+                     + hashes("--prefill", "70", "--fusion", "off") + hashes("--prefill", "70", "--prompts", "5", "--chunk", "150")
+                     + hashes("--prefill", "70", "--prompts", "2", "--chunk", "32"))
     (decode,) = set(hashes("--depth", "50", "--batch", "1,2,5") + hashes("--depth", "50", "--fusion", "off"))
     assert prefill != decode
     assert decode not in hashes("--depth", "51")  # another depth is another context
@@ -104,7 +105,7 @@ def test_usage():
     for args, says in [(["--prefill", "0"], "--prefill"), (["--type", "q8_0"], "--type goes with --synthetic"),
                        (["--json", "--csv"], "one of --json and --csv"), (["--fusion", "on,of"], "fusion 'on'"),
                        (["--workload", "x"], "expected offline-256"), (["--workload", "offline-257"], "expected offline-256"),
-                       (["--workload", "offline-2", "--batch", "1,2"], "one --batch"), (["--batch", "1,,2"], "--batch"),
+                       (["--prompts", "2"], "--prefill"), (["--workload", "offline-2", "--batch", "1,2"], "one --batch"), (["--batch", "1,,2"], "--batch"),
                        (["models/tandem-tiny", "--synthetic", "tiny-llama"], "found both")]:
         assert says in tandem("bench", *args, status=2).stderr, args
     for args, says in [(["--depth", "9999999"], "positions, the model has"),
