@@ -546,16 +546,19 @@ static const char *first_wrong_part(const struct walk *w, const struct op_ctx *c
     }
     for (size_t i = 0; i < n_blocks * d; i++) m->o[i] = poison_float();
     ops->attn_values(ctx, m->o, m->p, kv, kv_head, pages, n);
+    double most_v = 0; // of the channels that share a scale
     for (size_t i = 0; i < n_blocks * d; i++) {
         size_t begin = i / d * ATTN_BLOCK, end = begin + ATTN_BLOCK < n ? begin + ATTN_BLOCK : n;
-        double want = 0, size = 0, most = 0;
+        double want = 0, size = 0;
+        for (size_t k = 0; kv->type == DTYPE_Q8_0 && i % d % 32 == 0 && k < 32 * (end - begin); k++) {
+            double v = fabs(stored(kv, KV_V, pages, begin + k / 32, kv_head, i % d + k % 32));
+            most_v = k == 0 ? v : fmax(most_v, v);
+        }
         for (size_t j = begin; j < end; j++) {
             double term = (double)m->p[j] * stored(kv, KV_V, pages, j, kv_head, i % d);
             want += term, size += fabs(term);
-            for (size_t k = 0; kv->type == DTYPE_Q8_0 && k < 32; k++)
-                most = fmax(most, fabs(stored(kv, KV_V, pages, j, kv_head, i % d / 32 * 32 + k)));
         }
-        if (off((double)m->o[i], want, 40 * u * size + kv_value_slack(kv->type, most) + 1e-37)) return "attn_values";
+        if (off((double)m->o[i], want, 40 * u * size + kv_value_slack(kv->type, most_v) + 1e-37)) return "attn_values";
     }
     for (size_t i = 0; i < d; i++) m->out[i] = poison_float();
     ops->attn_combine(ctx, m->out, m->max, m->sum, m->o, n_blocks, d);
