@@ -149,19 +149,22 @@ INLINE void values(float *const *out, const float *const *p, const struct joint 
                    const unsigned char *v, size_t head_dim, const unsigned char *next, const size_t R) {
     size_t most = 0;
     for (size_t r = 0; r < R; r++) most = n[r] > most ? n[r] : most;
-    for (size_t b = 0; b < head_dim / BLOCK; b++) {
-        int16_t w[4][ATTN_BLOCK] __attribute__((aligned(32)));
+    int16_t weights[MOST_HEAD_DIM / BLOCK][4][ATTN_BLOCK] __attribute__((aligned(32)));
+    float factors[MOST_HEAD_DIM / BLOCK][4];
+    for (size_t b = 0; b < head_dim / BLOCK; b++) { // all at once: each is a long chain of latencies
         __m256 g[4];
-        float factor[4];
         for (size_t r = 0; r < R; r++) {
-            if (r > 0 && n[r] == n[r - 1]) factor[r] = factor[r - 1];
-            else factor[r] = weight_scales(g, v + kv_scale_at(b, 0), n[r]);
-            round_weights(w[r], p[r], g, n[r]);
+            if (r > 0 && n[r] == n[r - 1]) factors[b][r] = factors[b][r - 1];
+            else factors[b][r] = weight_scales(g, v + kv_scale_at(b, 0), n[r]);
+            round_weights(weights[b][r], p[r], g, n[r]);
         }
+    }
+    for (size_t b = 0; b < head_dim / BLOCK; b++) {
+        const float *factor = factors[b];
         for (size_t h = 0; h < 2; h++) {
             __m256i sum[4][2];
-            add_pairs(sum, v + kv_block_at(head_dim, b) + 2 * h * OCTET_BYTES, w[0], ATTN_BLOCK, (most + 1) / 2, next,
-                      2 * b + h, R);
+            add_pairs(sum, v + kv_block_at(head_dim, b) + 2 * h * OCTET_BYTES, weights[b][0], ATTN_BLOCK,
+                      (most + 1) / 2, next, 2 * b + h, R);
             for (size_t r = 0; r < R; r++) {
                 for (size_t o = 0; o < 2; o++) {
                     float *to = out[r] + BLOCK * b + 16 * h + 8 * o;
