@@ -1,10 +1,11 @@
 // speed_products.c: how fast matrix products and attention are, per instruction set, weight type and number of tokens,
-// next to the read bandwidth of the same run. It measures; the other files here judge. Every round runs every case
+// next to the read bandwidth of the same run, and with --peak to the rates of loops of nothing but multiplications. It
+// measures; the other files here judge. Every round runs every case
 // once, so that a busy neighbour slows them alike; printed are medians.
 //
 //   speed_products [--isa avx2,portable] [--threads N] [--types bf16,q8_0] [--tokens 1,8,64] [--rounds N]
 //                  [--columns 1024] [--mib 96] [--attention 512,4096] [--kv bf16,q8_0]
-//                  [--clock wall|cpu] [--octets on|off]
+//                  [--clock wall|cpu] [--octets on|off] [--peak on|off]
 #include "base/clock.h"
 #include "base/size.h"
 #include "format/octets.h"
@@ -57,6 +58,53 @@ static void read_piece(void *user, size_t begin, size_t end, int thread) {
         a += r->words[i], b += r->words[i + 1], c += r->words[i + 2], d += r->words[i + 3];
     atomic_fetch_add(&r->sum, a + b + c + d);
 }
+
+// ---- The arithmetic's limit: 256-bit multiplications and additions of registers, with as many chains as fill the
+// pipes
+
+enum { PEAKS = 3, PEAK_STEPS = 40000, PEAK_PIECES = 16 };
+
+static const struct {
+    const char *name;
+    double ops; // of a step
+} peaks[PEAKS] = {{"fma", 12 * 16}, {"vpmaddwd and vpaddd", 8 * 32}, {"vpmaddubsw and vpaddw", 8 * 64}};
+
+#if defined(__x86_64__)
+#define ZERO(i) "vpxor %%ymm" #i ", %%ymm" #i ", %%ymm" #i "\n"
+#define FMA(i) "vfmadd231ps %%ymm14, %%ymm15, %%ymm" #i "\n"
+#define MADD(i, p) "vpmaddwd %%ymm14, %%ymm15, %%ymm" #p "\n vpaddd %%ymm" #p ", %%ymm" #i ", %%ymm" #i "\n"
+#define BYTES(i, p) "vpmaddubsw %%ymm14, %%ymm15, %%ymm" #p "\n vpaddw %%ymm" #p ", %%ymm" #i ", %%ymm" #i "\n"
+#define EACH(M) M(0, 8) M(1, 9) M(2, 10) M(3, 11) M(4, 12) M(5, 13) M(6, 8) M(7, 9)
+#define LOOP(steps)                                                                                                    \
+    __asm__ volatile(ZERO(0) ZERO(1) ZERO(2) ZERO(3) ZERO(4) ZERO(5) ZERO(6) ZERO(7) ZERO(8) ZERO(9) ZERO(10) ZERO(11) \
+                         ZERO(14) ZERO(15) "mov %0, %%ecx\n 1:\n" steps                                                \
+                                           "sub $1, %%ecx\n jnz 1b\n vzeroupper\n" ::"i"(PEAK_STEPS)                   \
+                     : "ecx", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", \
+                       "xmm11", "xmm12", "xmm13", "xmm14", "xmm15")
+
+static void peak_piece(void *user, size_t begin, size_t end, int thread) {
+    (void)thread;
+    for (size_t i = begin; i < end; i++) {
+        if (*(const size_t *)user == 0)
+            LOOP(FMA(0) FMA(1) FMA(2) FMA(3) FMA(4) FMA(5) FMA(6) FMA(7) FMA(8) FMA(9) FMA(10) FMA(11));
+        else if (*(const size_t *)user == 1) LOOP(EACH(MADD));
+        else LOOP(EACH(BYTES));
+    }
+}
+
+// Operations a second; 0: not on this CPU.
+static double peak(struct pool *pool, size_t which) {
+    double start = now();
+    if (!ops_cpu("avx2", NULL)) return 0;
+    pool_for(pool, PEAK_PIECES, 1, peak_piece, &which);
+    return peaks[which].ops * PEAK_STEPS * PEAK_PIECES / (now() - start);
+}
+#else
+static double peak(struct pool *pool, size_t which) {
+    (void)pool, (void)which;
+    return 0;
+}
+#endif
 
 struct measured {
     const char *isa;
@@ -137,7 +185,7 @@ int main(int argc, char **argv) {
                 depths = split(""), kvs = split("bf16");
     int n_threads = 0;
     size_t n_rounds = 5, n_in = 1024, mib = 96;
-    bool octets = false; // any bytes are as good as packed ones
+    bool octets = false, with_peak = false; // octets: any bytes are as good as packed ones
     for (int i = 1; i + 1 < argc; i += 2) {
         if (strcmp(argv[i], "--isa") == 0) isas = split(argv[i + 1]);
         else if (strcmp(argv[i], "--types") == 0) types = split(argv[i + 1]);
@@ -149,6 +197,7 @@ int main(int argc, char **argv) {
         else if (strcmp(argv[i], "--columns") == 0) n_in = strtoul(argv[i + 1], NULL, 10);
         else if (strcmp(argv[i], "--clock") == 0) cpu_time = strcmp(argv[i + 1], "cpu") == 0;
         else if (strcmp(argv[i], "--octets") == 0) octets = strcmp(argv[i + 1], "on") == 0;
+        else if (strcmp(argv[i], "--peak") == 0) with_peak = strcmp(argv[i + 1], "on") == 0;
         else if (strcmp(argv[i], "--mib") == 0) mib = strtoul(argv[i + 1], NULL, 10);
         else return fprintf(stderr, "unknown option %s\n", argv[i]), 2;
     }
@@ -193,12 +242,13 @@ int main(int argc, char **argv) {
     float *x = or_die(size_alloc_aligned(max_tokens * width, sizeof *x)), *y = or_die(size_alloc(y_floats, sizeof *y));
     for (size_t i = 0; i < max_tokens * width; i++) x[i] = (float)sin((double)i);
     memset(y, 0, y_floats * sizeof *y);
-    static double reading[MAX_ROUNDS];
+    static double reading[MAX_ROUNDS], rates[PEAKS][MAX_ROUNDS];
     for (size_t r = 0; r < n_rounds; r++) {
         struct reading job = {.words = (const uint64_t *)(const void *)memory};
         double start = now();
         pool_for(pool, bytes / 64, bytes / 64 / 64, read_piece, &job);
         reading[r] = now() - start;
+        for (size_t i = 0; with_peak && i < PEAKS; i++) rates[i][r] = peak(pool, i);
         for (size_t c = 0; c < n_cases; c++) {
             ctx.ops = ops_cpu(cases[c].isa, &err);
             if (!ctx.ops) continue;
@@ -209,6 +259,8 @@ int main(int argc, char **argv) {
     double bandwidth = (double)bytes / median(reading, n_rounds);
     printf("%d threads, read bandwidth %.1f GB/s, medians of %zu rounds\n", pool_size(pool), bandwidth * 1e-9,
            n_rounds);
+    for (size_t i = 0; with_peak && i < PEAKS; i++)
+        printf("%-22s %7.1f Gop/s\n", peaks[i].name, median(rates[i], n_rounds) * 1e-9);
     for (size_t c = 0; c < n_cases; c++) {
         struct measured *m = &cases[c];
         if (!ops_cpu(m->isa, &err)) {
