@@ -54,7 +54,7 @@ def first_token_seconds(server, body):
             piece = s.recv(65536)
             assert piece, got[-300:]
             got += piece
-            if first is None and (b'"content": "' in got or b'"reasoning_content": "' in got):
+            if first is None and re.search(rb'content": "[^"]', got):  # not the role's chunk, whose content is empty
                 first = time.perf_counter() - begin
         return first
 
