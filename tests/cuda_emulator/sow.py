@@ -75,6 +75,14 @@ MISTAKES = [
       "if (wrapped && !M) wait_for(p, &sh->empty[at.slot], at.parity ^ 1);")),
     ("this token's k and v not in the page in shared memory", "LAYERS",
      ("persistent.cu", "here[index] = there[index] =", "(M ? there : here)[index] = there[index] =")),
+    ("this step's K and V of a stream read from their page", "COMPANY",
+     ("stream.cu", "int slot = n <= ATTN_BLOCK ? n - 1 : -1;", "int slot = n <= ATTN_BLOCK && !M ? n - 1 : -1;")),
+    ("a stream's chunks counted as one", "COMPANY",
+     ("stream.cu", "count_arrival(arrived, (unsigned)(last - first))", "count_arrival(arrived, M ? 1 : (unsigned)(last - first))")),
+    ("a stream's pages waited for in the wrong phase", "COMPANY",
+     ("stream.cu", "stage = 0, parity ^= 1;", "stage = 0, parity ^= !M;")),
+    ("the first of a stream's pages' numbers taken for all", "COMPANY",
+     ("stream.cu", "__shfl_sync(~0u, number, item / 2)", "__shfl_sync(~0u, number, M ? 0 : item / 2)")),
 ]
 
 

@@ -87,6 +87,36 @@ static void test_split(void **state) {
         13, 1);
 }
 
+// Sequences of all depths side by side, their chunks dealt out to few warps and to many.
+static void test_company(void **state) {
+    (void)state;
+    static const struct {
+        const char *model;
+        struct part part;
+        int n_sms;
+    } shapes[] = {
+        {"synthetic:tiny-qwen3", {1, 64, 64, 0, 0, 0}, 2}, {"models/tandem-tiny", {1, 64, 64, 2, 1, 128}, 1},
+        {"models/tandem-tiny", {1, 64, 64, 3, 1, 128}, 3}, {"models/tandem-tiny", {1, 64, 64, 5, 1, 96}, 1},
+        {"models/tandem-tiny", {1, 64, 64, 16, 2, 32}, 2},
+    };
+    static const size_t depths[] = {0, 255, 31, 700, 32, 256, 5, 63, 1030, 40};
+    for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; i++) {
+        double start = clock_seconds();
+        struct subject s;
+        size_t different = 0, n = sizeof depths / sizeof depths[0];
+        open_gpu(60 + i, shapes[i].n_sms);
+        open_part(&s, shapes[i].model, &shapes[i].part);
+        for (size_t k = 0; k < cuda->device->n_variants; k++)
+            if (strcmp(cuda->device->variant_names[k], "stream-attention") == 0)
+                different += compare_company(&s, 1u << k, depths, n, false) +
+                             compare_company(&s, 1u << k, depths + 1, n - 3, true);
+        print_message("shape %zu: %zu sequences differ, %.1f s\n", i, different, clock_seconds() - start);
+        close_subject(&s);
+        ops_close(cuda);
+        assert_int_equal(different, 0);
+    }
+}
+
 // Large tiles whose stages are filled again and again.
 static void test_tiles(void **state) {
     (void)state;
@@ -381,12 +411,19 @@ static int say_counts(void **state) {
 
 int main(int argc, char **argv) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_qwen3),           cmocka_unit_test(test_split),
-        cmocka_unit_test(test_tiles),           cmocka_unit_test(test_heads),
-        cmocka_unit_test(test_persistent),      cmocka_unit_test(test_oracle),
-        cmocka_unit_test(test_doctor),          cmocka_unit_test(test_quantised),
-        cmocka_unit_test(test_quantised_tiles), cmocka_unit_test(test_quantised_values),
-        cmocka_unit_test(test_groups),          cmocka_unit_test(test_sampling),
+        cmocka_unit_test(test_qwen3),
+        cmocka_unit_test(test_company),
+        cmocka_unit_test(test_split),
+        cmocka_unit_test(test_tiles),
+        cmocka_unit_test(test_heads),
+        cmocka_unit_test(test_persistent),
+        cmocka_unit_test(test_oracle),
+        cmocka_unit_test(test_doctor),
+        cmocka_unit_test(test_quantised),
+        cmocka_unit_test(test_quantised_tiles),
+        cmocka_unit_test(test_quantised_values),
+        cmocka_unit_test(test_groups),
+        cmocka_unit_test(test_sampling),
     };
     if (argc > 1) cmocka_set_test_filter(argv[1]);
     else if (strstr(argv[0], "test_emulated_80")) cmocka_set_test_filter("test_heads");

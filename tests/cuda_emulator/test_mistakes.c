@@ -17,7 +17,7 @@
 
 #include <cmocka.h>
 
-enum place { PAGES, SPLIT, TILES, LAYERS };
+enum place { PAGES, SPLIT, TILES, LAYERS, COMPANY };
 struct mistake {
     const char *name;
     enum place place; // of the examinations below, the one that shows it
@@ -49,8 +49,26 @@ static bool is_found_in_layers(uint64_t seed) {
     return different > 0;
 }
 
+// Sequences side by side, streamed and not.
+static bool is_found_in_company(uint64_t seed) {
+    static const size_t depths[] = {40, 1300, 3, 255, 31, 290};
+    static const struct part part = {.n_layers = 1, .n_vocab = 64, .n_ff = 64};
+    struct subject s;
+    uint32_t variant = 0;
+    emulator_set(&(struct emulator_options){.seed = seed, .n_sms = 1});
+    open_gpu();
+    open_part(&s, "synthetic:tiny-qwen3", &part);
+    for (size_t i = 0; i < cuda->device->n_variants; i++)
+        if (strcmp(cuda->device->variant_names[i], "stream-attention") == 0) variant = 1u << i;
+    size_t different = compare_company(&s, variant, depths, sizeof depths / sizeof depths[0], false);
+    close_subject(&s);
+    ops_close(cuda);
+    return different > 0;
+}
+
 static bool is_found(enum place place, uint64_t seed) {
     if (place == LAYERS) return is_found_in_layers(seed);
+    if (place == COMPANY) return is_found_in_company(seed);
     static const size_t chunks[] = {9, 33}, neighbours[] = {3};
     const struct plan plans[] = {
         [PAGES] = {.length = 37,
@@ -97,7 +115,7 @@ static bool is_found_apart(int number, enum place place) {
 
 static void test_none(void **state) {
     (void)state;
-    for (int place = PAGES; place <= LAYERS; place++) assert_false(is_found_apart(0, (enum place)place));
+    for (int place = PAGES; place <= COMPANY; place++) assert_false(is_found_apart(0, (enum place)place));
 }
 
 static void test_each(void **state) {

@@ -261,15 +261,24 @@ size_t compare_ways(const struct subject *s, const char *name, const struct plan
     return different;
 }
 
-// Small finite numbers in all pages.
+// Small finite numbers in all pages: some hundred pages of a head, again and again.
 static void fill_randomly(struct kv_store *kv) {
-    size_t n = kv->bytes / 2;
-    uint16_t *random = checked(n, sizeof *random);
+    enum { PAGES = 509 };
+    bool fp8 = kv->layers[0].type == DTYPE_FP8;
+    size_t elements = kv->layers[0].head_dim * KV_PAGE_TOKENS, page = fp8 ? elements / 32 * 33 : 2 * elements;
+    unsigned char *random = checked(kv->bytes, 1);
+    size_t some = kv->bytes < PAGES * page ? kv->bytes : PAGES * page;
     uint32_t rng = 12345;
-    for (size_t i = 0; i < n; i++) {
+    for (size_t i = 0; i < some; i += 2) {
         rng = rng * 1664525u + 1013904223u;
-        random[i] = (uint16_t)((rng >> 16 & 0x807Fu) | (0x3E80u + (rng >> 8 & 0x100u)));
+        uint16_t v = (uint16_t)((rng >> 16 & 0x807Fu) | (0x3E80u + (rng >> 8 & 0x100u)));
+        // In eight bits: any numbers, and behind each page of a head scales of 2^-9 to 2^-2.
+        if (fp8 && i % page < elements) v = (uint16_t)((rng >> 16) & 0xFEFEu);
+        else if (fp8) v = (uint16_t)(0xEEEEu + (rng >> 16 & 0x0707u));
+        memcpy(random + i, &v, 2);
     }
+    for (size_t at = some; at < kv->bytes; at += some)
+        memcpy(random + at, random, kv->bytes - at < some ? kv->bytes - at : some);
     cuda->device->put(cuda->device, kv->memory, random, kv->bytes);
     free(random);
 }
@@ -334,6 +343,73 @@ size_t compare_depths(const struct subject *s, uint32_t variant, const size_t *d
                           depths[i / STEPS_AT_DEPTH] + i % STEPS_AT_DEPTH, wrong, n, first, (double)with[i * n + first],
                           (double)without[i * n + first]);
         different += wrong > 0;
+    }
+    free(with);
+    free(without);
+    return different;
+}
+
+static void run_company(const struct subject *s, const size_t *depths, size_t n, bool fp8, float *out) {
+    const struct model_config *c = &s->model->config;
+    struct error err = {0};
+    size_t n_pages = 0, longest = 0;
+    int32_t *numbers = checked(8 * (n + 1), sizeof *numbers), *at = numbers;
+    struct batch b = {.n_tokens = n, .n_seqs = n, .n_logit_rows = n};
+    int32_t *const arrays[] = {at, at += n + 1, at += n + 1, at += n + 1, at += n + 1, at += n + 1, at += n + 1};
+    const int32_t **places[] = {&b.token, &b.position, &b.seq, &b.seq_start, &b.page_start, &b.kv_len, &b.logit_rows};
+    for (size_t i = 0; i < sizeof places / sizeof *places; i++) *places[i] = arrays[i];
+    for (size_t i = 0; i < n; i++) {
+        const int32_t values[] = {
+            id_at(s->model, i, depths[i]), (int32_t)depths[i], (int32_t)i, (int32_t)i, (int32_t)n_pages,
+            (int32_t)depths[i] + 1,        (int32_t)i};
+        for (size_t k = 0; k < sizeof values / sizeof *values; k++) arrays[k][i] = values[k];
+        n_pages += depths[i] / KV_PAGE_TOKENS + 1;
+        longest = depths[i] > longest ? depths[i] : longest;
+    }
+    arrays[3][n] = (int32_t)n;
+    arrays[4][n] = (int32_t)n_pages;
+    int32_t *pages = checked(n_pages, sizeof *pages);
+    for (size_t i = 0; i < n_pages; i++) pages[i] = (int32_t)(n_pages - 1 - i);
+    b.pages = pages;
+    struct run_options o = {.ops = cuda,
+                            .pool = pool,
+                            .fusion = all_fused(),
+                            .max_tokens = n,
+                            .max_logit_rows = n,
+                            .max_positions = longest + 1,
+                            .weights = s->weights,
+                            .max_pages = n_pages};
+    struct run *run = run_create(s->model, &o, &err);
+    struct kv_store kv;
+    if (!run || !kv_store_create_on(cuda->device, &kv, c, fp8 ? DTYPE_FP8 : DTYPE_BF16, n_pages, &err))
+        fail_msg("%s", err.text);
+    fill_randomly(&kv);
+    const float *logits = model_forward(s->model, run, &kv, &b);
+    if (!run_error(run, &err)) fail_msg("%zu sequences: %s", n, err.text);
+    memcpy(out, logits, n * c->n_vocab * sizeof *out);
+    free(pages);
+    free(numbers);
+    kv_store_free(&kv);
+    run_free(run);
+}
+
+size_t compare_company(const struct subject *s, uint32_t variant, const size_t *depths, size_t n, bool fp8) {
+    size_t width = s->model->config.n_vocab, different = 0;
+    float *with = checked(n * width, sizeof *with), *without = checked(n * width, sizeof *without);
+    uint32_t variants = cuda->device->variants;
+    cuda->device->variants = variants & ~variant;
+    run_company(s, depths, n, fp8, without);
+    cuda->device->variants = variants | variant;
+    run_company(s, depths, n, fp8, with);
+    cuda->device->variants = variants;
+    for (size_t i = 0; i < n; i++) {
+        size_t first = 0, wrong = n_different(without + i * width, with + i * width, width, &first);
+        for (size_t k = 0; k < width && !wrong; k++)
+            if (!isfinite(with[i * width + k])) fail_msg("sequence %zu at depth %zu: no number", i, depths[i]);
+        if (wrong && different++ < 8)
+            print_message(
+                "sequence %zu of %zu, at depth %zu: %zu of %zu logits differ, the first at %zu: %.9g, not %.9g\n", i, n,
+                depths[i], wrong, width, first, (double)with[i * width + first], (double)without[i * width + first]);
     }
     free(with);
     free(without);

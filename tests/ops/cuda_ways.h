@@ -51,6 +51,10 @@ size_t compare_ways(const struct subject *s, const char *name, const struct plan
 // device's: how many steps' logits differ.
 size_t compare_depths(const struct subject *s, uint32_t variant, const size_t *depths, size_t n_depths);
 
+// One step of `n` sequences, a token each at depths of their own, over pages of random numbers, with and without a
+// variant of the device's: how many sequences' logits differ.
+size_t compare_company(const struct subject *s, uint32_t variant, const size_t *depths, size_t n, bool fp8);
+
 // How many results of one step of 70 tokens are further from T than twice H is, or logits than `logits_limit` of it; by
 // the standard path and fused.
 size_t judge_results(const struct subject *s, const char *name, double logits_limit);

@@ -103,6 +103,30 @@ static void test_depths(void **state) {
     }
 }
 
+// Many sequences of all depths side by side: streamed, and not.
+static void test_company(void **state) {
+    (void)state;
+    if (!cuda) skip();
+    static const char *const models[] = {"models/tandem-tiny", "synthetic:qwen3-0.6b"};
+    static const size_t counts[] = {40, 97, 256, 20}, most[] = {300, 200, 40, 2500};
+    for (size_t k = 0; k < cuda->device->n_variants; k++) {
+        if (strcmp(cuda->device->variant_names[k], "stream-attention") != 0) continue;
+        for (size_t i = 0; i < 2; i++) {
+            struct subject s;
+            size_t different = 0, depths[256], n = 0;
+            open_subject(&s, models[i]);
+            for (size_t j = 0; j < (i ? 4 : 3); j++)
+                for (int fp8 = 0; fp8 < 2; fp8++, n += counts[j]) {
+                    for (size_t q = 0; q < counts[j]; q++) depths[q] = q % 7 == 3 ? q * 131 % most[j] : q * q % most[j];
+                    different += compare_company(&s, 1u << k, depths, counts[j], fp8);
+                }
+            print_message("%s: %zu of %zu sequences differ\n", models[i], different, n);
+            close_subject(&s);
+            assert_int_equal(different, 0);
+        }
+    }
+}
+
 static void judge(const char *model, double logits_limit) {
     if (!cuda) skip();
     struct subject s;
@@ -199,6 +223,7 @@ int main(int argc, char **argv) {
         cmocka_unit_test(test_quantised),       cmocka_unit_test(test_depths),
         cmocka_unit_test(test_sampling),        cmocka_unit_test(test_fp8),
         cmocka_unit_test(test_large_fp8),       cmocka_unit_test(test_large_quantised),
+        cmocka_unit_test(test_company),
     };
     if (argc > 1) cmocka_set_test_filter(argv[1]);
     return cmocka_run_group_tests(tests, open_gpu, close_gpu);

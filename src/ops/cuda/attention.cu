@@ -96,6 +96,7 @@ template <typename KV> struct attention_shared {
     alignas(16) unsigned char k[ATTN_WARPS][KV::BYTES], v[ATTN_WARPS][KV::BYTES];
     q_rows<HD> q;
     fresh_row<HD> fresh;
+    float row[2][HD]; // k and v before they are rounded
     uint64_t k_arrived[ATTN_WARPS], v_arrived[ATTN_WARPS];
     float max[CHUNK_PAGES][ROWS], sum[CHUNK_PAGES][ROWS];
     int position[ROWS]; // of each row's token; -1: no such row
@@ -138,7 +139,7 @@ static __device__ __forceinline__ void prepare_rows(attention_shared<KV> *sh, co
     bool of_v = warp == ATTN_WARPS - 1;
     head_registers<HD> x = load_head<HD>((of_v ? p.v : p.k) + ((size_t)token * p.kv.n_kv_heads + kv_head) * HD,
                                          of_v ? NULL : p.k_norm, of_v ? NULL : cos_sin, p.eps, lane);
-    store_fresh(&sh->fresh, p.kv, page, kv_head, slot, of_v, x, lane);
+    store_fresh(&sh->fresh, sh->row[of_v], p.kv, page, kv_head, slot, of_v, x, lane);
 }
 
 // A warp's page of a chunk: scores, softmax, values; the next chunk's page is asked for as soon as this one is read.
@@ -423,7 +424,6 @@ static void attention(const struct op_ctx *ctx, const struct attention_args *a) 
     bool one_each = a->batch->n_tokens == a->batch->n_seqs;
     attention_params p = params_for(ctx, a, one_each);
     if (!one_each && cuda_wide_attention(s, p, a->batch->host ? a->batch->host : a->batch, (int)a->head_dim)) return;
-    if (one_each && cuda_stream_attention(s, p, a->batch->n_tokens, ctx->scratch_floats, (int)a->head_dim)) return;
 #define ATTENTION(KV) launch_attention<KV, false>(s, p, a->batch->n_tokens, most_chunks(a->batch))
     BY_KV(p.kv.is_fp8, a->head_dim, ATTENTION);
 }

@@ -26,15 +26,20 @@ struct attention_params {
     float *out;                     // the same
     float scale;                    // 1 / sqrt(head_dim), times log2 e
     int n_heads, tile_tokens, rows; // rows: tile_tokens * heads of a KV head
-    // Chunks spread over blocks (block z takes z, z + gridDim.z, ...), or all in one.
+    // Chunks spread over blocks (block z takes z, z + gridDim.z, ...) or warps (stream.cu), or all in one.
     bool split;
     int max_chunks;
-    float *partial; // [tile, kv_head][max_chunks][rows][head_dim + 2]
+    float *partial; // [tile, kv_head][max_chunks][part_floats]; stream.cu: [tile][max_chunks][kv_head][part_floats]
     unsigned *arrivals;
     // With the norms, the rotation and the store of one token a sequence.
     const float *k, *v, *q_norm, *k_norm, *cos_sin;
     float eps;
 };
+
+// Floats of a chunk's part of a tile: values, maxima, sums; a multiple of four.
+static __host__ __device__ __forceinline__ size_t part_floats(int rows, int head_dim) {
+    return (size_t)(rows * (head_dim + 2) + 3) / 4 * 4;
+}
 
 // Blocks of a row's chunk that hold positions up to its own.
 static __device__ __forceinline__ int row_blocks(int position, int chunk) {
@@ -58,24 +63,25 @@ template <int HD, int N> static __device__ __forceinline__ void put_q(q_rows<HD,
 template <int HD> struct fresh_row {
     uint4 k[HD / 32][4]; // as a unit's row: lane t's share of each 32 columns
     uint32_t v[HD];      // in both halves
-    float row[2][HD];    // k and v before they are rounded
 };
 
-// Rounds this step's k or v of a head, which a warp has in registers: beside, and into its page.
+// Rounds this step's k or v of a head, which a warp has in registers: beside, and into its page. `row`: room for HD
+// floats in shared memory.
 template <int HD>
-static __device__ __forceinline__ void store_fresh(fresh_row<HD> *f, const kv_view &kv, int page, int kv_head, int slot,
-                                                   bool of_v, const head_registers<HD> &x, int lane) {
+static __device__ __forceinline__ void store_fresh(fresh_row<HD> *f, float *row, const kv_view &kv, int page,
+                                                   int kv_head, int slot, bool of_v, const head_registers<HD> &x,
+                                                   int lane) {
     constexpr int PAIRS = head_registers<HD>::PAIRS, HALF = HD / 2;
 #pragma unroll
     for (int i = 0; i < PAIRS; i++) {
         if (lane + 32 * i >= HALF) continue;
-        f->row[of_v][lane + 32 * i] = x.lo[i];
-        f->row[of_v][lane + 32 * i + HALF] = x.hi[i];
+        row[lane + 32 * i] = x.lo[i];
+        row[lane + 32 * i + HALF] = x.hi[i];
     }
     __syncwarp();
 #pragma unroll
     for (int c = lane; c < HD; c += 32) {
-        __nv_bfloat16 rounded = kv_put(kv, of_v, page, kv_head, slot, c, f->row[of_v][c]);
+        __nv_bfloat16 rounded = kv_put(kv, of_v, page, kv_head, slot, c, row[c]);
         if (of_v) f->v[c] = pack_bf16(__bfloat162float(rounded), __bfloat162float(rounded));
         else reinterpret_cast<__nv_bfloat16 *>(f->k)[(c / 32 * 4 + c % 8 / 2) * 8 + c % 32 / 8 * 2 + c % 2] = rounded;
     }
@@ -233,7 +239,8 @@ static __device__ __forceinline__ float chain_value(float sum, float a, float of
 
 // Attention of many tokens of few sequences: wide.cu. False: this batch is not for it.
 bool cuda_wide_attention(struct cuda_state *s, const attention_params &p, const struct batch *host, int head_dim);
-// Attention of one token a sequence, where there is much to read: stream.cu. False: this batch is not for it.
+// Attention of many sequences of one token each, with norms, rotation and store: stream.cu. False: this batch is not
+// for it.
 bool cuda_stream_attention(struct cuda_state *s, const attention_params &p, size_t n_tokens, size_t scratch_floats,
                            int head_dim);
 

@@ -55,6 +55,14 @@ static __device__ __forceinline__ void mma(float (&d)[4], uint32_t a0, uint32_t 
                  : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+// A matrix of 8 by 8 bf16s, of which lane 4 g + t has row g, columns 2t and 2t + 1; then row g of what it is turned
+// over.
+static __device__ __forceinline__ uint32_t transpose(uint32_t v) {
+    uint32_t d;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(v));
+    return d;
+}
+
 // Two bf16s' a b + c, each rounded once; subnormal numbers count.
 static __device__ __forceinline__ uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
     uint32_t d;
@@ -69,11 +77,11 @@ static __device__ __forceinline__ float half_to_float(uint16_t v) {
     return f;
 }
 
-// Adds 1 to a counter and returns what it was: what this block has written before (its threads have met since) is seen
+// Adds n to a counter and returns what it was: what this block has written before (its threads have met since) is seen
 // by those who count after it.
-static __device__ __forceinline__ unsigned count_arrival(unsigned *counter) {
+static __device__ __forceinline__ unsigned count_arrival(unsigned *counter, unsigned n = 1) {
     unsigned before;
-    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(n) : "memory");
     return before;
 }
 

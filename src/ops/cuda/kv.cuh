@@ -31,9 +31,11 @@ static inline batch_view view(const struct batch *b) {
     return {b->position, b->seq, b->seq_start, b->page_start, b->pages, (int)b->n_tokens, (int)b->n_seqs};
 }
 
-// A head's K page is a matrix [slots, channels], its V page one [channels, slots], both in units (matrix.cuh); in eight
-// bits a lane's eight elements of 32 columns are in the order 2, 0, 3, 1, 6, 4, 7, 5, in which pairs come apart by two
-// masks, and the blocks' scales follow: of K [slots][head_dim / 32], of V [head_dim / 32][slots].
+// A head's K page is a matrix [slots, channels], its V page one [channels, slots], both in units (matrix.cuh). In eight
+// bits two elements, eight channels apart, share 16 bits, the first one's in bits 15 and 10 to 4, as they stand in a
+// bf16, the second one's sign in 11, the higher bits of its exponent in 14 to 12 and the rest in 3 to 0. So a lane's 8
+// bytes of 32 columns of K are four pairs; of V, a lane's 16 bytes are four pairs of slots of two units. The blocks'
+// scales follow: of K [slots][head_dim / 32], of V [head_dim / 32][4 lanes][8 slots].
 template <int DIM> struct bf16_kv {
     static constexpr int HD = DIM, BYTES = KV_PAGE_TOKENS * DIM * 2; // of a head's page
 };
@@ -58,10 +60,9 @@ static __device__ __forceinline__ size_t kv_index(bool of_v, int slot, int c, in
 static __device__ __forceinline__ __nv_bfloat16 kv_put(const kv_view &kv, bool of_v, int page, int kv_head, int slot,
                                                        int c, float x) {
     unsigned char *to = head_page(kv, of_v, page, kv_head);
-    size_t at = kv_index(of_v, slot, c, kv.head_dim);
     if (!kv.is_fp8) {
         __nv_bfloat16 rounded = __float2bfloat16_rn(x);
-        reinterpret_cast<__nv_bfloat16 *>(to)[at] = rounded;
+        reinterpret_cast<__nv_bfloat16 *>(to)[kv_index(of_v, slot, c, kv.head_dim)] = rounded;
         return rounded;
     }
     uint32_t most = __float_as_uint(x) & 0x7FFFFFFFu;
@@ -70,16 +71,25 @@ static __device__ __forceinline__ __nv_bfloat16 kv_put(const kv_view &kv, bool o
         uint32_t other = __shfl_xor_sync(~0u, most, o);
         most = other > most ? other : most;
     }
-    uint32_t s = fp8_scale(most), b = 0, e = at % 8;
+    uint32_t s = fp8_scale(most), b = 0;
     float y = x * __uint_as_float(fp8_inverse_bits(s));
     // 2^23 is added and taken away again: rounds to an integer.
     float steps = fabsf(y) * 512.0f + 8388608.0f;
     if (s != FP8_NAN) b = fp8_round(__float_as_uint(y), __float_as_uint(steps) & 0x7FFFFFu);
-    to[at - e + (e & 4) + (e & 1) * 2 + (e & 2 ? 0 : 1)] = (unsigned char)b;
+    uint32_t second = __shfl_xor_sync(~0u, b, 8);
+    if ((c & 8) == 0) {
+        int at = of_v ? (c / 16 * CHUNK_LANES + c % 8 * 4 + slot % 8 / 2) * 8 + slot / 8 * 2 + slot % 2
+                      : ((slot / 8 * (kv.head_dim / 32) + c / 32) * CHUNK_LANES + slot % 8 * 4 + c % 8 / 2) * 4 +
+                            c % 32 / 16 * 2 + c % 2;
+        reinterpret_cast<uint16_t *>(to)[at] =
+            (uint16_t)((b & 0x80u) << 8 | (b & 0x7Fu) << 4 | (second & 0x80u) << 4 | (second & 0x70u) << 8 |
+                       (second & 0xFu));
+    }
     int blocks = kv.head_dim / FP8_BLOCK;
     if (c % FP8_BLOCK == 0)
         to[KV_PAGE_TOKENS * kv.head_dim +
-           (of_v ? c / FP8_BLOCK * KV_PAGE_TOKENS + slot : slot * blocks + c / FP8_BLOCK)] = (unsigned char)s;
+           (of_v ? c / FP8_BLOCK * KV_PAGE_TOKENS + slot % 8 / 2 * 8 + slot / 8 * 2 + slot % 2
+                 : slot * blocks + c / FP8_BLOCK)] = (unsigned char)s;
     return __float2bfloat16_rn(__uint_as_float((b & 0x80u) << 24 | (b & 0x7Fu) << 20) * __uint_as_float(s << 23));
 }
 
@@ -96,28 +106,40 @@ template <int DIM> struct page_reader<bf16_kv<DIM>> {
     static __device__ __forceinline__ uint4 v(const unsigned char *page, int i, int lane) {
         return reinterpret_cast<const uint4 *>(page)[i * CHUNK_LANES + lane];
     }
+    // Of units 2 i and 2 i + 1.
+    static __device__ __forceinline__ void two(uint4 &a, uint4 &b, const unsigned char *page, int i, int lane) {
+        a = v(page, 2 * i, lane);
+        b = v(page, 2 * i + 1, lane);
+    }
 };
 
 template <int DIM> struct page_reader<fp8_kv<DIM>> {
-    // The pair in bits 8 to 15 and 24 to 31.
-    static __device__ __forceinline__ uint32_t pair(uint32_t w, uint32_t scales) {
-        return mul_bf16_pairs((w & 0x80008000u) | (w >> 4 & 0x07F007F0u), scales);
+    static __device__ __forceinline__ uint32_t first(uint32_t w, uint32_t scales) {
+        return mul_bf16_pairs(w & 0x87F087F0u, scales);
+    }
+    static __device__ __forceinline__ uint32_t second(uint32_t w, uint32_t scales) {
+        return mul_bf16_pairs((w << 4 & 0x80F080F0u) | (w >> 4 & 0x07000700u), scales);
     }
     static __device__ __forceinline__ uint4 k(const unsigned char *page, int j, int i, int lane) {
         uint2 w = reinterpret_cast<const uint2 *>(page)[(j * (DIM / 32) + i) * CHUNK_LANES + lane];
-        uint32_t s = page[KV_PAGE_TOKENS * DIM + (8 * j + lane / 4) * (DIM / 32) + i];
-        s = s << 7 | s << 23;
-        return make_uint4(pair(w.x, s), pair(w.x << 8, s), pair(w.y, s), pair(w.y << 8, s));
+        uint32_t s = page[KV_PAGE_TOKENS * DIM + (8 * j + lane / 4) * (DIM / 32) + i] * 0x00800080u;
+        return make_uint4(first(w.x, s), second(w.x, s), first(w.y, s), second(w.y, s));
     }
-    static __device__ __forceinline__ uint32_t two_scales(const unsigned char *scales) {
-        uint32_t s = *reinterpret_cast<const uint16_t *>(scales);
-        return (s & 0xFFu) << 7 | (s & 0xFF00u) << 15;
+    // The scales of slots 8 e + 2 t and the next one, e from 0 to 3, of the 32 channels that channel 16 i is one of.
+    static __device__ __forceinline__ uint4 scales(const unsigned char *page, int i, int lane) {
+        uint2 s = reinterpret_cast<const uint2 *>(page + KV_PAGE_TOKENS * DIM)[i / 2 * 4 + lane % 4];
+        return make_uint4(__byte_perm(s.x, 0, 0x4140) << 7, __byte_perm(s.x, 0, 0x4342) << 7,
+                          __byte_perm(s.y, 0, 0x4140) << 7, __byte_perm(s.y, 0, 0x4342) << 7);
+    }
+    static __device__ __forceinline__ void two(uint4 &a, uint4 &b, const unsigned char *page, int i, int lane) {
+        uint4 w = reinterpret_cast<const uint4 *>(page)[i * CHUNK_LANES + lane], s = scales(page, i, lane);
+        a = make_uint4(first(w.x, s.x), first(w.y, s.y), first(w.z, s.z), first(w.w, s.w));
+        b = make_uint4(second(w.x, s.x), second(w.y, s.y), second(w.z, s.z), second(w.w, s.w));
     }
     static __device__ __forceinline__ uint4 v(const unsigned char *page, int i, int lane) {
-        uint2 w = reinterpret_cast<const uint2 *>(page)[i * CHUNK_LANES + lane];
-        const unsigned char *s = page + KV_PAGE_TOKENS * DIM + i / 4 * KV_PAGE_TOKENS + 2 * (lane % 4);
-        return make_uint4(pair(w.x, two_scales(s)), pair(w.x << 8, two_scales(s + 8)), pair(w.y, two_scales(s + 16)),
-                          pair(w.y << 8, two_scales(s + 24)));
+        uint4 a, b;
+        two(a, b, page, i / 2, lane);
+        return i % 2 ? b : a;
     }
 };
 
@@ -149,52 +171,60 @@ static __device__ __forceinline__ void head_rope(float *x, const float *cos_sin,
     }
 }
 
-// The same with a head's channels in registers: pair i is (lane + 32 i, lane + 32 i + DIM / 2). All that is read is
-// asked for at once. `w` NULL: no norm; `cos_sin` NULL: no rotation.
+// The same with a head's channels in registers: pair i is (lane + 32 i, lane + 32 i + DIM / 2), beyond the head zeros.
 template <int DIM> struct head_registers {
     static constexpr int PAIRS = (DIM / 2 + 31) / 32;
     float lo[PAIRS], hi[PAIRS];
 };
 
+// NULL: zeros.
+template <int DIM> static __device__ __forceinline__ head_registers<DIM> read_head(const float *x, int lane) {
+    constexpr int HALF = DIM / 2;
+    head_registers<DIM> h;
+#pragma unroll
+    for (int i = 0; i < head_registers<DIM>::PAIRS; i++) {
+        int c = lane + 32 * i;
+        bool real = x && c < HALF;
+        h.lo[i] = real ? x[c] : 0.0f;
+        h.hi[i] = real ? x[c + HALF] : 0.0f;
+    }
+    return h;
+}
+
+template <int DIM>
+static __device__ __forceinline__ void normalise_head(head_registers<DIM> &h, const head_registers<DIM> &w, float eps) {
+    float s = 0;
+#pragma unroll
+    for (int i = 0; i < head_registers<DIM>::PAIRS; i++) {
+        s = fmaf(h.lo[i], h.lo[i], s);
+        s = fmaf(h.hi[i], h.hi[i], s);
+    }
+    float r = 1.0f / sqrtf(warp_sum(s) / (float)DIM + eps);
+#pragma unroll
+    for (int i = 0; i < head_registers<DIM>::PAIRS; i++) {
+        h.lo[i] = h.lo[i] * r * w.lo[i];
+        h.hi[i] = h.hi[i] * r * w.hi[i];
+    }
+}
+
+template <int DIM>
+static __device__ __forceinline__ void rotate_head(head_registers<DIM> &h, const head_registers<DIM> &cos_sin) {
+#pragma unroll
+    for (int i = 0; i < head_registers<DIM>::PAIRS; i++) {
+        float lo = h.lo[i], hi = h.hi[i];
+        h.lo[i] = fmaf(lo, cos_sin.lo[i], -(hi * cos_sin.hi[i]));
+        h.hi[i] = fmaf(hi, cos_sin.lo[i], lo * cos_sin.hi[i]);
+    }
+}
+
+// All that is read is asked for at once. `w` NULL: no norm; `cos_sin` NULL: no rotation.
 template <int DIM>
 static __device__ __forceinline__ head_registers<DIM> load_head(const float *x, const float *w, const float *cos_sin,
                                                                 float eps, int lane) {
-    constexpr int PAIRS = head_registers<DIM>::PAIRS, HALF = DIM / 2;
-    head_registers<DIM> h;
-    float wl[PAIRS], wh[PAIRS], cosine[PAIRS], sine[PAIRS];
-#pragma unroll
-    for (int i = 0; i < PAIRS; i++) {
-        int c = lane + 32 * i;
-        bool real = c < HALF;
-        h.lo[i] = real ? x[c] : 0.0f;
-        h.hi[i] = real ? x[c + HALF] : 0.0f;
-        wl[i] = real && w ? w[c] : 0.0f;
-        wh[i] = real && w ? w[c + HALF] : 0.0f;
-        cosine[i] = real && cos_sin ? cos_sin[c] : 0.0f;
-        sine[i] = real && cos_sin ? cos_sin[c + HALF] : 0.0f;
-    }
-    if (w) {
-        float s = 0;
-#pragma unroll
-        for (int i = 0; i < PAIRS; i++) {
-            s = fmaf(h.lo[i], h.lo[i], s);
-            s = fmaf(h.hi[i], h.hi[i], s);
-        }
-        float r = 1.0f / sqrtf(warp_sum(s) / (float)DIM + eps);
-#pragma unroll
-        for (int i = 0; i < PAIRS; i++) {
-            h.lo[i] = h.lo[i] * r * wl[i];
-            h.hi[i] = h.hi[i] * r * wh[i];
-        }
-    }
-    if (cos_sin) {
-#pragma unroll
-        for (int i = 0; i < PAIRS; i++) {
-            float lo = h.lo[i], hi = h.hi[i];
-            h.lo[i] = fmaf(lo, cosine[i], -(hi * sine[i]));
-            h.hi[i] = fmaf(hi, cosine[i], lo * sine[i]);
-        }
-    }
+    head_registers<DIM> h = read_head<DIM>(x, lane), norm = read_head<DIM>(w, lane),
+                        turn = read_head<DIM>(cos_sin, lane);
+    if (w) normalise_head<DIM>(h, norm, eps);
+    if (cos_sin) rotate_head<DIM>(h, turn);
     return h;
 }
 

@@ -1,48 +1,85 @@
-// stream.cu: attention of many sequences of one token each, or of long ones: as fast as K and V can be read. A warp
-// takes a chunk of a sequence's KV head from its first page to its last, by itself; the pages of its next chunk are on
-// their way before this one ends, so that nothing but the memory is waited for. The arithmetic is attention.cuh's: a
-// row's bits are those of the other kernels.
+// stream.cu: attention of many sequences of one token each: as fast as K and V can be read. The blocks stay on the GPU.
+// Each of their warps has a KV head and an equal part of all sequences' pages, a run of chunks; a part's heads, whose
+// pages lie side by side in memory, are read at the same time. The pages, their numbers and the next sequence's q, k
+// and v are on their way before they are wanted, so that nothing but the memory is waited for. The arithmetic is
+// attention.cuh's: a row's bits are those of the other kernels.
 //
-// Chunks of all sequences are numbered through (the table `starts`), and warps take them in turns. A sequence's chunks
-// are combined by the warp that ends last.
-#include "ops/cuda/attention.cuh"
+// A warp that has all chunks of a sequence adds them up in registers; else they go to memory, and the warp that ends
+// last combines them.
+#include "ops/cuda/columns.cuh"
 
-enum { STREAM_TOKENS = 1024, STREAM_SHARED = 226 * 1024, STREAM_MOST_STAGES = 8 };
+enum { STREAM_TOKENS = 1024, STREAM_ROWS = 8, STREAM_SHARED = 226 * 1024, STREAM_MOST_STAGES = 8 };
+static_assert(STREAM_TOKENS % ATTN_THREADS == 0, "every thread has as many tokens");
 
-template <typename KV, int RT> struct stream_warp {
-    q_rows<KV::HD, RT> q;
+// What a token costs: its pages, twice, and one for the beginning.
+enum { CHUNK_COST = 2 * CHUNK_PAGES };
+
+static __device__ __forceinline__ int token_cost(int position) {
+    return 2 * (position / ATTN_BLOCK + 1) + 1;
+}
+
+static __device__ __forceinline__ int n_chunks_to(int position) {
+    return position / ATTN_CHUNK + 1;
+}
+
+template <typename KV, int R> struct stream_warp {
+    alignas(16) q_rows<KV::HD, R> q; // and then rows of f32: k and v before they are rounded, results
     fresh_row<KV::HD> fresh;
+
+    __device__ __forceinline__ float *rows() {
+        return reinterpret_cast<float *>(&q);
+    }
 };
 
-// RT: rows. K pages and V pages take stages in turns.
-template <typename KV, int RT> struct stream_shared {
-    static constexpr int PAGE = KV::BYTES;
+// R: at least the rows. K pages and V pages take stages in turns.
+template <typename KV, int R> struct stream_shared {
+    static_assert(sizeof(q_rows<KV::HD, R>) >= (R > 2 ? R : 2) * KV::HD * sizeof(float), "rows of f32 in q's place");
+    static constexpr int PAGE = KV::BYTES, TABLES = 4 * (3 * STREAM_TOKENS + 1 + ATTN_WARPS + 8 + 2 * KV::HD);
     static constexpr int ROOM =
-        (STREAM_SHARED - ATTN_WARPS * (int)(sizeof(stream_warp<KV, RT>) + 8 * STREAM_MOST_STAGES) -
-         4 * (STREAM_TOKENS + ATTN_WARPS + 8)) /
+        (STREAM_SHARED - ATTN_WARPS * (int)(sizeof(stream_warp<KV, R>) + 8 * STREAM_MOST_STAGES) - TABLES) /
         (ATTN_WARPS * PAGE);
     static constexpr int STAGES = ROOM < STREAM_MOST_STAGES ? ROOM : STREAM_MOST_STAGES;
     alignas(16) unsigned char page[ATTN_WARPS][STAGES][PAGE];
-    stream_warp<KV, RT> warp[ATTN_WARPS];
+    stream_warp<KV, R> warp[ATTN_WARPS];
     uint64_t arrived[ATTN_WARPS][STAGES];
-    int starts[STREAM_TOKENS + 1]; // of each token's chunks; the last: their number
+    int cost[STREAM_TOKENS + 1]; // of all tokens before
+    int position[STREAM_TOKENS], first_page[STREAM_TOKENS];
     int counts[ATTN_WARPS];
+    float norms[2][KV::HD]; // the weights of q's and k's norm
 };
 
-// One chunk of a token's KV head.
-struct stream_task {
-    int token, kv_head, chunk, n_chunks, position, n_pages;
+// ---- Who does what
+// -------------------------------------------------------------------------------------------------------
+
+// A chunk of a token; token n_tokens: the end.
+struct stream_place {
+    int token, chunk;
+
+    __device__ __forceinline__ bool is(const stream_place &b) const {
+        return token == b.token && chunk == b.chunk;
+    }
+    // The next one. `n_chunks`: of this one's token.
+    __device__ __forceinline__ void step(int n_chunks) {
+        if (++chunk < n_chunks) return;
+        chunk = 0;
+        token++;
+    }
 };
 
-// sh->starts. Every thread has up to four tokens.
-template <typename KV, int RT>
-static __device__ __forceinline__ void count_chunks(stream_shared<KV, RT> *sh, const batch_view &b, int thread) {
+// The tables. Every thread has up to four tokens.
+template <typename KV, int R>
+static __device__ __forceinline__ void fill_tables(stream_shared<KV, R> *sh, const batch_view &b, int thread) {
     constexpr int EACH = STREAM_TOKENS / ATTN_THREADS;
     int warp = thread / 32, lane = thread % 32, n[EACH], total = 0, before = 0;
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
         int token = thread * EACH + i;
-        n[i] = token < b.n_tokens ? __ldcg(b.position + token) / ATTN_CHUNK + 1 : 0;
+        n[i] = 0;
+        if (token >= b.n_tokens) continue;
+        int position = __ldcg(b.position + token);
+        sh->position[token] = position;
+        sh->first_page[token] = __ldcg(b.page_start + __ldcg(b.seq + token));
+        n[i] = token_cost(position);
         total += n[i];
     }
 #pragma unroll
@@ -56,62 +93,78 @@ static __device__ __forceinline__ void count_chunks(stream_shared<KV, RT> *sh, c
     for (int w = 0; w < warp; w++) before += sh->counts[w];
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
-        if (thread * EACH + i < b.n_tokens) sh->starts[thread * EACH + i] = before;
+        if (thread * EACH + i <= b.n_tokens) sh->cost[thread * EACH + i] = before;
         before += n[i];
     }
-    if (thread == ATTN_THREADS - 1) sh->starts[b.n_tokens] = before;
+    if (thread == ATTN_THREADS - 1 && b.n_tokens == STREAM_TOKENS) sh->cost[STREAM_TOKENS] = before;
     __syncthreads();
 }
 
-template <typename KV, int RT>
-static __device__ __forceinline__ stream_task find_task(const stream_shared<KV, RT> *sh, const attention_params &p,
-                                                        int index) {
-    stream_task task;
-    int at = index / p.kv.n_kv_heads, low = 0, high = p.b.n_tokens;
+// Where part `part` of n_parts equal ones begins: the first chunk that does so at that cost or beyond.
+template <typename KV, int R>
+static __device__ __forceinline__ stream_place find_part(const stream_shared<KV, R> *sh, const attention_params &p,
+                                                         int part, int n_parts) {
+    int n_tokens = p.b.n_tokens, all = sh->cost[n_tokens], low = 0, high = n_tokens;
+    int from = (int)(((long long)all * part + n_parts - 1) / n_parts);
+    if (from >= all) return {n_tokens, 0};
     while (high - low > 1) {
         int middle = (low + high) / 2;
-        if (sh->starts[middle] <= at) low = middle;
+        if (sh->cost[middle] <= from) low = middle;
         else high = middle;
     }
-    task.token = low;
-    task.kv_head = index % p.kv.n_kv_heads;
-    task.chunk = at - sh->starts[low];
-    task.n_chunks = sh->starts[low + 1] - sh->starts[low];
-    task.position = __ldcg(p.b.position + low);
-    task.n_pages = row_blocks(task.position, task.chunk);
-    return task;
+    int rest = from - sh->cost[low], n_chunks = n_chunks_to(sh->position[low]);
+    if (rest == 0) return {low, 0};
+    int chunk = max(1, (rest - 1 + CHUNK_COST - 1) / CHUNK_COST);
+    if (!p.split || chunk >= n_chunks) return {low + 1, 0};
+    return {low, chunk};
 }
 
-// Where a warp's pages come from: runs ahead of their use, through the same tasks.
-struct stream_source {
-    int index, stride, n_tasks; // of tasks
-    int kv_head, n_items, item; // of this task's pages, K and V in turns
-    int page;                   // of the lane's number in the chunk
-    int slot;                   // where the next page goes
+// ---- What is on its way
+// ---------------------------------------------------------------------------------------------------
 
-    template <typename KV, int RT>
-    __device__ __forceinline__ void begin_task(const stream_shared<KV, RT> *sh, const attention_params &p, int lane) {
-        item = n_items = 0;
-        if (index >= n_tasks) return;
-        stream_task task = find_task<KV, RT>(sh, p, index);
-        const int32_t *pages = p.b.pages + __ldcg(p.b.page_start + __ldcg(p.b.seq + task.token));
-        kv_head = task.kv_head;
-        n_items = 2 * task.n_pages;
-        page = lane < task.n_pages ? __ldcg(pages + task.chunk * CHUNK_PAGES + lane) : 0;
+// Where a warp's pages come from: runs ahead of their use, through the same chunks, and of the pages' numbers by a
+// chunk more.
+struct stream_source {
+    stream_place next, end;
+    int next_pages, next_number; // of the chunk `next`: how many (0: there is none), and the lane's number
+    int n_items, item;           // of this chunk's pages, K and V in turns
+    int head;
+    int number;
+    int slot; // where the next page goes
+
+    template <typename KV, int R>
+    __device__ __forceinline__ void look(const stream_shared<KV, R> *sh, const attention_params &p, int lane) {
+        next_pages = 0;
+        if (next.is(end)) return;
+        next_pages = row_blocks(sh->position[next.token], next.chunk);
+        next_number = 0;
+        if (lane < next_pages)
+            next_number = __ldcg(p.b.pages + sh->first_page[next.token] + next.chunk * CHUNK_PAGES + lane);
+    }
+
+    template <typename KV, int R>
+    __device__ __forceinline__ void start(const stream_shared<KV, R> *sh, const attention_params &p,
+                                          const stream_place &from, const stream_place &to, int kv_head, int lane) {
+        next = from;
+        head = kv_head;
+        end = to;
+        slot = item = n_items = 0;
+        look<KV, R>(sh, p, lane);
     }
 
     // Asks for the next page, if there is one, into the stage whose turn it is; all lanes have read what was there.
-    template <typename KV, int RT>
-    __device__ __forceinline__ void ask(stream_shared<KV, RT> *sh, const attention_params &p, int warp, int lane) {
-        using shared = stream_shared<KV, RT>;
+    template <typename KV, int R>
+    __device__ __forceinline__ void ask(stream_shared<KV, R> *sh, const attention_params &p, int warp, int lane) {
+        using shared = stream_shared<KV, R>;
         if (item == n_items) {
-            if (index >= n_tasks) return;
-            index += stride;
-            begin_task<KV, RT>(sh, p, lane);
-            if (n_items == 0) return;
+            if (next_pages == 0) return;
+            item = 0;
+            n_items = 2 * next_pages;
+            number = next_number;
+            next.step(n_chunks_to(sh->position[next.token]));
+            look<KV, R>(sh, p, lane);
         }
-        int number = __shfl_sync(~0u, page, item / 2);
-        const unsigned char *from = head_page(p.kv, item % 2, number, kv_head);
+        const unsigned char *from = head_page(p.kv, item % 2, __shfl_sync(~0u, number, item / 2), head);
         unsigned char *to = sh->page[warp][slot];
 #if HOPPER
         if (lane == 0) {
@@ -128,17 +181,41 @@ struct stream_source {
     }
 };
 
-// The task's rows of q, normed and rotated where FUSED; and, with the last chunk, this token's k and v.
-template <typename KV, int RT, bool FUSED>
-static __device__ __forceinline__ void prepare_task(stream_warp<KV, RT> *sh, const attention_params &p,
-                                                    const stream_task &task, int lane) {
+// A token's rows of q of a KV head, and its k, v, rotation and page, as they come from memory.
+template <int HD, int R> struct stream_input {
+    head_registers<HD> q[R], k, v, cos_sin;
+    int page; // where k and v belong
+
+    template <typename SHARED>
+    __device__ __forceinline__ void load(const SHARED *sh, const attention_params &p, int token, int kv_head,
+                                         int lane) {
+        size_t first = ((size_t)token * p.n_heads + (size_t)kv_head * p.rows) * HD;
+        size_t at = ((size_t)token * p.kv.n_kv_heads + kv_head) * HD;
+#pragma unroll
+        for (int i = 0; i < R; i++) q[i] = read_head<HD>(i < p.rows ? p.q + first + i * HD : NULL, lane);
+        page = __ldcg(p.b.pages + sh->first_page[token] + sh->position[token] / KV_PAGE_TOKENS);
+        cos_sin = read_head<HD>(p.cos_sin + (size_t)token * HD, lane);
+        k = read_head<HD>(p.k + at, lane);
+        v = read_head<HD>(p.v + at, lane);
+    }
+};
+
+// ---- A token's KV head
+// -------------------------------------------------------------------------------------------------------
+
+// q's rows, normed and rotated; and, where this warp has the last chunk, this token's k and v (slot -1:
+// another has).
+template <typename KV, int R>
+static __device__ __forceinline__ void prepare(columns<KV::HD, R> &q, stream_warp<KV, R> *sh, const attention_params &p,
+                                               stream_input<KV::HD, R> &in, const float (&norms)[2][KV::HD], int head,
+                                               int slot, int lane) {
     constexpr int HD = KV::HD, PAIRS = head_registers<HD>::PAIRS, HALF = HD / 2;
-    const float *cos_sin = FUSED ? p.cos_sin + (size_t)task.token * HD : NULL;
-    size_t head = (size_t)task.token * p.n_heads + (size_t)task.kv_head * p.rows;
-#pragma unroll(RT <= 2 ? 2 : 1)
-    for (int row = 0; row < RT; row++) {
-        head_registers<HD> x = {};
-        if (row < p.rows) x = load_head<HD>(p.q + (head + row) * HD, FUSED ? p.q_norm : NULL, cos_sin, p.eps, lane);
+    head_registers<HD> norm = read_head<HD>(p.q_norm ? norms[0] : NULL, lane);
+#pragma unroll
+    for (int row = 0; row < R; row++) {
+        head_registers<HD> &x = in.q[row];
+        if (p.q_norm) normalise_head<HD>(x, norm, p.eps);
+        rotate_head<HD>(x, in.cos_sin);
 #pragma unroll
         for (int i = 0; i < PAIRS; i++) {
             if (lane + 32 * i >= HALF) continue;
@@ -146,36 +223,103 @@ static __device__ __forceinline__ void prepare_task(stream_warp<KV, RT> *sh, con
             put_q(&sh->q, row, lane + 32 * i + HALF, x.hi[i]);
         }
     }
-    if (FUSED && task.chunk == task.n_chunks - 1) {
-        size_t at = ((size_t)task.token * p.kv.n_kv_heads + task.kv_head) * HD;
-        int slot = task.position % KV_PAGE_TOKENS;
-        int page =
-            __ldcg(p.b.pages + __ldcg(p.b.page_start + __ldcg(p.b.seq + task.token)) + task.position / KV_PAGE_TOKENS);
-        head_registers<HD> k = load_head<HD>(p.k + at, p.k_norm, cos_sin, p.eps, lane);
-        head_registers<HD> v = load_head<HD>(p.v + at, NULL, NULL, p.eps, lane);
-        store_fresh(&sh->fresh, p.kv, page, task.kv_head, slot, false, k, lane);
-        store_fresh(&sh->fresh, p.kv, page, task.kv_head, slot, true, v, lane);
+    __syncwarp();
+    q.load(&sh->q, lane);
+    __syncwarp();
+    if (slot >= 0) {
+        if (p.k_norm) normalise_head<HD>(in.k, read_head<HD>(norms[1], lane), p.eps);
+        rotate_head<HD>(in.k, in.cos_sin);
+        store_fresh(&sh->fresh, sh->rows(), p.kv, in.page, head, slot, false, in.k, lane);
+        store_fresh(&sh->fresh, sh->rows() + HD, p.kv, in.page, head, slot, true, in.v, lane);
+        __syncwarp();
+    }
+}
+
+// A lane's two rows of a chunk, or of chunks, so far.
+template <int HD> struct stream_sums {
+    chain of_row[2];
+    float of[HD / 16][4];
+
+    __device__ __forceinline__ void start() {
+        of_row[0] = of_row[1] = CHAIN_START;
+#pragma unroll
+        for (int i = 0; i < HD / 16; i++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) of[i][e] = 0;
+    }
+
+    __device__ __forceinline__ void add(const stream_sums<HD> &chunk) {
+        float a[2], c[2];
+#pragma unroll
+        for (int e = 0; e < 2; e++) chain_add(of_row[e], chunk.of_row[e].m, chunk.of_row[e].l, a[e], c[e]);
+#pragma unroll
+        for (int i = 0; i < HD / 16; i++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) of[i][e] = chain_value(of[i][e], a[e % 2], chunk.of[i][e], c[e % 2]);
+    }
+};
+
+// The rows' values to [p.rows][HD] at `to`, divided by their sums where DIVIDE.
+template <typename KV, int R, bool DIVIDE>
+static __device__ __forceinline__ void put_rows(stream_warp<KV, R> *sh, const stream_sums<KV::HD> &sums, float *to,
+                                                int n_rows, int lane) {
+    constexpr int HD = KV::HD;
+    int g = lane / 4, t = lane % 4;
+    float *rows = sh->rows();
+    __syncwarp(); // what stood there has been read
+#pragma unroll
+    for (int e = 0; e < 2; e++) {
+        int row = columns<HD, R>::row(t, e);
+        if (row >= n_rows || (!columns<HD, R>::APART && t >= 2)) continue;
+#pragma unroll
+        for (int i = 0; i < HD / 8; i++) {
+            float v = sums.of[i / 2][i % 2 * 2 + e];
+            rows[row * HD + 8 * i + g] = DIVIDE ? v / sums.of_row[e].l : v;
+        }
     }
     __syncwarp();
+#pragma unroll 1
+    for (int i = lane; i < n_rows * HD / 4; i += 32)
+        reinterpret_cast<float4 *>(to)[i] = reinterpret_cast<const float4 *>(rows)[i];
+}
+
+static __device__ __forceinline__ float *part_of(const attention_params &p, int token, int chunk, int head, int dim) {
+    return p.partial + (((size_t)token * p.max_chunks + chunk) * p.kv.n_kv_heads + head) * part_floats(p.rows, dim);
+}
+
+template <typename KV, int R>
+static __device__ __forceinline__ void put_part(stream_warp<KV, R> *sh, const attention_params &p,
+                                                const stream_sums<KV::HD> &sums, const stream_place &at, int head,
+                                                int lane) {
+    constexpr int HD = KV::HD;
+    float *part = part_of(p, at.token, at.chunk, head, HD);
+    put_rows<KV, R, false>(sh, sums, part, p.rows, lane);
+#pragma unroll
+    for (int e = 0; e < 2; e++) {
+        int row = columns<HD, R>::row(lane % 4, e);
+        if (lane >= 4 || row >= p.rows || (!columns<HD, R>::APART && lane >= 2)) continue;
+        part[p.rows * HD + row] = sums.of_row[e].m;
+        part[p.rows * (HD + 1) + row] = sums.of_row[e].l;
+    }
 }
 
 // The last warp to end a chunk of this token and KV head: all of them in order.
 template <int HD>
-static __device__ __forceinline__ void combine_chunks(const attention_params &p, const stream_task &task, size_t first,
-                                                      int lane) {
+static __device__ __forceinline__ void combine_parts(const attention_params &p, int token, int head, int n_chunks,
+                                                     int lane) {
     constexpr int N = HD / 32, AT_ONCE = 8;
-    size_t size = (size_t)p.rows * (HD + 2), step = (size_t)p.kv.n_kv_heads * size;
-    const float *from = p.partial + (first * p.kv.n_kv_heads + task.kv_head) * size;
+    const float *from = part_of(p, token, 0, head, HD);
+    size_t step = (size_t)p.kv.n_kv_heads * part_floats(p.rows, HD);
 #pragma unroll 1
     for (int row = 0; row < p.rows; row++) {
         chain s = CHAIN_START;
         float sum[N] = {};
 #pragma unroll 1
-        for (int k = 0; k < task.n_chunks; k += AT_ONCE) {
+        for (int k = 0; k < n_chunks; k += AT_ONCE) {
             float of[AT_ONCE][N], m[AT_ONCE], l[AT_ONCE];
 #pragma unroll
             for (int i = 0; i < AT_ONCE; i++) {
-                const float *chunk = from + (size_t)min(k + i, task.n_chunks - 1) * step;
+                const float *chunk = from + (size_t)min(k + i, n_chunks - 1) * step;
                 m[i] = __ldcg(chunk + p.rows * HD + row);
                 l[i] = __ldcg(chunk + p.rows * (HD + 1) + row);
 #pragma unroll
@@ -184,175 +328,171 @@ static __device__ __forceinline__ void combine_chunks(const attention_params &p,
 #pragma unroll
             for (int i = 0; i < AT_ONCE; i++) {
                 float a, b;
-                if (k + i >= task.n_chunks) break;
+                if (k + i >= n_chunks) break;
                 chain_add(s, m[i], l[i], a, b);
 #pragma unroll
                 for (int c = 0; c < N; c++) sum[c] = chain_value(sum[c], a, of[i][c], b);
             }
         }
-        float *out = p.out + ((size_t)task.token * p.n_heads + (size_t)task.kv_head * p.rows + row) * HD;
+        float *out = p.out + ((size_t)token * p.n_heads + (size_t)head * p.rows + row) * HD;
 #pragma unroll
         for (int c = 0; c < N; c++) out[lane + 32 * c] = sum[c] / s.l;
     }
 }
 
-// A chunk has been summed up: the result, or this chunk's part of it.
-template <typename KV, int RT>
-static __device__ __forceinline__ void end_task(const stream_shared<KV, RT> *sh, const attention_params &p,
-                                                const stream_task &task, const chain (&s)[2],
-                                                const float (&of)[KV::HD / 8][RT > 8 ? 4 : 2], int lane) {
+// A page of K and one of V, of which n slots are in use, one of them (slot, if not negative) this step's.
+template <typename KV, int R>
+static __device__ __forceinline__ void
+stream_page(stream_sums<KV::HD> &sums, const columns<KV::HD, R> &q, stream_shared<KV, R> *sh, const attention_params &p,
+            stream_source &source, int &stage, uint32_t &parity, int n, int slot, int warp, int lane) {
     constexpr int HD = KV::HD;
-    int g = lane / 4, t = lane % 4;
-    bool alone = task.n_chunks == 1;
-    size_t size = (size_t)p.rows * (HD + 2), first = (size_t)sh->starts[task.token];
-    float *part = p.partial + ((first + task.chunk) * p.kv.n_kv_heads + task.kv_head) * size;
-    float *to = alone ? p.out + ((size_t)task.token * p.n_heads + (size_t)task.kv_head * p.rows) * HD : part;
+    const fresh_row<HD> *fresh = &sh->warp[warp].fresh;
+    float s[4][2], m[2], l[2], a[2], c[2];
+    uint32_t pairs[4];
+    auto read = [&]() {
+        __syncwarp();
+        source.ask<KV, R>(sh, p, warp, lane);
+        if (++stage == stream_shared<KV, R>::STAGES) stage = 0, parity ^= 1;
+    };
+    barrier_wait(&sh->arrived[warp][stage], parity);
+    column_scores<KV, R>(s, q, sh->page[warp][stage], p.scale, lane, fresh, slot);
+    read();
+    column_softmax<HD, R>(pairs, m, l, s, n, lane);
 #pragma unroll
-    for (int half = 0; half < (RT > 8 ? 2 : 1); half++) {
-        int row = g + 8 * half;
-        if (row >= p.rows) continue;
-        float l = s[half].l;
+    for (int e = 0; e < 2; e++) chain_add(sums.of_row[e], m[e], l[e], a[e], c[e]);
+    if (a[0] != 1.0f || a[1] != 1.0f) {
 #pragma unroll
-        for (int i = 0; i < HD / 8; i++)
-            *reinterpret_cast<float2 *>(to + row * HD + i * 8 + 2 * t) =
-                alone ? make_float2(of[i][2 * half] / l, of[i][2 * half + 1] / l)
-                      : make_float2(of[i][2 * half], of[i][2 * half + 1]);
-        if (!alone && t == 0) {
-            part[p.rows * HD + row] = s[half].m;
-            part[p.rows * (HD + 1) + row] = l;
-        }
+        for (int i = 0; i < HD / 16; i++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) sums.of[i][e] *= a[e % 2];
     }
-    if (alone) return;
     __syncwarp();
-    unsigned *arrived = p.arrivals + (size_t)task.token * p.kv.n_kv_heads + task.kv_head, before = 0;
-    if (lane == 0) before = count_arrival(arrived);
-    if (__shfl_sync(~0u, before, 0) != (unsigned)task.n_chunks - 1) return;
-    if (lane == 0) *arrived = 0;
-    combine_chunks<HD>(p, task, first, lane);
+    auto add = [&](int i, const float(&d)[4]) {
+#pragma unroll
+        for (int e = 0; e < 4; e++) sums.of[i][e] = fmaf(d[e], c[e % 2], sums.of[i][e]); // chain_value
+    };
+    barrier_wait(&sh->arrived[warp][stage], parity);
+    const unsigned char *page = sh->page[warp][stage];
+    if (n < ATTN_BLOCK || slot >= 0)
+        column_values<KV, true>(page, pairs, slots_in_use(n, slot, lane % 4), fresh, lane, add);
+    else column_values<KV, false>(page, pairs, {}, fresh, lane, add);
+    read();
 }
 
-template <typename KV, int RT, bool FUSED>
+template <typename KV, int R>
 static __global__ void __launch_bounds__(ATTN_THREADS, 1) k_stream_attention(attention_params p) {
     DYNAMIC_SHARED(raw);
-    using shared = stream_shared<KV, RT>;
+    using shared = stream_shared<KV, R>;
     shared *sh = reinterpret_cast<shared *>(raw);
     constexpr int HD = KV::HD;
-    constexpr bool TALL = RT > 8;
-    int thread = (int)threadIdx.x, warp = thread / 32, lane = thread % 32, t = lane % 4;
+    int thread = (int)threadIdx.x, warp = thread / 32, lane = thread % 32;
     if (HOPPER && lane == 0) {
         for (int i = 0; i < shared::STAGES; i++) barrier_init(&sh->arrived[warp][i]);
         barrier_fence();
     }
     dependents_may_start();
-    if (!FUSED) dependency_wait(); // the kernel before stores K and V
-    count_chunks<KV, RT>(sh, p.b, thread);
+    for (int i = thread; i < 2 * HD; i += ATTN_THREADS) {
+        const float *norm = i < HD ? p.q_norm : p.k_norm;
+        if (norm) sh->norms[i / HD][i % HD] = norm[i % HD];
+    }
+    fill_tables<KV, R>(sh, p.b, thread);
+    // A part's heads are neighbours among the blocks.
+    int index = warp * (int)gridDim.x + (int)blockIdx.x, head = index % p.kv.n_kv_heads;
+    int part = index / p.kv.n_kv_heads, n_parts = (int)gridDim.x * ATTN_WARPS / p.kv.n_kv_heads;
+    stream_place at = find_part<KV, R>(sh, p, part, n_parts), end = find_part<KV, R>(sh, p, part + 1, n_parts);
     stream_source source;
-    int index = warp * (int)gridDim.x + (int)blockIdx.x;
-    source.index = index;
-    source.stride = (int)gridDim.x * ATTN_WARPS;
-    source.n_tasks = sh->starts[p.b.n_tokens] * p.kv.n_kv_heads;
-    source.slot = 0;
-    source.begin_task<KV, RT>(sh, p, lane);
+    source.start<KV, R>(sh, p, at, end, head, lane);
 #pragma unroll 1
-    for (int i = 0; i < shared::STAGES; i++) source.ask<KV, RT>(sh, p, warp, lane);
-    if (FUSED) dependency_wait();
-    int at = 0;
+    for (int i = 0; i < shared::STAGES; i++) source.ask<KV, R>(sh, p, warp, lane);
+    dependency_wait();
+    stream_input<HD, R> in;
+    if (!at.is(end)) in.load(sh, p, at.token, head, lane);
+    int stage = 0;
     uint32_t parity = 0;
 #pragma unroll 1
-    for (; index < source.n_tasks; index += source.stride) {
-        stream_task task = find_task<KV, RT>(sh, p, index);
-        prepare_task<KV, RT, FUSED>(&sh->warp[warp], p, task, lane);
-        const fresh_row<HD> *fresh = &sh->warp[warp].fresh;
-        chain sum[2] = {CHAIN_START, CHAIN_START};
-        float of[HD / 8][TALL ? 4 : 2] = {};
+    while (!at.is(end)) {
+        int position = sh->position[at.token], n_chunks = n_chunks_to(position);
+        int last = at.token == end.token ? end.chunk : n_chunks, first = at.chunk;
+        bool alone = first == 0 && last == n_chunks;
+        columns<HD, R> q;
+        prepare<KV, R>(q, &sh->warp[warp], p, in, sh->norms, head, last == n_chunks ? position % KV_PAGE_TOKENS : -1,
+                       lane);
+        stream_place following = {at.token + 1, 0};
+        if (last == n_chunks && !following.is(end)) in.load(sh, p, at.token + 1, head, lane);
+        stream_sums<HD> sums, chunk;
+        sums.start();
 #pragma unroll 1
-        for (int k = 0; k < task.n_pages; k++) {
-            int n = task.position + 1 - (task.chunk * CHUNK_PAGES + k) * ATTN_BLOCK; // slots in use
-            int slot = FUSED && n <= ATTN_BLOCK ? n - 1 : -1;                        // this step's
-            float s[4][4], a[2] = {1, 1}, c[2];
-            uint32_t pairs[2][4] = {};
-            barrier_wait(&sh->arrived[warp][at], parity);
-            scores<KV, TALL>(s, &sh->warp[warp].q, sh->page[warp][at], p.scale, lane, fresh, slot);
-            __syncwarp();
-            source.ask<KV, RT>(sh, p, warp, lane);
-            if (++at == shared::STAGES) at = 0, parity ^= 1;
-#pragma unroll
-            for (int half = 0; half < (TALL ? 2 : 1); half++) {
-                float m, l;
-                softmax_row(pairs[half], m, l, s, half, n, t);
-                chain_add(sum[half], m, l, a[half], c[half]);
+        for (; at.chunk < last; at.chunk++) {
+            int n_pages = row_blocks(position, at.chunk);
+            chunk.start();
+#pragma unroll 1
+            for (int k = 0; k < n_pages; k++) {
+                int n = position + 1 - (at.chunk * CHUNK_PAGES + k) * ATTN_BLOCK;
+                int slot = n <= ATTN_BLOCK ? n - 1 : -1;
+                stream_page<KV, R>(chunk, q, sh, p, source, stage, parity, n, slot, warp, lane);
             }
-            if (a[0] != 1.0f || a[1] != 1.0f) {
-#pragma unroll
-                for (int i = 0; i < HD / 8; i++)
-#pragma unroll
-                    for (int e = 0; e < (TALL ? 4 : 2); e++) of[i][e] *= a[e / 2];
-            }
-            __syncwarp();
-            v_slots slots = slots_in_use(n, slot, t);
-            barrier_wait(&sh->arrived[warp][at], parity);
-            auto add = [&](int i, const float(&d)[4]) {
-#pragma unroll
-                for (int e = 0; e < (TALL ? 4 : 2); e++) of[i][e] = fmaf(d[e], c[e / 2], of[i][e]); // chain_value
-            };
-            if (n < ATTN_BLOCK || slot >= 0) page_values<KV, true>(sh->page[warp][at], pairs, slots, fresh, lane, add);
-            else page_values<KV, false>(sh->page[warp][at], pairs, slots, fresh, lane, add);
-            __syncwarp();
-            source.ask<KV, RT>(sh, p, warp, lane);
-            if (++at == shared::STAGES) at = 0, parity ^= 1;
+            if (alone) sums.add(chunk);
+            else put_part<KV, R>(&sh->warp[warp], p, chunk, at, head, lane);
         }
-        end_task<KV, RT>(sh, p, task, sum, of, lane);
-        __syncwarp(); // q has been read
+        if (alone) {
+            float *out = p.out + ((size_t)at.token * p.n_heads + (size_t)head * p.rows) * HD;
+            put_rows<KV, R, true>(&sh->warp[warp], sums, out, p.rows, lane);
+        } else {
+            unsigned *arrived = p.arrivals + (size_t)at.token * p.kv.n_kv_heads + head, before = 0;
+            __syncwarp();
+            if (lane == 0) before = count_arrival(arrived, (unsigned)(last - first));
+            if (__shfl_sync(~0u, before, 0) + (unsigned)(last - first) == (unsigned)n_chunks) {
+                if (lane == 0) *arrived = 0;
+                combine_parts<HD>(p, at.token, head, n_chunks, lane);
+            }
+        }
+        at = last == n_chunks ? following : end;
+        __syncwarp(); // the results have been read
     }
 }
 
 // ---- Launcher
 // ------------------------------------------------------------------------------------------------------------
 
-template <typename KV, int RT> static void launch_rows(struct cuda_state *s, const attention_params &p, bool fused) {
-    struct launch l = {grid_for((size_t)s->n_sms), ATTN_THREADS, sizeof(stream_shared<KV, RT>)};
-    if (fused) launch_kernel(s, "attention", k_stream_attention<KV, RT, true>, l, p);
-    else launch_kernel(s, "attention", k_stream_attention<KV, RT, false>, l, p);
+template <typename KV, int R> static void launch_rows(struct cuda_state *s, const attention_params &p) {
+    launch_kernel(s, "attention", k_stream_attention<KV, R>,
+                  {grid_for((size_t)s->n_sms), ATTN_THREADS, sizeof(stream_shared<KV, R>)}, p);
 }
 
-template <typename KV> static void launch(struct cuda_state *s, const attention_params &p, bool fused) {
-    if (p.rows <= 2) launch_rows<KV, 2>(s, p, fused);
-    else if (p.rows <= 8) launch_rows<KV, 8>(s, p, fused);
-    else launch_rows<KV, 16>(s, p, fused);
+template <typename KV> static void launch(struct cuda_state *s, const attention_params &p) {
+    if (p.rows <= 2) launch_rows<KV, 2>(s, p);
+    else if (p.rows <= 4) launch_rows<KV, 4>(s, p);
+    else launch_rows<KV, STREAM_ROWS>(s, p);
 }
 
-bool cuda_stream_attention(struct cuda_state *s, const attention_params &p, size_t n_tokens, size_t scratch_floats,
+bool cuda_stream_attention(struct cuda_state *s, const attention_params &params, size_t n_tokens, size_t scratch_floats,
                            int head_dim) {
-    size_t tiles = n_tokens * (size_t)p.kv.n_kv_heads, chunks = (size_t)p.max_chunks;
-    // A recorded step may meet contexts of half of the longest to the longest.
-    // Long contexts lose: what a warp reads between its chunks waits behind all that is on its way to the others.
-    enum { MOST_STREAMED = 2 };
-    bool many =
-        tiles >= (size_t)s->n_sms && tiles * ((chunks + 1) / 2) > 2 * (size_t)s->n_sms && chunks <= MOST_STREAMED;
-    if (!(s->device.variants & VARIANT_STREAM_ATTENTION) || !many || n_tokens > STREAM_TOKENS ||
-        tiles > MOST_ARRIVALS || n_tokens * chunks * (size_t)p.n_heads * (size_t)(head_dim + 2) > scratch_floats)
+    attention_params p = params;
+    size_t tiles = n_tokens * (size_t)p.kv.n_kv_heads;
+    // With fewer tiles, a block a tile has them all at once; and of longer contexts in bf16 such blocks read more.
+    enum { MOST_CHUNKS = 8 };
+    if (!(s->device.variants & VARIANT_STREAM_ATTENTION) || tiles <= (size_t)s->n_sms || n_tokens > STREAM_TOKENS ||
+        p.rows > STREAM_ROWS || (!p.kv.is_fp8 && p.max_chunks > MOST_CHUNKS))
         return false;
-    bool fused = p.k != NULL;
-#define LAUNCH(KV) launch<KV>(s, p, fused)
+    p.split = tiles <= MOST_ARRIVALS && tiles * (size_t)p.max_chunks * part_floats(p.rows, head_dim) <= scratch_floats;
+#define LAUNCH(KV) launch<KV>(s, p)
     BY_KV(p.kv.is_fp8, head_dim, LAUNCH);
     return true;
 }
 
-template <typename KV, int RT> static void allow_rows(struct cuda_state *s) {
-    int bytes = (int)sizeof(stream_shared<KV, RT>);
-    static_assert(sizeof(stream_shared<KV, RT>) <= STREAM_SHARED, "an SM's shared memory");
-    cuda_check(
-        s, cudaFuncSetAttribute(k_stream_attention<KV, RT, true>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
-        "preparing attention");
-    cuda_check(
-        s, cudaFuncSetAttribute(k_stream_attention<KV, RT, false>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
-        "preparing attention");
+template <typename KV, int R> static void allow_rows(struct cuda_state *s) {
+    static_assert(sizeof(stream_shared<KV, R>) <= STREAM_SHARED && stream_shared<KV, R>::STAGES >= 2,
+                  "an SM's shared memory");
+    cuda_check(s,
+               cudaFuncSetAttribute(k_stream_attention<KV, R>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    (int)sizeof(stream_shared<KV, R>)),
+               "preparing attention");
 }
 
 template <typename KV> static void allow(struct cuda_state *s) {
     allow_rows<KV, 2>(s);
-    allow_rows<KV, 8>(s);
-    allow_rows<KV, 16>(s);
+    allow_rows<KV, 4>(s);
+    allow_rows<KV, STREAM_ROWS>(s);
 }
 
 extern "C" bool cuda_stream_setup(struct cuda_state *s) {

@@ -36,8 +36,14 @@ static inline float half_to_float(uint16_t v) {
     return __uint_as_float(sign | __float_as_uint(__uint_as_float(rest << 13) * 0x1p112f));
 }
 
-static inline unsigned count_arrival(unsigned *counter) {
-    return atomicAdd(counter, 1);
+static inline unsigned count_arrival(unsigned *counter, unsigned n = 1) {
+    return atomicAdd(counter, n);
+}
+
+static inline uint32_t transpose(uint32_t v) {
+    int lane = (int)threadIdx.x % 32, g = lane / 4, t = lane % 4, shift = g % 2 * 16;
+    uint32_t a = __shfl_sync(~0u, v, 8 * t + g / 2), b = __shfl_sync(~0u, v, 8 * t + 4 + g / 2);
+    return (a >> shift & 0xFFFFu) | (b >> shift & 0xFFFFu) << 16;
 }
 
 static inline uint32_t mul_bf16_pairs(uint32_t a, uint32_t b) {
