@@ -14,7 +14,7 @@ static_assert(ATTN_WARPS == 2 * GROUP, "two warps a page of a group");
 
 template <typename KV> struct wide_shared {
     alignas(16) unsigned char k[2 * GROUP][KV::BYTES], v[2 * GROUP][KV::BYTES];
-    q_rows<KV::HD> q[ATTN_WARPS];
+    float4 sum[ATTN_WARPS][KV::HD / 8][32];
     uint64_t k_arrived[2 * GROUP], v_arrived[2 * GROUP];
 };
 
@@ -26,9 +26,9 @@ struct warp_rows {
 };
 
 // Which sequence's tokens this block takes: tiles are counted through the sequences, the last ones first, since they
-// see most pages. Returns the sequence and sets `token` to the first of at most `size`.
+// see most pages, of all heads side by side. Returns the sequence and sets `token` to the first of at most `size`.
 static __device__ __forceinline__ int find_tile(const batch_view &b, int size, int &token) {
-    int tile = (int)(gridDim.x - 1 - blockIdx.x), start = 0;
+    int tile = (int)(gridDim.y - 1 - blockIdx.y), start = 0;
     for (int seq = 0;; seq++) {
         int end = b.seq_start[seq + 1], n = (end - start + size - 1) / size;
         if (tile < n) {
@@ -57,24 +57,62 @@ static __device__ __forceinline__ void load_page(wide_shared<KV> *sh, const atte
 #endif
 }
 
-template <int HD>
-static __device__ __forceinline__ void prepare_q(q_rows<HD> *q, const attention_params &p, const warp_rows &rows,
-                                                 int kv_head, int lane) {
-    int group = p.n_heads / p.kv.n_kv_heads;
-#pragma unroll 1
-    for (int row = 0; row < ROWS; row++) {
-        bool real = row / group < rows.n_tokens;
-        const float *x =
-            p.q + ((size_t)(rows.token + row / group) * p.n_heads + (size_t)kv_head * group + row % group) * HD;
-        for (int c = lane; c < HD; c += 32) put_q(q, row, c, real ? x[c] : 0.0f);
+// A lane's share of its warp's rows of q as scores takes them, rounded in two parts.
+template <int HD> struct wide_q {
+    uint32_t high[HD / 32][8], low[HD / 32][8];
+
+    __device__ __forceinline__ void load(const attention_params &p, const warp_rows &rows, int kv_head, int lane) {
+        int group = p.n_heads / p.kv.n_kv_heads, g = lane / 4, t = lane % 4;
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            int row = g + 8 * half;
+            const float *x =
+                p.q + ((size_t)(rows.token + row / group) * p.n_heads + (size_t)kv_head * group + row % group) * HD;
+#pragma unroll
+            for (int e = 0; e < HD / 8; e++) {
+                float2 v = make_float2(0, 0);
+                if (rows.position[half] >= 0) v = *reinterpret_cast<const float2 *>(x + e * 8 + 2 * t);
+                uint32_t pair = pack_bf16(v.x, v.y);
+                high[e / 4][e % 4 * 2 + half] = pair;
+                low[e / 4][e % 4 * 2 + half] = pack_bf16(v.x - bf16_low(pair), v.y - bf16_high(pair));
+            }
+        }
     }
-    __syncwarp();
+};
+
+// scores of attention.cuh, with q in registers.
+template <typename KV>
+static __device__ __forceinline__ void wide_scores(float (&s)[4][4], const wide_q<KV::HD> &q, const unsigned char *page,
+                                                   float scale, int lane) {
+    float low[4][4] = {};
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) s[j][e] = 0;
+#pragma unroll
+    for (int i = 0; i < KV::HD / 32; i++) {
+        const uint32_t(&h)[8] = q.high[i], (&l)[8] = q.low[i];
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            uint4 k = page_reader<KV>::k(page, j, i, lane);
+            mma(s[j], h[0], h[1], h[2], h[3], k.x, k.y);
+            mma(low[j], l[0], l[1], l[2], l[3], k.x, k.y);
+            mma(s[j], h[4], h[5], h[6], h[7], k.z, k.w);
+            mma(low[j], l[4], l[5], l[6], l[7], k.z, k.w);
+        }
+    }
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) s[j][e] = (s[j][e] + low[j][e]) * scale;
 }
 
-// A warp's two rows a lane: what a chunk has so far, and what the chunks before have.
+// A warp's two rows a lane: what a chunk has so far, and, in shared memory, what the chunks before have: a float4 for
+// every 8 channels and lane.
 template <int HD> struct wide_sums {
     chain chunk[2], all[2];
-    float of[HD / 8][4], sum[HD / 8][4];
+    float of[HD / 8][4];
+    float4 *sum; // [HD / 8][32], the lane's first
 
     __device__ __forceinline__ void next_chunk() {
         chunk[0] = chunk[1] = CHAIN_START;
@@ -84,26 +122,33 @@ template <int HD> struct wide_sums {
             for (int e = 0; e < 4; e++) of[i][e] = 0;
     }
 
-    __device__ __forceinline__ void start() {
+    __device__ __forceinline__ void start(float4 *room) {
         all[0] = all[1] = CHAIN_START;
+        sum = room;
 #pragma unroll
-        for (int i = 0; i < HD / 8; i++)
-#pragma unroll
-            for (int e = 0; e < 4; e++) sum[i][e] = 0;
+        for (int i = 0; i < HD / 8; i++) sum[i * 32] = make_float4(0, 0, 0, 0);
         next_chunk();
     }
 
     // The chunk has ended: joins those before it, in the rows that see any of it.
     __device__ __forceinline__ void end_chunk(const int (&position)[2], int first) {
+        float a[2] = {1, 1}, c[2];
+        bool sees[2] = {position[0] >= first, position[1] >= first};
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            float a, c;
-            if (position[half] < first) continue;
-            chain_add(all[half], chunk[half].m, chunk[half].l, a, c);
+        for (int half = 0; half < 2; half++)
+            if (sees[half]) chain_add(all[half], chunk[half].m, chunk[half].l, a[half], c[half]);
 #pragma unroll
-            for (int i = 0; i < HD / 8; i++)
-#pragma unroll
-                for (int e = 2 * half; e < 2 * half + 2; e++) sum[i][e] = chain_value(sum[i][e], a, of[i][e], c);
+        for (int i = 0; i < HD / 8; i++) {
+            float4 v = sum[i * 32];
+            if (sees[0]) {
+                v.x = chain_value(v.x, a[0], of[i][0], c[0]);
+                v.y = chain_value(v.y, a[0], of[i][1], c[0]);
+            }
+            if (sees[1]) {
+                v.z = chain_value(v.z, a[1], of[i][2], c[1]);
+                v.w = chain_value(v.w, a[1], of[i][3], c[1]);
+            }
+            sum[i * 32] = v;
         }
         next_chunk();
     }
@@ -111,14 +156,14 @@ template <int HD> struct wide_sums {
 
 // A warp's rows and one page, of which n slots are in use.
 template <typename KV>
-static __device__ __forceinline__ void wide_page(wide_sums<KV::HD> &sums, wide_shared<KV> *sh, const q_rows<KV::HD> *q,
+static __device__ __forceinline__ void wide_page(wide_sums<KV::HD> &sums, wide_shared<KV> *sh, const wide_q<KV::HD> &q,
                                                  const warp_rows &rows, int page, int n, int at, uint32_t parity,
                                                  float scale, int lane) {
     constexpr int HD = KV::HD;
     float s[4][4], a[2], c[2];
     uint32_t pairs[2][4];
     barrier_wait(&sh->k_arrived[at], parity);
-    scores<KV, true>(s, q, sh->k[at], scale, lane);
+    wide_scores<KV>(s, q, sh->k[at], scale, lane);
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         float m, l;
@@ -146,7 +191,7 @@ template <typename KV> static __global__ void __launch_bounds__(ATTN_THREADS, 1)
     constexpr int HD = KV::HD;
     wide_shared<KV> *sh = reinterpret_cast<wide_shared<KV> *>(raw);
     int thread = (int)threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
-    int kv_head = (int)blockIdx.y, group = p.n_heads / p.kv.n_kv_heads, token;
+    int kv_head = (int)blockIdx.x, group = p.n_heads / p.kv.n_kv_heads, token;
     dependents_may_start();
     if (HOPPER && lane == 0) {
         barrier_init(&sh->k_arrived[warp]);
@@ -171,16 +216,17 @@ template <typename KV> static __global__ void __launch_bounds__(ATTN_THREADS, 1)
         load_page<KV>(sh, p, false, kv_head, pages[warp], warp, lane);
         load_page<KV>(sh, p, true, kv_head, pages[warp], warp, lane);
     }
-    prepare_q<HD>(&sh->q[warp], p, rows, kv_head, lane);
+    wide_q<HD> q;
+    q.load(p, rows, kv_head, lane);
     __syncthreads();
 
     wide_sums<HD> sums;
-    sums.start();
+    sums.start(&sh->sum[warp][0][lane]);
 #pragma unroll 1
     for (int i = 0; i < n_groups; i++) {
 #pragma unroll 1
         for (int page = i * GROUP; page < (i + 1) * GROUP && page <= rows.last_page; page++) {
-            wide_page<KV>(sums, sh, &sh->q[warp], rows, page, limit - page * ATTN_BLOCK, page % (2 * GROUP),
+            wide_page<KV>(sums, sh, q, rows, page, limit - page * ATTN_BLOCK, page % (2 * GROUP),
                           (uint32_t)i / 2 & 1, p.scale, lane);
             if (page % CHUNK_PAGES == CHUNK_PAGES - 1 || page == rows.last_page)
                 sums.end_chunk(rows.position, page / CHUNK_PAGES * ATTN_CHUNK);
@@ -197,9 +243,12 @@ template <typename KV> static __global__ void __launch_bounds__(ATTN_THREADS, 1)
         float *out =
             p.out + ((size_t)(rows.token + row / group) * p.n_heads + (size_t)kv_head * group + row % group) * HD;
 #pragma unroll
-        for (int i = 0; i < HD / 8; i++)
+        for (int i = 0; i < HD / 8; i++) {
+            float4 v = sums.sum[i * 32];
+            float l = sums.all[half].l;
             *reinterpret_cast<float2 *>(out + i * 8 + 2 * t) =
-                make_float2(sums.sum[i][2 * half] / sums.all[half].l, sums.sum[i][2 * half + 1] / sums.all[half].l);
+                half ? make_float2(v.z / l, v.w / l) : make_float2(v.x / l, v.y / l);
+        }
     }
 }
 
@@ -208,7 +257,7 @@ template <typename KV> static __global__ void __launch_bounds__(ATTN_THREADS, 1)
 
 template <typename KV> static void launch(struct cuda_state *s, const attention_params &p, size_t tiles) {
     launch_kernel(s, "wide attention", k_wide_attention<KV>,
-                  {grid_for(tiles, (size_t)p.kv.n_kv_heads), ATTN_THREADS, sizeof(wide_shared<KV>)}, p);
+                  {grid_for((size_t)p.kv.n_kv_heads, tiles), ATTN_THREADS, sizeof(wide_shared<KV>)}, p);
 }
 
 bool cuda_wide_attention(struct cuda_state *s, const attention_params &p, const struct batch *host, int head_dim) {
