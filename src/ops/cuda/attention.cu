@@ -197,7 +197,6 @@ static __device__ __forceinline__ void one_page(attention_shared<KV> *sh, const 
 template <typename KV, int RT> struct own_channels {
     static constexpr int HD = KV::HD;
     static constexpr int THREADS_A_ROW = ATTN_THREADS / RT, N = (HD + THREADS_A_ROW - 1) / THREADS_A_ROW;
-    static constexpr int AT_ONCE = N == 1 ? 16 : 4; // chunks whose results are asked for together
     int row, first;
     chain state;
     float sum[N];
@@ -247,6 +246,59 @@ template <typename KV, int RT> struct own_channels {
     }
 };
 
+// All chunks of a tile, of which `all` has the parts: through the shared memory that held pages, as many at a time as
+// fit there, so that nothing is waited for one after the other. The weights of chain_add are computed side by side.
+template <typename KV, int RT>
+static __device__ __forceinline__ void combine_split(attention_shared<KV> *sh, const attention_params &p,
+                                                     own_channels<KV, RT> &mine, const float *all, int n_chunks,
+                                                     int thread) {
+    using own = own_channels<KV, RT>;
+    constexpr int HD = KV::HD, ROOM = 2 * ATTN_WARPS * KV::BYTES / (int)sizeof(float), AT_ONCE = 16;
+    static_assert(ROOM >= ROWS * (HD + 2) + 4 + 2 * ROWS, "at least a chunk");
+    int size = (int)part_floats(p.rows, HD), most = ROOM / (size + 2 * p.rows), maxima = p.rows * HD;
+    float *parts = reinterpret_cast<float *>(sh->k[0]);
+    float2 *weights = reinterpret_cast<float2 *>(parts + most * size);
+    if (thread < ROWS) sh->max[0][thread] = MINUS_INFINITY;
+    for (int first = 0, turn = 0; first < n_chunks; first += most, turn ^= 1) {
+        int n = min(most, n_chunks - first), quads = n * size / 4;
+        const float4 *from = reinterpret_cast<const float4 *>(all + (size_t)first * size);
+#pragma unroll 1
+        for (int i = thread; i < quads; i += AT_ONCE * ATTN_THREADS) {
+            float4 v[AT_ONCE];
+#pragma unroll
+            for (int k = 0; k < AT_ONCE; k++) v[k] = __ldcg(from + min(i + k * ATTN_THREADS, quads - 1));
+#pragma unroll
+            for (int k = 0; k < AT_ONCE; k++)
+                if (i + k * ATTN_THREADS < quads) reinterpret_cast<float4 *>(parts)[i + k * ATTN_THREADS] = v[k];
+        }
+        __syncthreads();
+#pragma unroll 1
+        for (int i = thread; i < n * p.rows; i += ATTN_THREADS) {
+            int k = i / p.rows, row = i % p.rows;
+            float before = sh->max[turn][row], m = parts[k * size + maxima + row];
+#pragma unroll 8
+            for (int j = 0; j < k; j++) before = fmaxf(before, parts[j * size + maxima + row]);
+            float now = fmaxf(before, m);
+            weights[i] = make_float2(exp2_fast(before - now), exp2_fast(m - now));
+            if (k == n - 1) sh->max[turn ^ 1][row] = now;
+        }
+        __syncthreads();
+        if (mine.row < p.rows) {
+#pragma unroll 8
+            for (int k = 0; k < n; k++) {
+                const float *part = parts + k * size;
+                float2 w = weights[k * p.rows + mine.row];
+                mine.state.l = fmaf(part[maxima + p.rows + mine.row], w.y, mine.state.l * w.x); // as chain_add
+#pragma unroll
+                for (int c = 0; c < own::N; c++)
+                    mine.sum[c] = chain_value(
+                        mine.sum[c], w.x, part[mine.row * HD + min(mine.first + c * own::THREADS_A_ROW, HD - 1)], w.y);
+            }
+        }
+        if (first + most < n_chunks) __syncthreads();
+    }
+}
+
 // RT: at least p.rows.
 template <typename KV, bool FUSED, int RT>
 static __global__ void __launch_bounds__(ATTN_THREADS, 1) k_attention(attention_params p) {
@@ -288,7 +340,7 @@ static __global__ void __launch_bounds__(ATTN_THREADS, 1) k_attention(attention_
 
     own mine(thread);
     bool has_row = mine.row < p.rows;
-    size_t tile = (size_t)token * p.kv.n_kv_heads + kv_head, size = (size_t)p.rows * (HD + 2);
+    size_t tile = (size_t)token * p.kv.n_kv_heads + kv_head, size = part_floats(p.rows, HD);
     if (FUSED) dependency_wait();
     prepare_rows<KV, FUSED, RT>(sh, p, token, kv_head, slot_page, slot, warp, lane);
     __syncthreads();
@@ -315,23 +367,7 @@ static __global__ void __launch_bounds__(ATTN_THREADS, 1) k_attention(attention_
         __syncthreads();
         if (!sh->last) return;
         if (thread == 0) p.arrivals[tile] = 0;
-        const float *all = p.partial + tile * p.max_chunks * size;
-#pragma unroll 1
-        for (int first = 0; has_row && first < n_chunks; first += own::AT_ONCE) {
-            float of[own::AT_ONCE][own::N], m[own::AT_ONCE], l[own::AT_ONCE];
-#pragma unroll
-            for (int k = 0; k < own::AT_ONCE; k++) {
-                const float *from = all + (size_t)min(first + k, n_chunks - 1) * size;
-                m[k] = __ldcg(from + p.rows * HD + mine.row);
-                l[k] = __ldcg(from + p.rows * (HD + 1) + mine.row);
-#pragma unroll
-                for (int i = 0; i < own::N; i++)
-                    of[k][i] = __ldcg(from + mine.row * HD + min(mine.first + i * own::THREADS_A_ROW, HD - 1));
-            }
-#pragma unroll
-            for (int k = 0; k < own::AT_ONCE; k++)
-                if (first + k < n_chunks) mine.add(of[k], m[k], l[k]);
-        }
+        combine_split(sh, p, mine, p.partial + tile * p.max_chunks * size, n_chunks, thread);
     }
     if (!has_row || sh->position[mine.row] < 0) return;
     float *out =
@@ -453,11 +489,11 @@ size_t cuda_split_floats(const struct ops *ops, const struct ops_limits *l) {
     (void)ops;
     size_t rows = l->max_tokens * l->n_heads, chunks = 1;
     while (chunks * ATTN_CHUNK < l->max_positions) chunks *= 2;
-    size_t most = rows < SPLIT_ROWS ? rows : SPLIT_ROWS, floats = most * chunks * (l->head_dim + 2);
+    size_t most = rows < SPLIT_ROWS ? rows : SPLIT_ROWS, floats = most * chunks * (l->head_dim + 4);
     // More for stream.cu, within bounds: what does not fit is not split.
     while (most < rows && floats < MOST_PARTIAL) {
         most = 2 * most < rows ? 2 * most : rows;
-        floats = most * chunks * (l->head_dim + 2);
+        floats = most * chunks * (l->head_dim + 4);
     }
     return floats;
 }
