@@ -118,14 +118,19 @@ static void copy(struct cuda_state *s, void *to, const void *from, size_t bytes,
     cuda_check(s, cudaMemcpyAsync(to, from, bytes, kind, s->stream), "copying");
 }
 
+// The kernel that raised the alarm has ended the whole context: its own error would not say why.
 static void check_alarm(struct cuda_state *s) {
     if (s->alarm && *(volatile unsigned *)s->alarm)
         cuda_check(s, cudaErrorLaunchTimeout, "running all layers in one kernel, whose blocks waited for each other");
 }
 
-static void wait(struct cuda_state *s) {
-    if (s->failed == cudaSuccess) cuda_check(s, cudaStreamSynchronize(s->stream), "running a step");
+static void check_wait(struct cuda_state *s, cudaError_t e) {
     check_alarm(s);
+    cuda_check(s, e, "running a step");
+}
+
+static void wait(struct cuda_state *s) {
+    if (s->failed == cudaSuccess) check_wait(s, cudaStreamSynchronize(s->stream));
 }
 
 static void put(struct device *d, void *to, const void *from, size_t bytes) {
@@ -167,8 +172,7 @@ static void mark(struct device *d, unsigned number) {
 
 static bool reach(struct device *d, unsigned number) {
     struct cuda_state *s = state(d);
-    if (s->failed == cudaSuccess) cuda_check(s, cudaEventSynchronize(s->marks[number]), "running a step");
-    check_alarm(s);
+    if (s->failed == cudaSuccess) check_wait(s, cudaEventSynchronize(s->marks[number]));
     return s->failed == cudaSuccess;
 }
 
