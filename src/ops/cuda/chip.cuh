@@ -245,6 +245,20 @@ static __device__ __forceinline__ unsigned long long nanoseconds() {
     return t;
 }
 
+// This SM's clock.
+static __device__ __forceinline__ uint32_t cycles() {
+    uint32_t t;
+    asm volatile("mov.u32 %0, %%clock;" : "=r"(t));
+    return t;
+}
+
+// Says to the host that a wait took too long, and ends the kernel, and with it all that is queued on this GPU.
+static __device__ __forceinline__ void raise_alarm(unsigned *alarm) {
+    *(volatile unsigned *)alarm = 1;
+    __threadfence_system();
+    asm volatile("trap;");
+}
+
 // Before shared memory that ordinary stores wrote is the target of a bulk copy.
 static __device__ __forceinline__ void stores_before_copies() {
 #if HOPPER

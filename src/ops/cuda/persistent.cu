@@ -8,44 +8,48 @@
 // down; all others stay inside a cluster, whose blocks push into each other's shared memory. A block's last warp
 // fetches all that the block will need of weights and pages, in the order of use, as far ahead as the ring in shared
 // memory allows.
+//
+// Each instruction runs a few times a layer at most, and comes from far if the loop is long: a layer's two halves
+// (attention, MLP) share all of their code but what lies between their two products.
 #include "ops/cuda/persistent.cuh"
 
-#include <type_traits>
+#include "ops/cuda/held.cuh"
 
-static const uint32_t EMPTY = 0xFFFFFFFFu; // on the board: a NaN that no sum is
+static const uint32_t EMPTY = 0xFFFFFFFFu;   // on the board: a NaN that no sum is
+static const uint32_t NOTHING = 0x80000000u; // there: -0, which changes no sum
 
 // ---- Waiting
 // ---------------------------------------------------------------------------------------------------------
 
-// A kernel that waits for what will never come must end all the same: after a second somebody raises the alarm, and
-// then nobody waits any more.
+// A kernel that waits for what will never come must end all the same: after a second it raises the alarm, and dies.
+static const unsigned long long PATIENCE = 1000 * 1000 * 1000; // nanoseconds
+
+static __device__ __noinline__ unsigned long long waiting_since(unsigned *alarm, unsigned long long since) {
+    unsigned long long now = nanoseconds();
+    if (since == 0) return now;
+    if (now - since >= PATIENCE) raise_alarm(alarm);
+    return since;
+}
+
 struct patience {
     unsigned looks;
     unsigned long long since;
+    __device__ __forceinline__ void look(const persistent_args &p) {
+        if ((++looks & 0xFFF) == 0) since = waiting_since(p.alarm, since);
+    }
 };
-
-static const unsigned long long PATIENCE = 1000 * 1000 * 1000, GONE = ~0ull; // nanoseconds
-
-// Since when there has been waiting; GONE: that is too long.
-static __device__ __noinline__ unsigned long long waiting_since(volatile unsigned *alarm, unsigned long long since) {
-    unsigned long long now = nanoseconds();
-    if (*alarm) return GONE;
-    if (since == 0) return now;
-    if (now - since < PATIENCE) return since;
-    *alarm = 1;
-    return GONE;
-}
-
-static __device__ __forceinline__ bool gives_up(const persistent_args &p, patience &w) {
-    if ((++w.looks & 0xFFF) != 0) return false;
-    w.since = waiting_since(p.alarm, w.since);
-    return w.since == GONE;
-}
 
 static __device__ __forceinline__ void wait_for(const persistent_args &p, uint64_t *bar, uint32_t parity) {
     patience w = {};
-    while (!barrier_try(bar, parity) && !gives_up(p, w)) {
-    }
+    while (!barrier_try(bar, parity)) w.look(p);
+}
+
+// The same number, of which the compiler knows nothing: what follows from it is computed where it is used, not kept in
+// registers from layer to layer, of which there are too few.
+static __device__ __forceinline__ int afresh(int v) {
+    asm volatile("" : "+r"(v));
+    static_assert(PERSISTENT_THREADS < 512, "the number of a thread");
+    return v & 511;
 }
 
 // ---- The ring
@@ -55,12 +59,6 @@ static __device__ __forceinline__ void wait_for(const persistent_args &p, uint64
 struct ring_place {
     unsigned slot;
     uint32_t parity;
-    __device__ __forceinline__ void step() {
-        if (++slot == N_SLOTS) {
-            slot = 0;
-            parity ^= 1;
-        }
-    }
     __device__ __forceinline__ ring_place ahead(unsigned n) const {
         ring_place r = {slot + n, parity};
         if (r.slot >= N_SLOTS) {
@@ -71,9 +69,21 @@ struct ring_place {
     }
 };
 
-static __device__ __forceinline__ void release(persistent_shared *sh, ring_place at, int lane) {
+// By a whole warp: until the next n slots have come, a lane each.
+static __device__ __forceinline__ void await_slots(const persistent_args &p, persistent_shared *sh, ring_place at,
+                                                   int n, int lane) {
+    if (lane < n) {
+        ring_place mine = at.ahead((unsigned)lane);
+        wait_for(p, &sh->full[mine.slot], mine.parity);
+    }
     __syncwarp();
-    if (lane == 0) barrier_arrive(&sh->empty[at.slot]);
+}
+
+// This warp needs the next n slots no longer, or never did.
+static __device__ __forceinline__ void pass(persistent_shared *sh, ring_place &at, int n, int lane) {
+    __syncwarp();
+    if (lane < n) barrier_arrive(&sh->empty[at.ahead((unsigned)lane).slot]);
+    at = at.ahead((unsigned)n);
 }
 
 // ---- Where everything is
@@ -86,141 +96,165 @@ struct block_place {
     int n_chunks, last_page;
 };
 
-static __device__ __forceinline__ int whole_slices(int columns) {
+static __host__ __device__ __forceinline__ int whole_slices(int columns) {
     return (columns + SLICE - 1) / SLICE;
 }
 
-// The board's rows of a layer: n_heads of out, then n_ff's.
-static __device__ __forceinline__ uint32_t *board_row(const persistent_args &p, int group, unsigned half, int layer,
-                                                      int row) {
-    int rows = p.n_kv_heads * group + whole_slices(p.n_ff);
-    return p.board + (((size_t)half * p.n_layers + layer) * rows + row) * MOST_HIDDEN;
+static __host__ __device__ __forceinline__ int board_rows(int n) {
+    return (n + BOARD_ROWS - 1) / BOARD_ROWS * BOARD_ROWS;
 }
 
 // ---- Fetching
 // --------------------------------------------------------------------------------------------------------
 
-template <typename W> struct fetcher {
+// Step i of a layer: whole units of q, k and v, then out's columns of the heads, slice by slice; then gate's and up's
+// units, then down's columns, slice by slice.
+template <typename W, int GROUP>
+static __device__ __forceinline__ fetch_step plan_step(const persistent_args &p, const block_place &me, int i) {
+    constexpr int Q = 2 * GROUP;
+    uint32_t unit = (uint32_t)whole_slices(p.hidden) * W::RECORD;
+    int ff_slices = whole_slices(p.n_ff), all_slices = ff_slices, slice = 0, weight = W_DOWN, index = -1;
+    if (me.kv_head >= 0 && i < Q + 4) {
+        weight = i < Q ? W_Q : i < Q + 2 ? W_K : W_V;
+        index = i < Q ? me.kv_head * GROUP * 16 + me.rank * Q + i : me.kv_head * 16 + me.rank * 2 + (i - Q) % 2;
+    } else if (me.kv_head >= 0 && i < 2 * Q + 4) {
+        i -= Q + 4;
+        weight = W_OUT;
+        all_slices = p.n_kv_heads * GROUP;
+        slice = me.kv_head * GROUP + i / 2;
+    } else {
+        if (me.kv_head >= 0) i -= 2 * Q + 4;
+        if (i < 4 * me.n_slices) {
+            weight = i % 2 ? W_UP : W_GATE;
+            index = min((me.slice + i / 4) * 16 + me.rank * 2 + i % 4 / 2, (p.n_ff + 7) / 8 - 1);
+        } else {
+            i -= 4 * me.n_slices;
+            slice = me.slice + i / 2;
+        }
+    }
+    if (index >= 0) return {(uint32_t)index * unit, 0, unit, 1, (uint16_t)weight};
+    // Rows 128 rank + 64 (i % 2) .. of one slice of columns.
+    int begin = me.rank * (OWN_ROWS / 8) + i % 2 * 8, n = max(0, min(8, (p.hidden + 7) / 8 - begin));
+    uint32_t stride = (uint32_t)all_slices * W::RECORD;
+    return {(uint32_t)begin * stride + (uint32_t)slice * W::RECORD, stride, W::RECORD, (uint16_t)n, (uint16_t)weight};
+}
+
+struct fetcher {
     const persistent_args &p;
     persistent_shared *sh;
-    int lane;
     ring_place at;
     bool wrapped;
+    uint32_t last; // when the last slot was filled
 
-    // The next slot, free; its copies must bring `bytes`.
-    __device__ __forceinline__ unsigned char *open(uint32_t bytes) {
+    // Into the next slot, when it is free: lane i < n brings `bytes` from `from`. The slot has come when `beside` more
+    // bytes have come, too. Returns where they are to be counted.
+    __device__ __forceinline__ uint64_t *fill(const unsigned char *from, int n, uint32_t bytes, uint32_t beside,
+                                              uint32_t pace, int lane) {
         if (wrapped) wait_for(p, &sh->empty[at.slot], at.parity ^ 1);
-        if (lane == 0) barrier_expect(&sh->full[at.slot], bytes);
+        // What all blocks ask for at once stands in the way of what they tell each other.
+        while (cycles() - last < pace) {
+        }
+        last = cycles();
+        uint64_t *full = &sh->full[at.slot];
+        if (lane == 0) barrier_expect(full, (uint32_t)n * bytes + beside);
         __syncwarp();
-        return sh->ring[at.slot];
-    }
-    __device__ __forceinline__ void copy(void *to, const void *from, uint32_t bytes) {
-        bulk_copy(to, from, bytes, &sh->full[at.slot]);
-    }
-    __device__ __forceinline__ void close() {
-        at.step();
-        if (at.slot == 0) wrapped = true;
-    }
-    __device__ __forceinline__ void unit(const unsigned char *w, int index, uint32_t bytes) {
-        unsigned char *to = open(bytes);
-        if (lane == 0) copy(to, w + (size_t)index * bytes, bytes);
-        close();
-    }
-    // Rows 128 rank + 8 first .. of w, `units` of them, columns from `slice` on, `n_slices` of them.
-    __device__ __forceinline__ void columns(const unsigned char *w, int rank, int first, int units, int all_slices,
-                                            int slice, int n_slices) {
-        uint32_t bytes = (uint32_t)n_slices * W::RECORD;
-        int begin = rank * (OWN_ROWS / 8) + first, n = max(0, min(units, (p.hidden + 7) / 8 - begin));
-        unsigned char *to = open((uint32_t)n * bytes);
-        if (lane < n) copy(to + lane * bytes, w + ((size_t)(begin + lane) * all_slices + slice) * W::RECORD, bytes);
-        close();
+        if (lane < n) bulk_copy(sh->ring[at.slot] + (uint32_t)lane * bytes, from, bytes, full);
+        at = at.ahead(1);
+        wrapped |= at.slot == 0;
+        return full;
     }
 };
 
-template <typename W, int GROUP>
+template <int GROUP>
 static __device__ __forceinline__ void fetch_all(const persistent_args &p, persistent_shared *sh, const block_place &me,
                                                  int lane) {
-    fetcher<W> f = {p, sh, lane, {0, 0}, false};
-    uint32_t unit_bytes = (uint32_t)whole_slices(p.hidden) * W::RECORD;
-    int out_slices = p.n_kv_heads * GROUP, ff_slices = whole_slices(p.n_ff);
-    int ff_units = (p.n_ff + 7) / 8;
+    fetcher f = {p, sh, {0, 0}, false, cycles()};
+    int before_pages = me.kv_head >= 0 ? 2 * GROUP + 4 : -1;
+    int first_of_mlp = me.kv_head >= 0 ? 4 * GROUP + 4 : 0, n_steps = first_of_mlp + 6 * me.n_slices;
+    unsigned turn = 0;
+    uint32_t pace = (uint32_t)p.pace / (uint32_t)max(1, n_steps);
+    size_t page_bytes = SLOT_BYTES / 2, head = (size_t)me.kv_head * page_bytes, stride = p.n_kv_heads * page_bytes;
 #pragma unroll 1
     for (int l = 0; l < p.n_layers; l++) {
         const persistent_layer &w = p.layer[l];
-        if (me.kv_head >= 0) {
 #pragma unroll 1
-            for (int i = 0; i < 2 * GROUP; i++)
-                f.unit(w.wq, me.kv_head * GROUP * 16 + me.rank * 2 * GROUP + i, unit_bytes);
+        for (int i = 0; i < n_steps; i++) {
+            if (i == before_pages) {
+                const unsigned char *kv = w.kv[lane % 2] + head;
+                int mine = 0;
 #pragma unroll 1
-            for (int i = 0; i < 4; i++) f.unit(i < 2 ? w.wk : w.wv, me.kv_head * 16 + me.rank * 2 + i % 2, unit_bytes);
-            kv_view kv = {w.k, w.v, p.n_kv_heads, HEAD, false};
-            int mine = 0;
+                for (int chunk = me.rank; chunk < me.n_chunks; chunk += CLUSTER) {
+                    int end = min((chunk + 1) * (int)CHUNK_PAGES, me.last_page + 1) - chunk * (int)CHUNK_PAGES;
 #pragma unroll 1
-            for (int chunk = me.rank; chunk < me.n_chunks; chunk += CLUSTER)
-#pragma unroll 1
-                for (int i = chunk * CHUNK_PAGES; i < (chunk + 1) * CHUNK_PAGES && i <= me.last_page; i++) {
-                    int page = sh->page[mine++];
-                    unsigned char *to = f.open(SLOT_BYTES);
-                    if (lane == 0) {
-                        f.copy(to, head_page(kv, false, page, me.kv_head), SLOT_BYTES / 2);
-                        f.copy(to + SLOT_BYTES / 2, head_page(kv, true, page, me.kv_head), SLOT_BYTES / 2);
-                    }
-                    f.close();
+                    for (int k = 0; k < end; k++)
+                        f.fill(kv + (size_t)sh->page[mine + k] * stride, 2, SLOT_BYTES / 2, 0, (uint32_t)p.page_pace,
+                               lane);
+                    mine += CHUNK_PAGES;
                 }
-#pragma unroll 1
-            for (int i = 0; i < 2 * GROUP; i++)
-                f.columns(w.wo, me.rank, i * (8 / GROUP), 8 / GROUP, out_slices, me.kv_head * GROUP, GROUP);
+            }
+            fetch_step s = sh->steps[i];
+            const unsigned char *from = w.w[s.weight] + s.from + (uint32_t)lane * s.stride;
+            bool attention = i == 0 && me.kv_head >= 0;
+            if (!attention && i != first_of_mlp) {
+                f.fill(from, s.n, s.bytes, 0, pace, lane);
+                continue;
+            }
+            // With a half-layer's first slot come its norms' weights.
+            const float *head_norm = attention && lane < 2 ? w.head_norm[lane] : NULL;
+            uint32_t x_bytes = (uint32_t)p.hidden * 4, head_bytes = attention && w.head_norm[0] ? HEAD * 4 : 0;
+            uint64_t *full = f.fill(from, s.n, s.bytes, x_bytes + 2 * head_bytes, pace, lane);
+            if (lane == 2) bulk_copy(sh->norm[turn], w.norm[!attention], x_bytes, full);
+            else if (head_norm) bulk_copy(sh->head_norm[l % 2][lane], head_norm, HEAD * 4, full);
+            turn ^= 1;
         }
-#pragma unroll 1
-        for (int s = me.slice; s < me.slice + me.n_slices; s++)
-#pragma unroll 1
-            for (int i = 0; i < 4; i++)
-                f.unit(i % 2 ? w.up : w.gate, min(s * 16 + me.rank * 2 + i / 2, ff_units - 1), unit_bytes);
-#pragma unroll 1
-        for (int s = me.slice; s < me.slice + me.n_slices; s++)
-#pragma unroll 1
-            for (int i = 0; i < 2; i++) f.columns(w.down, me.rank, i * 8, 8, ff_slices, s, 1);
     }
 }
 
 // ---- x, from the board to all blocks of a cluster
 // --------------------------------------------------------------------
 
-// The sum of one row's n slices, in ascending order, as they appear on the board.
+// The sum of one row's n slices (a multiple of BOARD_ROWS), in ascending order, as they appear on the board.
 static __device__ __forceinline__ float collect(const persistent_args &p, const uint32_t *row, int n) {
-    enum { AT_ONCE = 24 };
-    float total = 0;
+    enum { AT_ONCE = 3 * BOARD_ROWS };
+    float total = -0.0f;
     patience w = {};
 #pragma unroll 1
-    for (int first = 0; first < n; first += AT_ONCE) {
-        uint32_t v[AT_ONCE];
+    for (; n > 0; n -= AT_ONCE, row += AT_ONCE * MOST_HIDDEN) {
+        float v[AT_ONCE], sum;
+        for (bool complete = false;;) {
 #pragma unroll
-        for (int i = 0; i < AT_ONCE; i++) v[i] = first + i < n ? EMPTY : 0;
-        for (;;) {
+            for (int k = 0; k < AT_ONCE; k += BOARD_ROWS)
+                if (k < n)
 #pragma unroll
-            for (int i = 0; i < AT_ONCE; i++)
-                if (v[i] == EMPTY) v[i] = load_relaxed(row + (size_t)(first + i) * MOST_HIDDEN);
-            bool missing = false;
+                    for (int i = k; i < k + BOARD_ROWS; i++)
+                        v[i] = __uint_as_float(load_relaxed(row + (size_t)i * MOST_HIDDEN));
+            sum = total;
 #pragma unroll
-            for (int i = 0; i < AT_ONCE; i++) missing |= v[i] == EMPTY;
-            if (!missing || gives_up(p, w)) break;
+            for (int k = 0; k < AT_ONCE; k += BOARD_ROWS)
+                if (k < n)
+#pragma unroll
+                    for (int i = k; i < k + BOARD_ROWS; i++) sum += v[i];
+            // EMPTY is no number, and so is a sum with it: but the model's own sums may be none.
+            if (sum == sum || complete) break;
+            w.look(p);
+            if ((w.looks & 63) == 0) {
+                bool missing = false;
+#pragma unroll 1
+                for (int i = 0; i < min(n, (int)AT_ONCE); i++)
+                    missing |= load_relaxed(row + (size_t)i * MOST_HIDDEN) == EMPTY;
+                complete = !missing;
+            }
             poll_again();
         }
-#pragma unroll
-        for (int i = 0; i < AT_ONCE; i++) {
-            if (first + i >= n) break;
-            float f = __uint_as_float(v[i]);
-            total = first + i == 0 ? f : total + f;
-        }
+        total = sum;
     }
     return total;
 }
 
 // By the first four warps: their block's columns of x, and the sum of their squares (norm_partial's of one warp), to
 // all blocks of the cluster.
-static __device__ __forceinline__ void push_x(persistent_shared *sh, int rank, float x, int thread) {
-    int warp = thread / 32, lane = thread % 32;
-    sh->own[thread] = x;
+static __device__ __forceinline__ void push_x(persistent_shared *sh, int rank, float x, int warp, int lane) {
+    sh->own[warp * 32 + lane] = x;
     sync_some(2, OWN_ROWS);
     float4 v = *reinterpret_cast<const float4 *>(sh->own + 4 * lane);
 #pragma unroll
@@ -236,9 +270,10 @@ static __device__ __forceinline__ void push_x(persistent_shared *sh, int rank, f
 }
 
 // This warp's slice of x, when all of it has come, normed and rounded.
-static __device__ __forceinline__ void norm_inputs(const persistent_args &p, persistent_shared *sh, float4 w,
-                                                   uint32_t parity, int warp, int lane) {
-    wait_for(p, &sh->x_arrived, parity);
+static __device__ __forceinline__ void norm_inputs(const persistent_args &p, persistent_shared *sh, uint32_t turn,
+                                                   int warp, int lane) {
+    float4 w = load4(sh->norm[turn], warp * SLICE + 4 * lane, p.hidden);
+    wait_for(p, &sh->x_arrived, turn);
     float4 v = *reinterpret_cast<const float4 *>(sh->x + warp * SLICE + 4 * lane);
     float r = norm_rate(sh->norm_sums, p.hidden, p.eps);
     put_inputs(sh->inputs, warp * SLICE + 4 * lane, 1, 0, scale4(v, r, w));
@@ -248,141 +283,126 @@ static __device__ __forceinline__ void norm_inputs(const persistent_args &p, per
 // ---- Products
 // --------------------------------------------------------------------------------------------------------
 
-// A slice of one token's inputs, as weights' own slices take it.
-static __device__ __forceinline__ uint4 load_input(const unsigned char *inputs, int c, int lane) {
-    return lane < 4 ? *reinterpret_cast<const uint4 *>(inputs + c * 64 + lane * 16) : make_uint4(0, 0, 0, 0);
+// Two pairs of whole units, this warp's slice; the last of an odd number twice.
+template <typename W>
+static __device__ __forceinline__ void point_to_pairs(const unsigned char *(&u)[4], persistent_shared *sh,
+                                                      ring_place at, int n_slots, int warp) {
+#pragma unroll
+    for (unsigned i = 0; i < 4; i++)
+        u[i] = sh->ring[at.ahead(i < 2 || n_slots == 4 ? i : i - 2).slot] + warp * W::RECORD;
 }
 
-static __device__ __forceinline__ void multiply(float (&d)[4], uint4 u, uint4 v, uint4 x) {
-    mma(d, u.x, v.x, u.y, v.y, x.x, x.y);
-    mma(d, u.z, v.z, u.w, v.w, x.z, x.w);
+static __device__ __forceinline__ int slots_of_two(int n) {
+    return n > 1 ? 4 : 2;
 }
 
-// PAIRS pairs of whole units, a slice of x a warp: sums to part[slice][first row ..].
-template <typename W, int PAIRS>
-static __device__ __forceinline__ void by_slices(const persistent_args &p, persistent_shared *sh, ring_place &at,
-                                                 int first_row, int warp, int lane) {
-    const unsigned char *w[2 * PAIRS];
-    ring_place place = at;
+template <typename W>
+static __device__ __forceinline__ void hold_pairs(const persistent_args &p, persistent_shared *sh, held_units<W> &h,
+                                                  ring_place at, int n_pairs, int warp, int lane) {
+    const unsigned char *u[4];
+    await_slots(p, sh, at, slots_of_two(n_pairs), lane);
+    point_to_pairs<W>(u, sh, at, slots_of_two(n_pairs), warp);
+    hold(h, u, lane);
+}
+
+// n_pairs pairs of whole units, a slice of x a warp: sums to part[slice]. The first two are held.
+template <typename W>
+static __device__ __forceinline__ void by_slices(const persistent_args &p, persistent_shared *sh, held_units<W> &h,
+                                                 ring_place &at, int n_pairs, int warp, int lane) {
+    const unsigned char *x = sh->inputs + warp * SLICE * 2, *next[4] = {};
+    float *to = sh->part[warp] + lane / 4;
+#pragma unroll 1
+    for (bool more = true; more; n_pairs -= 2, to += 32) {
+        int n = slots_of_two(n_pairs);
+        more = n_pairs > 2;
+        if (more) {
+            ring_place then = at.ahead((unsigned)n);
+            await_slots(p, sh, then, slots_of_two(n_pairs - 2), lane);
+            point_to_pairs<W>(next, sh, then, slots_of_two(n_pairs - 2), warp);
+        }
+        float d[2][4];
+        multiply_held<W>(h, d, {x, x}, more, next, lane);
+        if (lane % 4 == 0) {
 #pragma unroll
-    for (int i = 0; i < 2 * PAIRS; i++) {
-        w[i] = sh->ring[place.slot] + warp * W::RECORD;
-        wait_for(p, &sh->full[place.slot], place.parity);
-        place.step();
-    }
-    if (warp * SLICE < p.hidden) {
-        float d[PAIRS][1][4];
-        W::template slice<PAIRS, 1, true>(
-            d, lane, [&](int u) { return w[u]; },
-            [&](int, int c) { return load_input(sh->inputs + warp * SLICE * 2, c, lane); });
-        float *to = sh->part[warp] + first_row + lane / 4;
-#pragma unroll
-        for (int i = 0; i < PAIRS; i++)
-            if (lane % 4 == 0) {
-                to[16 * i] = d[i][0][0];
-                to[16 * i + 8] = d[i][0][2];
+            for (int i = 0; i < 2; i++) {
+                to[16 * i] = d[i][0];
+                to[16 * i + 8] = d[i][2];
             }
-    }
-#pragma unroll
-    for (int i = 0; i < 2 * PAIRS; i++) {
-        release(sh, at, lane);
-        at.step();
+        }
+        pass(sh, at, n, lane);
     }
 }
 
 // The slices' sums in ascending order.
 static __device__ __forceinline__ float add_slices(const persistent_args &p, const persistent_shared *sh, int row) {
     float s = sh->part[0][row];
+    if (p.hidden == MOST_HIDDEN) {
 #pragma unroll
-    for (int i = 1; i < NORM_WARPS; i++)
-        if (i * SLICE < p.hidden) s += sh->part[i][row];
+        for (int i = 1; i < NORM_WARPS; i++) s += sh->part[i][row];
+    } else {
+#pragma unroll 1
+        for (int i = 1; i * SLICE < p.hidden; i++) s += sh->part[i][row];
+    }
     return s;
 }
 
-// A warp's 16 of the block's rows times SLICES slices of inputs, each of which has a sum of its own, to the board from
-// `row` on. u: the first unit's records; the other unit's stand `next` bytes further. What the last launch wrote there,
-// to the board's other half, is emptied.
-template <typename W, int SLICES>
-static __device__ __forceinline__ void to_board(const persistent_args &p, const unsigned char *const (&u)[SLICES],
-                                                int next, const unsigned char *inputs, uint32_t *row, uint32_t *old,
-                                                int rank, int warp, int lane) {
-    int first = rank * OWN_ROWS + warp * 16, n_rows = min(16, p.hidden - first);
-    float d[SLICES][1][1][4] = {};
-    if (n_rows <= 0) return;
-    if (n_rows <= 8) next = 0; // the other unit does not exist
-    if constexpr (std::is_same<W, bf16_weights>::value) {
-        // The slices' chains side by side: each is eight instructions long.
+// Two slices of this warp's 16 rows; the last of an odd number twice. n_rows <= 8: the other unit does not exist.
+template <typename W>
+static __device__ __forceinline__ void point_to_rows(const unsigned char *(&u)[4], persistent_shared *sh, ring_place at,
+                                                     int n_slots, int n_rows, int warp) {
+    const uint32_t record = 2 * (uint32_t)warp % 8 * W::RECORD;
+    int other = n_rows > 8 ? W::RECORD : 0;
 #pragma unroll
-        for (int c = 0; c < 4; c++)
-#pragma unroll
-            for (int s = 0; s < SLICES; s++) {
-                const unsigned char *at = u[s] + (c * CHUNK_LANES + lane) * 16;
-                multiply(d[s][0][0], *reinterpret_cast<const uint4 *>(at), *reinterpret_cast<const uint4 *>(at + next),
-                         load_input(inputs + s * SLICE * 2, c, lane));
-            }
-    } else {
-#pragma unroll
-        for (int s = 0; s < SLICES; s++)
-            W::template slice<1, 1, true>(
-                d[s], lane, [&](int unit) { return u[s] + unit * next; },
-                [&](int, int c) { return load_input(inputs + s * SLICE * 2, c, lane); });
+    for (int i = 0; i < 2; i++) {
+        u[2 * i] = sh->ring[at.ahead((unsigned)(i * (n_slots - 2) + warp / 4)).slot] + record;
+        u[2 * i + 1] = u[2 * i] + other;
     }
-#pragma unroll
-    for (int s = 0; s < SLICES; s++)
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            int r = i * 8 + lane / 4;
-            if (lane % 4 == 0 && r < n_rows)
-                store_relaxed(row + s * MOST_HIDDEN + first + r, __float_as_uint(d[s][0][0][2 * i]));
-        }
-#pragma unroll
-    for (int s = 0; s < SLICES; s++)
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            int r = i * 8 + lane / 4;
-            if (lane % 4 == 0 && r < n_rows) old[s * MOST_HIDDEN + first + r] = EMPTY;
-        }
 }
 
-// The next n slots are no longer needed, whether this warp has read them or not.
-static __device__ __forceinline__ void pass(const persistent_args &p, persistent_shared *sh, ring_place &at, int n,
-                                            int lane) {
+template <typename W>
+static __device__ __forceinline__ void hold_rows(const persistent_args &p, persistent_shared *sh, held_units<W> &h,
+                                                 ring_place at, int n, int n_rows, int warp, int lane) {
+    const unsigned char *u[4];
+    await_slots(p, sh, at, slots_of_two(n), lane);
+    point_to_rows<W>(u, sh, at, slots_of_two(n), n_rows, warp);
+    hold(h, u, lane);
+}
+
+// The block's rows, 16 a warp, times n slices of inputs, each of which has two slots, and a sum of its own on the
+// board, from `row` on. What the last launch wrote there, in the board's other half, is emptied. The first two slices
+// are held.
+template <typename W>
+static __device__ __forceinline__ void by_rows(const persistent_args &p, persistent_shared *sh, held_units<W> &h,
+                                               ring_place &at, int n, const unsigned char *inputs, uint32_t *row,
+                                               ptrdiff_t other_half, int n_rows, int warp, int lane) {
+    const unsigned char *next[4] = {};
+    row += warp * 16 + lane / 4;
 #pragma unroll 1
-    for (int i = 0; i < n; i++) {
-        wait_for(p, &sh->full[at.slot], at.parity);
-        release(sh, at, lane);
-        at.step();
-    }
-}
-
-// Slot `at`, when all of it is there.
-static __device__ __forceinline__ const unsigned char *arrived(const persistent_args &p, const persistent_shared *sh,
-                                                               ring_place at) {
-    wait_for(p, const_cast<uint64_t *>(&sh->full[at.slot]), at.parity);
-    return sh->ring[at.slot];
-}
-
-// The out product: the heads' slices side by side in a slot.
-template <typename W, int GROUP>
-static __device__ __forceinline__ void out_sums(const persistent_args &p, persistent_shared *sh, ring_place at,
-                                                uint32_t *row, uint32_t *old, int rank, int warp, int lane) {
-    constexpr int UNITS = 8 / GROUP; // a slot
-    const unsigned char *u[GROUP];
-    u[0] = arrived(p, sh, at.ahead((unsigned)(2 * warp / UNITS))) + 2 * warp % UNITS * GROUP * W::RECORD;
-    for (int s = 1; s < GROUP; s++) u[s] = u[0] + s * W::RECORD;
-    to_board<W, GROUP>(p, u, GROUP * W::RECORD, sh->inputs, row, old, rank, warp, lane);
-}
-
-// SLICES slices of the down product from `slice` of the cluster's on, two slots each.
-template <typename W, int SLICES>
-static __device__ __forceinline__ void down_sums(const persistent_args &p, persistent_shared *sh, ring_place at,
-                                                 int slice, uint32_t *row, uint32_t *old, int rank, int warp,
-                                                 int lane) {
-    const unsigned char *u[SLICES];
+    for (bool more = true; more; n -= 2, row += 2 * MOST_HIDDEN, inputs += 2 * SLICE * 2) {
+        int n_slots = slots_of_two(n), second = n > 1;
+        more = n > 2;
+        if (more) {
+            ring_place then = at.ahead((unsigned)n_slots);
+            await_slots(p, sh, then, slots_of_two(n - 2), lane);
+            point_to_rows<W>(next, sh, then, slots_of_two(n - 2), n_rows, warp);
+        }
+        float d[2][4];
+        multiply_held<W>(h, d, {inputs, inputs + second * SLICE * 2}, more, next, lane);
+        if (lane % 4 == 0) {
 #pragma unroll
-    for (int s = 0; s < SLICES; s++)
-        u[s] = arrived(p, sh, at.ahead((unsigned)(2 * s + warp / 4))) + 2 * warp % 8 * W::RECORD;
-    to_board<W, SLICES>(p, u, W::RECORD, sh->act[slice], row, old, rank, warp, lane);
+            for (int i = 0; i < 2; i++)
+#pragma unroll
+                for (int k = 0; k < 2; k++)
+                    if (k * 8 + lane / 4 < n_rows)
+                        store_relaxed(row + i * second * MOST_HIDDEN + k * 8, __float_as_uint(d[i][2 * k]));
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+#pragma unroll
+                for (int k = 0; k < 2; k++)
+                    if (k * 8 + lane / 4 < n_rows) row[other_half + i * second * MOST_HIDDEN + k * 8] = EMPTY;
+        }
+        pass(sh, at, n_slots, lane);
+    }
 }
 
 // ---- q, k and v
@@ -393,267 +413,366 @@ template <int GROUP>
 static __device__ __forceinline__ void push_qkv(const persistent_args &p, persistent_shared *sh, const block_place &me,
                                                 const persistent_layer &w, int n_blocks, int thread) {
     constexpr int Q = 16 * GROUP, ROWS_HERE = Q + 32;
-    int row = thread, part = row < Q ? 0 : row < Q + 16 ? 1 : 2, within = part == 0 ? row : (row - Q) % 16;
-    int at = part == 0 ? me.rank * Q + within : (GROUP + part - 1) * HEAD + me.rank * 16 + within;
-    if (row < ROWS_HERE) {
-        const float *bias = part == 0 ? w.bq : part == 1 ? w.bk : w.bv;
-        float s = add_slices(p, sh, row);
-        if (bias) s += bias[part == 0 ? me.kv_head * GROUP * HEAD + at : me.kv_head * HEAD + me.rank * 16 + within];
-        sh->own[row] = s;
+    int lane = thread % 32;
+    if (thread < ROWS_HERE) {
+        int part = thread < Q ? 0 : thread < Q + 16 ? 1 : 2, within = (thread - (part ? Q : 0)) % (part ? 16 : Q);
+        float s = add_slices(p, sh, thread);
+        if (w.bias[part]) s += w.bias[part][(me.kv_head * CLUSTER + me.rank) * (part ? 16 : Q) + within];
+        sh->own[thread] = s;
     }
     __syncwarp();
     // A warp's rows again, four a lane.
-    int first = thread / 32 * 32, lane = thread % 32;
-    row = first + lane % 8 * 4;
+    int row = thread / 32 * 32 + lane % 8 * 4;
     if (row >= ROWS_HERE) return;
-    part = row < Q ? 0 : row < Q + 16 ? 1 : 2;
-    within = part == 0 ? row : (row - Q) % 16;
-    at = part == 0 ? me.rank * Q + within : (GROUP + part - 1) * HEAD + me.rank * 16 + within;
+    int part = row < Q ? 0 : row < Q + 16 ? 1 : 2;
+    int to = part == 0 ? me.rank * Q + row : (GROUP + part - 1) * HEAD + me.rank * 16 + (row - Q) % 16;
     float4 v = *reinterpret_cast<const float4 *>(sh->own + row);
-    for (int i = lane / 8; i < n_blocks; i += 4) push16(sh->qkv + at, v, &sh->qkv_arrived, (unsigned)i);
+    for (int i = lane / 8; i < n_blocks; i += 4) push16(sh->qkv + to, v, &sh->qkv_arrived, (unsigned)i);
 }
 
 // ---- Attention
 // -------------------------------------------------------------------------------------------------------
 
-// q's rows, a warp each.
-template <int GROUP>
-static __device__ __forceinline__ void prepare_q(const persistent_args &p, persistent_shared *sh, bool has_norm,
-                                                 int warp, int lane) {
-    if (warp >= GROUP) return;
-    head_registers<HEAD> x =
-        load_head<HEAD>(sh->qkv + warp * HEAD, has_norm ? sh->head_norms[0] : NULL, sh->cos_sin, p.eps, lane);
+// q's row or k, normed and rotated: kv.cuh's load_head of what was pushed.
+static __device__ __forceinline__ void load_rotated(float (&v)[4], const float *from, const float *norm,
+                                                    const float (&cos_sin)[4], float eps, int lane) {
 #pragma unroll
-    for (int i = 0; i < head_registers<HEAD>::PAIRS; i++) {
-        put_q(&sh->q, warp, lane + 32 * i, x.lo[i]);
-        put_q(&sh->q, warp, lane + 32 * i + HEAD / 2, x.hi[i]);
+    for (int i = 0; i < 4; i++) v[i] = from[lane + 32 * i];
+    if (norm) {
+        float s = 0;
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            s = fmaf(v[i], v[i], s);
+            s = fmaf(v[i + 2], v[i + 2], s);
+        }
+        float r = 1.0f / sqrtf(warp_sum(s) / (float)HEAD + eps);
+#pragma unroll
+        for (int i = 0; i < 4; i++) v[i] = v[i] * r * norm[lane + 32 * i];
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        float lo = v[i], hi = v[i + 2], cosine = cos_sin[i], sine = cos_sin[i + 2];
+        v[i] = fmaf(lo, cosine, -(hi * sine));
+        v[i + 2] = fmaf(hi, cosine, lo * sine);
     }
 }
 
-// This token's k and v, by the last two warps: into their page, in memory and where it stands in the ring.
+enum { KV_STEP = 256 }; // elements of a page from channel c of K to c + 32, of V to c + 8
+
+// This token's k, by a warp: into its page, in memory and where it stands in the ring.
+static __device__ __forceinline__ void put_k(const float (&v)[4], unsigned char *here, unsigned char *there, int slot,
+                                             int lane) {
+    size_t first = kv_index(false, slot, lane, HEAD);
+    __nv_bfloat16 *to = reinterpret_cast<__nv_bfloat16 *>(here) + first;
+    __nv_bfloat16 *memory = reinterpret_cast<__nv_bfloat16 *>(there) + first;
+#pragma unroll
+    for (int i = 0; i < 4; i++) to[i * KV_STEP] = memory[i * KV_STEP] = __float2bfloat16_rn(v[i]);
+}
+
+// The same of v, by the last four warps; and the slots behind it are cleared: what they hold may be no number.
+static __device__ __forceinline__ void put_v(const float *v, unsigned char *here, unsigned char *there, int slot,
+                                             int warp, int lane) {
+    v_slots slots = slots_in_use(slot + 1, slot, lane % 4);
+    int unit = (warp - 4) * 4, c = unit * 8 + lane / 4;
+    uint4 *at = reinterpret_cast<uint4 *>(here) + unit * CHUNK_LANES + lane;
+    __nv_bfloat16 *memory = reinterpret_cast<__nv_bfloat16 *>(there) + kv_index(true, slot, c, HEAD);
+    bool mine = lane % 4 == slot % 8 / 2;
+#pragma unroll 1
+    for (int i = 0; i < 4; i++, c += 8, at += CHUNK_LANES, memory += KV_STEP) {
+        __nv_bfloat16 rounded = __float2bfloat16_rn(v[c]);
+        *at = real_slots(*at, slots, pack_bf16(v[c], v[c]));
+        if (mine) *memory = rounded;
+    }
+}
+
+// What attention needs that this token brings: q's rows before the first round, by a warp each; k and v before the
+// round in which this block attends to them.
 template <int GROUP>
-static __device__ __forceinline__ void put_kv(const persistent_args &p, persistent_shared *sh, const block_place &me,
-                                              const persistent_layer &w, ring_place at, int position, int page,
-                                              int warp, int lane) {
-    if (warp < WORKER_WARPS - 2) return;
-    bool of_v = warp == WORKER_WARPS - 1;
-    head_registers<HEAD> x =
-        load_head<HEAD>(sh->qkv + (GROUP + of_v) * HEAD, of_v || !w.k_norm ? NULL : sh->head_norms[1],
-                        of_v ? NULL : sh->cos_sin, p.eps, lane);
-    kv_view kv = {w.k, w.v, p.n_kv_heads, HEAD, false};
+static __device__ __forceinline__ void prepare(const persistent_args &p, persistent_shared *sh, const block_place &me,
+                                               const persistent_layer &w, const float (&cos_sin)[4], int layer,
+                                               ring_place at, bool first, bool own, int position, int page, int warp,
+                                               int lane) {
     int slot = position % KV_PAGE_TOKENS;
-    __nv_bfloat16 *here = reinterpret_cast<__nv_bfloat16 *>(sh->ring[at.slot]) + of_v * (SLOT_BYTES / 4);
-    __nv_bfloat16 *there = reinterpret_cast<__nv_bfloat16 *>(head_page(kv, of_v, page, me.kv_head));
-    wait_for(p, &sh->full[at.slot], at.parity);
+    size_t there = ((size_t)page * p.n_kv_heads + me.kv_head) * (SLOT_BYTES / 2);
+    at = at.ahead((unsigned)(me.last_page % CHUNK_PAGES));
+    if (own && warp >= GROUP) wait_for(p, &sh->full[at.slot], at.parity);
+    if (warp < GROUP ? first : own && warp == GROUP) {
+        float v[4];
+        load_rotated(v, sh->qkv + warp * HEAD, w.head_norm[0] ? sh->head_norm[layer % 2][warp == GROUP] : NULL, cos_sin,
+                     p.eps, lane);
+        if (warp == GROUP) {
+            put_k(v, sh->ring[at.slot], w.kv[0] + there, slot, lane);
+        } else {
 #pragma unroll
-    for (int i = 0; i < 2 * head_registers<HEAD>::PAIRS; i++) {
-        int c = lane + 32 * (i / 2) + i % 2 * (HEAD / 2);
-        size_t index = kv_index(of_v, slot, c, HEAD);
-        here[index] = there[index] = __float2bfloat16_rn(i % 2 ? x.hi[i / 2] : x.lo[i / 2]);
+            for (int i = 0; i < 4; i++) {
+                // Channel 8 e + 2 t + k of these 32: place 2 (e % 2), and the low part's one further, of the uint4.
+                __nv_bfloat16 *to = reinterpret_cast<__nv_bfloat16 *>(&sh->q[warp][i][lane / 16][lane % 8 / 2]) +
+                                    lane / 8 % 2 * 4 + lane % 2;
+                __nv_bfloat16 high = __float2bfloat16_rn(v[i]);
+                to[0] = high;
+                to[2] = __float2bfloat16_rn(v[i] - __bfloat162float(high));
+            }
+        }
+    } else if (own && warp >= 4) {
+        put_v(sh->qkv + (GROUP + 1) * HEAD, sh->ring[at.slot] + SLOT_BYTES / 2, w.kv[1] + there, slot, warp, lane);
     }
-    stores_before_copies();
 }
 
-// A warp's page, of which n positions are seen: o, maximum and sum of each row.
+// A warp's page, of which n positions are seen: o, maximum and sum of each row. As attention.cuh's scores, with q in
+// the order in which the matrix instruction takes it: its high part in rows 0 to 7, its low part in rows 8 to 15.
 template <int GROUP>
 static __device__ __forceinline__ void attend_page(const persistent_args &p, persistent_shared *sh, ring_place at,
                                                    int n, int warp, int lane) {
-    int g = lane / 4, t = lane % 4;
-    const uint4 *v = reinterpret_cast<const uint4 *>(sh->ring[at.slot] + SLOT_BYTES / 2) + lane;
-    v_slots slots = slots_in_use(n, -1, t);
-    float s[4][4], m, l;
+    const uint4 *k = reinterpret_cast<const uint4 *>(sh->ring[at.slot]) + lane;
+    float s[4][4] = {}, m, l;
     uint32_t pairs[4], none[4] = {0, 0, 0, 0};
+    bool real = lane < 4 * GROUP;
     wait_for(p, &sh->full[at.slot], at.parity);
-    scores<bf16_kv<HEAD>, false>(s, &sh->q, sh->ring[at.slot], p.scale, lane);
-    softmax_row(pairs, m, l, s, 0, n, t);
-    if (t == 0 && g < GROUP) {
-        sh->max[warp][g] = m;
-        sh->sum[warp][g] = l;
+#pragma unroll
+    for (int i = 0; i < HEAD / 32; i++) {
+        uint4 first = make_uint4(0, 0, 0, 0), second = first;
+        if (real) {
+            first = sh->q[lane / 4][i][0][lane % 4];
+            second = sh->q[lane / 4][i][1][lane % 4];
+        }
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            uint4 x = k[(j * (HEAD / 32) + i) * CHUNK_LANES];
+            mma(s[j], first.x, first.y, first.z, first.w, x.x, x.y);
+            mma(s[j], second.x, second.y, second.z, second.w, x.z, x.w);
+        }
     }
-#pragma unroll 8
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+#pragma unroll
+        for (int e = 0; e < 2; e++) s[j][e] = (s[j][e] + s[j][2 + e]) * p.scale;
+    softmax_row(pairs, m, l, s, 0, n, lane % 4);
+    if (real && lane % 4 == 0) sh->state[warp][lane / 4] = make_float2(m, l);
+    float *o = sh->o[warp] + lane / 4 * HEAD + 2 * (lane % 4);
+#pragma unroll
     for (int i = 0; i < HEAD / 8; i++) {
         float d[4];
-        uint4 x = v[i * CHUNK_LANES];
-        if (n < ATTN_BLOCK) x = real_slots(x, slots, 0); // what an unused slot holds may be no number
-        values(d, pairs, none, x);
-        if (g < GROUP) *reinterpret_cast<float2 *>(sh->o[warp] + g * HEAD + i * 8 + 2 * t) = make_float2(d[0], d[1]);
+        values(d, pairs, none, k[(SLOT_BYTES / 2 / 16) + i * CHUNK_LANES]);
+        if (real) *reinterpret_cast<float2 *>(o + i * 8) = make_float2(d[0], d[1]);
     }
 }
 
-// A chunk's n pages in order, to all blocks of the cluster.
+// The channels of a row's `quad`, a quarter of an eighth: 16 h + 2 t, + 1, + 8, + 9 of 32, which are eight bytes of
+// inputs as put_inputs has them.
+static __device__ __forceinline__ int first_of_quad(int quad) {
+    return quad / 8 * 32 + quad / 4 % 2 * 16 + quad % 4 * 2;
+}
+
+static __device__ __forceinline__ int bytes_before_quad(int quad) {
+    return quad / 8 * 64 + quad % 4 * 16 + quad / 4 % 2 * 8;
+}
+
+// A chunk's n pages in order, to all blocks of the cluster; the only chunk as inputs of the next product.
 template <int GROUP>
-static __device__ __forceinline__ void push_chunk(persistent_shared *sh, int chunk, int n, int thread) {
+static __device__ __forceinline__ void push_chunk(persistent_shared *sh, unsigned turn, int rank, int n, bool only,
+                                                  int thread) {
     constexpr int QUADS = GROUP * HEAD / 4, AT_ONCE = WORKERS / QUADS; // blocks pushed to at once
-    int quad = thread % QUADS, row = quad / (HEAD / 4);
+    int quad = thread % QUADS, row = quad / (HEAD / 4), from = first_of_quad(quad);
     chain s = CHAIN_START;
     float4 of = make_float4(0, 0, 0, 0);
 #pragma unroll
     for (int i = 0; i < CHUNK_PAGES; i++) {
         float a, c;
         if (i >= n) break;
-        float4 o = *reinterpret_cast<const float4 *>(sh->o[i] + 4 * quad);
-        chain_add(s, sh->max[i][row], sh->sum[i][row], a, c);
-        of.x = chain_value(of.x, a, o.x, c);
-        of.y = chain_value(of.y, a, o.y, c);
-        of.z = chain_value(of.z, a, o.z, c);
-        of.w = chain_value(of.w, a, o.w, c);
+        float2 low = *reinterpret_cast<const float2 *>(sh->o[i] + from);
+        float2 high = *reinterpret_cast<const float2 *>(sh->o[i] + from + 8), state = sh->state[i][row];
+        chain_add(s, state.x, state.y, a, c);
+        of.x = chain_value(of.x, a, low.x, c);
+        of.y = chain_value(of.y, a, low.y, c);
+        of.z = chain_value(of.z, a, high.x, c);
+        of.w = chain_value(of.w, a, high.y, c);
     }
-    chunk_result *to = &sh->chunk[chunk];
+    unsigned there = (unsigned)(thread / QUADS);
+    if (only) {
+        // What chaining one chunk does: -0 becomes +0.
+        float r = s.l;
+        uint2 rounded = make_uint2(pack_bf16((of.x + 0.0f) / r, (of.y + 0.0f) / r),
+                                   pack_bf16((of.z + 0.0f) / r, (of.w + 0.0f) / r));
 #pragma unroll
-    for (int i = 0; i < CLUSTER / AT_ONCE; i++) {
-        unsigned rank = (unsigned)(thread / QUADS + i * AT_ONCE);
-        push16(to->o + 4 * quad, of, &sh->chunks_arrived, rank);
-        if (quad % (HEAD / 4) == 0) push16(&to->state[row], make_float4(s.m, s.l, 0, 0), &sh->chunks_arrived, rank);
+        for (unsigned i = 0; i < CLUSTER; i += AT_ONCE)
+            push8(sh->inputs + bytes_before_quad(quad), rounded, &sh->chunks_arrived[turn], there + i);
+        return;
+    }
+    chunk_result *to = &sh->chunk[turn][rank];
+#pragma unroll
+    for (unsigned i = 0; i < CLUSTER; i += AT_ONCE) {
+        push16(to->o + 4 * quad, of, &sh->chunks_arrived[turn], there + i);
+        if (quad % (HEAD / 4) == 0)
+            push16(&to->state[row], make_float4(s.m, s.l, 0, 0), &sh->chunks_arrived[turn], there + i);
     }
 }
 
-// The chunks in ascending order: attention's result, rounded, as inputs of the next product.
+// One channel of a row, in the order of quads: its chunks so far.
+struct chunk_chain {
+    chain s;
+    float sum;
+};
+
+// A round's n chunks in ascending order, when they have come.
 template <int GROUP>
-static __device__ __forceinline__ void chain_chunks(persistent_shared *sh, int n_chunks, int thread) {
+static __device__ __forceinline__ void chain_round(const persistent_args &p, persistent_shared *sh, chunk_chain &of,
+                                                   unsigned round, int n, int thread) {
+    unsigned turn = round % 2;
+    if (thread == 0) barrier_expect(&sh->chunks_arrived[turn], (uint32_t)n * GROUP * (HEAD * 4 + 16));
+    wait_for(p, &sh->chunks_arrived[turn], round / 2 % 2);
     if (thread >= GROUP * HEAD) return;
-    int row = thread / HEAD;
-    chain s = CHAIN_START;
-    float sum = 0;
-#pragma unroll 1
-    for (int i = 0; i < n_chunks; i++) {
-        float4 next = sh->chunk[i].state[row];
+#pragma unroll 2
+    for (int i = 0; i < n; i++) {
+        const chunk_result *next = &sh->chunk[turn][i];
+        float2 state = *reinterpret_cast<const float2 *>(&next->state[thread / HEAD]);
         float a, c;
-        chain_add(s, next.x, next.y, a, c);
-        sum = chain_value(sum, a, sh->chunk[i].o[thread], c);
+        chain_add(of.s, state.x, state.y, a, c);
+        of.sum = chain_value(of.sum, a, next->o[thread], c);
     }
-    int k = thread;
-    *reinterpret_cast<__nv_bfloat16 *>(sh->inputs + k / 32 * 64 + k % 8 / 2 * 16 + k % 32 / 8 * 4 + k % 2 * 2) =
-        __float2bfloat16_rn(sum / s.l);
+}
+
+// Attention of the cluster's heads, but for the last round's chain. Chunks are dealt out to the blocks one by one, in
+// rounds; rounds counts those of all layers. A round's results are pushed to where the last but one's stood: who has
+// chained the last one's knows that all blocks have pushed it, and so have chained the one before.
+template <int GROUP>
+static __device__ __forceinline__ void attend(const persistent_args &p, persistent_shared *sh, const block_place &me,
+                                              const persistent_layer &w, ring_place &at, const float (&cos_sin)[4],
+                                              int layer, chunk_chain &of, unsigned &rounds, int position,
+                                              int token_page, int thread) {
+    thread = afresh(thread);
+    int warp = thread / 32, lane = thread % 32;
+    if (me.rank < me.n_chunks) {
+        if (thread == 0) barrier_expect(&sh->qkv_arrived, (GROUP + 2) * HEAD * 4);
+        wait_for(p, &sh->qkv_arrived, layer % 2);
+    }
+#pragma unroll 1
+    for (int first = 0; first < me.n_chunks; first += CLUSTER) {
+        int chunk = first + me.rank, n = min((int)CHUNK_PAGES, me.last_page + 1 - chunk * (int)CHUNK_PAGES);
+        if (n > 0) {
+            prepare<GROUP>(p, sh, me, w, cos_sin, layer, at, first == 0, chunk == me.n_chunks - 1, position, token_page,
+                           warp, lane);
+            sync_some(1, WORKERS);
+            if (warp < n)
+                attend_page<GROUP>(p, sh, at.ahead((unsigned)warp),
+                                   position + 1 - (chunk * (int)CHUNK_PAGES + warp) * ATTN_BLOCK, warp, lane);
+            if (chunk == me.n_chunks - 1) stores_before_copies(); // prepare's
+            pass(sh, at, n, lane);
+            sync_some(1, WORKERS);
+        }
+        if (first > 0) chain_round<GROUP>(p, sh, of, rounds++, CLUSTER, thread);
+        if (n > 0) push_chunk<GROUP>(sh, rounds % 2, me.rank, n, me.n_chunks == 1, thread);
+    }
+}
+
+// Its result, rounded, as inputs of the next product.
+template <int GROUP>
+static __device__ __forceinline__ void finish_attention(const persistent_args &p, persistent_shared *sh,
+                                                        chunk_chain &of, unsigned &rounds, int n_chunks, int thread) {
+    if (n_chunks == 1) {
+        uint64_t *arrived = &sh->chunks_arrived[rounds % 2];
+        if (thread == 0) barrier_expect(arrived, GROUP * HEAD * 2);
+        wait_for(p, arrived, rounds / 2 % 2);
+        rounds++;
+        return;
+    }
+    chain_round<GROUP>(p, sh, of, rounds++, (n_chunks - 1) % CLUSTER + 1, thread);
+    if (thread < GROUP * HEAD)
+        *reinterpret_cast<__nv_bfloat16 *>(sh->inputs + bytes_before_quad(thread / 4) + thread % 4 * 2) =
+            __float2bfloat16_rn(of.sum / of.s.l);
+    sync_some(1, WORKERS);
 }
 
 // ---- Gate and up
 // -----------------------------------------------------------------------------------------------------
 
-// This block's 16 columns of each of its cluster's slices, to the cluster. Two slices a warp.
+// This block's 16 columns of each of its cluster's slices, to the cluster: a slice a warp.
 static __device__ __forceinline__ void push_act(const persistent_args &p, persistent_shared *sh, const block_place &me,
                                                 int warp, int lane) {
-    int slice = warp * 2 + lane / 16, j = lane % 16;
-    float *own = sh->own + warp * 32;
-    float v = 0;
-    if (slice < me.n_slices) {
-        // part's rows of a slice: 8 of gate, 8 of up, the next 8 of gate, of up.
-        int row = slice * 32 + j / 8 * 16 + j % 8;
-        float gate = add_slices(p, sh, row), up = add_slices(p, sh, row + 8);
-        if ((me.slice + slice) * SLICE + me.rank * 16 + j < p.n_ff) v = silu_mul(gate, up);
-    }
-    own[lane] = v;
+    if (warp >= me.n_slices) return;
+    int j = lane % 16;
+    float *own = sh->own + warp * 16;
+    // part's rows of a slice: 8 of gate, 8 of up, the next 8 of gate, of up.
+    float s = add_slices(p, sh, warp * 32 + j / 8 * 16 + j % 8 + lane / 16 * 8), up = __shfl_xor_sync(~0u, s, 16);
+    if (lane < 16) own[j] = (me.slice + warp) * SLICE + me.rank * 16 + j < p.n_ff ? silu_mul(s, up) : 0.0f;
     __syncwarp();
-    // Of a slice's 32 columns 16 h .. 16 h + 15: four places of eight bytes.
-    int chunk = me.rank / 2, h = me.rank % 2, t = lane % 4;
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        if (warp * 2 + i >= me.n_slices) break;
-        const float *from = own + i * 16 + 2 * t;
-        uint2 pairs = make_uint2(pack_bf16(from[0], from[1]), pack_bf16(from[8], from[9]));
-        push8(sh->act[warp * 2 + i] + chunk * 64 + t * 16 + h * 8, pairs, &sh->act_arrived, (unsigned)lane / 4);
-    }
+    // Of the slice's 32 columns 16 h .. 16 h + 15: four places of eight bytes.
+    int h = me.rank % 2, t = lane % 4;
+    float2 low = *reinterpret_cast<const float2 *>(own + 2 * t),
+           high = *reinterpret_cast<const float2 *>(own + 2 * t + 8);
+    push8(sh->act[warp] + me.rank / 2 * 64 + t * 16 + h * 8,
+          make_uint2(pack_bf16(low.x, low.y), pack_bf16(high.x, high.y)), &sh->act_arrived, (unsigned)lane / 4);
 }
 
 // ---- The kernel
 // ------------------------------------------------------------------------------------------------------
 
-// q's weights, then k's.
-static __device__ __forceinline__ float head_norms_of(const persistent_layer &w, int thread) {
-    return (thread < HEAD ? w.q_norm : w.k_norm)[thread % HEAD];
-}
-
 template <typename W, int GROUP>
 static __device__ __forceinline__ void work(const persistent_args &p, persistent_shared *sh, const block_place &me,
                                             int position, int token_page, int thread) {
     int warp = thread / 32, lane = thread % 32, row = me.rank * OWN_ROWS + thread;
-    int out_rows = p.n_kv_heads * GROUP, ff_rows = whole_slices(p.n_ff), n_attending = min(me.n_chunks, (int)CLUSTER);
-    bool attends = me.kv_head >= 0 && me.rank < me.n_chunks, owns = (me.n_chunks - 1) % CLUSTER == me.rank;
-    unsigned half = load_relaxed(p.launches) & 1;
-    uint32_t phase = 0, x_phase = 0;
+    int n_heads = p.n_kv_heads * GROUP, heads_rows = board_rows(n_heads), ff_rows = board_rows(whole_slices(p.n_ff));
+    int n_rows = p.hidden - me.rank * OWN_ROWS - warp * 16; // of by_rows
+    bool has_row = thread < OWN_ROWS && row < p.hidden;
+    unsigned half = load_relaxed(p.launches) & 1, rounds = 0;
+    ptrdiff_t other_half = (ptrdiff_t)p.n_layers * (heads_rows + ff_rows) * MOST_HIDDEN;
+    // This half-layer's rows on the board, in this block's columns.
+    uint32_t *board = p.board + (half ? other_half : 0) + me.rank * OWN_ROWS;
+    if (half) other_half = -other_half;
+    if (me.cluster == 0 && thread < OWN_ROWS)
+        for (int i = 0; i < p.n_layers; i++) {
+            uint32_t *layer = board + (size_t)i * (heads_rows + ff_rows) * MOST_HIDDEN + thread;
+            for (int k = n_heads; k < heads_rows; k++) store_relaxed(layer + (size_t)k * MOST_HIDDEN, NOTHING);
+            layer += (size_t)heads_rows * MOST_HIDDEN;
+            for (int k = whole_slices(p.n_ff); k < ff_rows; k++)
+                store_relaxed(layer + (size_t)k * MOST_HIDDEN, NOTHING);
+        }
+    uint32_t turn = 0; // of the half-layers in which this block takes part
     ring_place at = {0, 0};
-    float x = thread < OWN_ROWS && row < p.hidden ? p.x[row] : 0.0f;
-    float4 attn_norm = load4(p.layer[0].attn_norm, warp * SLICE + 4 * lane, p.hidden);
-    float head_norm = p.layer[0].q_norm ? head_norms_of(p.layer[0], thread) : 0.0f;
+    float x = has_row ? p.x[row] : 0.0f;
+    float cos_sin[4]; // of channels lane, lane + 32: two cosines, two sines
+#pragma unroll
+    for (int i = 0; i < 4; i++) cos_sin[i] = p.cos_sin[lane + 32 * i];
 #pragma unroll 1
-    for (int l = 0; l < p.n_layers; l++, phase ^= 1) {
-        const persistent_layer &w = p.layer[l];
-        if (attends) sh->head_norms[thread / HEAD][thread % HEAD] = head_norm;
-        if (thread < OWN_ROWS && row < p.hidden && l > 0)
-            x += collect(p, board_row(p, GROUP, half, l - 1, out_rows) + row, ff_rows);
-        if (me.kv_head >= 0) {
-            if (thread == 0) barrier_expect(&sh->x_arrived, CLUSTER * (OWN_ROWS + 1) * 4);
-            if (thread < OWN_ROWS) push_x(sh, me.rank, x, thread);
-            norm_inputs(p, sh, attn_norm, x_phase, warp, lane);
-            x_phase ^= 1;
-            // The next layer's, long before they are wanted.
-            if (l + 1 < p.n_layers) {
-                attn_norm = load4(p.layer[l + 1].attn_norm, warp * SLICE + 4 * lane, p.hidden);
-                if (w.q_norm) head_norm = head_norms_of(p.layer[l + 1], thread);
-            }
-            by_slices<W, GROUP + 2>(p, sh, at, 0, warp, lane);
-            sync_some(1, WORKERS);
-            if (thread < (16 * GROUP + 32 + 31) / 32 * 32) push_qkv<GROUP>(p, sh, me, w, n_attending, thread);
-            if (attends) {
-                if (thread == 0) barrier_expect(&sh->qkv_arrived, (GROUP + 2) * HEAD * 4);
-                wait_for(p, &sh->qkv_arrived, phase);
-                prepare_q<GROUP>(p, sh, w.q_norm != NULL, warp, lane);
-                if (owns && me.rank == me.n_chunks - 1)
-                    put_kv<GROUP>(p, sh, me, w, at.ahead((unsigned)(me.last_page % CHUNK_PAGES)), position, token_page,
-                                  warp, lane);
-                sync_some(1, WORKERS);
-#pragma unroll 1
-                for (int chunk = me.rank; chunk < me.n_chunks; chunk += CLUSTER) {
-                    int first = chunk * CHUNK_PAGES, n = min((int)CHUNK_PAGES, me.last_page + 1 - first);
-                    if (warp < n)
-                        attend_page<GROUP>(p, sh, at.ahead((unsigned)warp), position + 1 - (first + warp) * ATTN_BLOCK,
-                                           warp, lane);
-                    sync_some(1, WORKERS);
-                    push_chunk<GROUP>(sh, chunk, n, thread);
-                    pass(p, sh, at, n, lane);
-                    if (chunk + CLUSTER >= me.n_chunks) break;
-                    if (owns && chunk + CLUSTER == me.n_chunks - 1)
-                        put_kv<GROUP>(p, sh, me, w, at.ahead((unsigned)(me.last_page % CHUNK_PAGES)), position,
-                                      token_page, warp, lane);
-                    sync_some(1, WORKERS);
-                }
-            }
-            if (thread == 0) barrier_expect(&sh->chunks_arrived, (uint32_t)me.n_chunks * GROUP * (HEAD * 4 + 16));
-            wait_for(p, &sh->chunks_arrived, phase);
-            chain_chunks<GROUP>(sh, me.n_chunks, thread);
-            sync_some(1, WORKERS);
-            int head = me.kv_head * GROUP;
-            out_sums<W, GROUP>(p, sh, at, board_row(p, GROUP, half, l, head), board_row(p, GROUP, half ^ 1, l, head),
-                               me.rank, warp, lane);
-            pass(p, sh, at, 2 * GROUP, lane);
+    for (int i = 0;; i++) {
+        thread = afresh(thread);
+        warp = thread / 32, lane = thread % 32;
+        bool mlp = i % 2;
+        int rows_before = mlp ? heads_rows : ff_rows;
+        bool takes_part = i < 2 * p.n_layers && (mlp ? me.n_slices > 0 : me.kv_head >= 0);
+        int n_pairs = mlp ? 2 * me.n_slices : GROUP + 2;
+        held_units<W> held;
+        if (i == 2 * p.n_layers && me.cluster != 0) return;
+        if (takes_part) hold_pairs<W>(p, sh, held, at, n_pairs, warp, lane);
+        if (i > 0) {
+            if (has_row) x += collect(p, board + thread, rows_before);
+            board += (size_t)rows_before * MOST_HIDDEN;
+            if (i == 2 * p.n_layers) break;
         }
-        float4 mlp_norm = load4(w.mlp_norm, warp * SLICE + 4 * lane, p.hidden);
-        if (thread < OWN_ROWS && row < p.hidden) x += collect(p, board_row(p, GROUP, half, l, 0) + row, out_rows);
-        if (me.n_slices == 0) continue;
+        if (!takes_part) continue;
         if (thread == 0) barrier_expect(&sh->x_arrived, CLUSTER * (OWN_ROWS + 1) * 4);
-        if (thread < OWN_ROWS) push_x(sh, me.rank, x, thread);
-        norm_inputs(p, sh, mlp_norm, x_phase, warp, lane);
-        x_phase ^= 1;
-        int done = 0;
-        for (; done + 2 <= me.n_slices; done += 2) by_slices<W, 4>(p, sh, at, done * 32, warp, lane);
-        if (done < me.n_slices) by_slices<W, 2>(p, sh, at, done * 32, warp, lane);
+        if (thread < OWN_ROWS) push_x(sh, me.rank, x, warp, lane);
+        norm_inputs(p, sh, turn, warp, lane);
+        turn ^= 1;
+        by_slices<W>(p, sh, held, at, n_pairs, warp, lane);
         sync_some(1, WORKERS);
-        if (thread == 0) barrier_expect(&sh->act_arrived, (uint32_t)me.n_slices * SLICE * 2);
-        if (warp * 2 < me.n_slices) push_act(p, sh, me, warp, lane);
-        wait_for(p, &sh->act_arrived, phase);
-        uint32_t *down = board_row(p, GROUP, half, l, out_rows + me.slice);
-        uint32_t *old = board_row(p, GROUP, half ^ 1, l, out_rows + me.slice);
-#pragma unroll 1
-        for (int s = 0; s < me.n_slices;) {
-            int n = min(2, me.n_slices - s);
-            uint32_t *to = down + s * MOST_HIDDEN, *clear = old + s * MOST_HIDDEN;
-            if (n == 2) down_sums<W, 2>(p, sh, at, s, to, clear, me.rank, warp, lane);
-            else down_sums<W, 1>(p, sh, at, s, to, clear, me.rank, warp, lane);
-            pass(p, sh, at, 2 * n, lane);
-            s += n;
+        int n = mlp ? me.n_slices : GROUP, first = mlp ? me.slice : me.kv_head * GROUP;
+        chunk_chain of = {CHAIN_START, 0};
+        if (mlp) {
+            if (thread == 0) barrier_expect(&sh->act_arrived, (uint32_t)n * SLICE * 2);
+            push_act(p, sh, me, warp, lane);
+        } else {
+            const persistent_layer &w = p.layer[i / 2];
+            if (warp < (16 * GROUP + 32 + 31) / 32)
+                push_qkv<GROUP>(p, sh, me, w, min(me.n_chunks, (int)CLUSTER), thread);
+            attend<GROUP>(p, sh, me, w, at, cos_sin, i / 2, of, rounds, position, token_page, thread);
         }
+        hold_rows<W>(p, sh, held, at, n, n_rows, warp, lane);
+        if (mlp) wait_for(p, &sh->act_arrived, i / 2 % 2);
+        else finish_attention<GROUP>(p, sh, of, rounds, me.n_chunks, thread);
+        const unsigned char *inputs = mlp ? sh->act[0] : sh->inputs;
+        by_rows<W>(p, sh, held, at, n, inputs, board + (size_t)first * MOST_HIDDEN, other_half, n_rows, warp, lane);
     }
-    if (me.cluster != 0 || thread >= OWN_ROWS) return;
-    if (row < p.hidden) p.x[row] = x + collect(p, board_row(p, GROUP, half, p.n_layers - 1, out_rows) + row, ff_rows);
+    if (has_row) p.x[row] = x;
     // All that is on the board has come from blocks that know which half it is.
     if (me.rank == 0 && thread == 0) *p.launches += 1;
 }
@@ -679,25 +798,23 @@ static __global__ void __launch_bounds__(PERSISTENT_THREADS, 1) k_layers(const _
         }
         barrier_init_for(&sh->x_arrived, 1);
         barrier_init_for(&sh->qkv_arrived, 1);
-        barrier_init_for(&sh->chunks_arrived, 1);
+        for (int i = 0; i < 2; i++) barrier_init_for(&sh->chunks_arrived[i], 1);
         barrier_init_for(&sh->act_arrived, 1);
         barrier_fence();
     }
-    if (thread < MOST_CHUNKS) {
-        // The pages of chunks rank, rank + 8, in order.
-        int index = (me.rank + thread / CHUNK_PAGES * CLUSTER) * CHUNK_PAGES + thread % CHUNK_PAGES;
-        sh->page[thread] = index <= me.last_page ? __ldcg(p.b.pages + first_page + index) : 0;
+    // The pages of chunks rank, rank + 8, in order.
+    for (int i = thread; i < MOST_PAGES; i += PERSISTENT_THREADS) {
+        int index = (me.rank + i / CHUNK_PAGES * CLUSTER) * CHUNK_PAGES + i % CHUNK_PAGES;
+        if (index <= me.last_page) sh->page[i] = __ldcg(p.b.pages + first_page + index);
     }
-    for (int i = thread; i < ROWS / 2 * HEAD; i += PERSISTENT_THREADS) put_q(&sh->q, i / HEAD, i % HEAD, 0.0f);
+    for (int i = thread; i < MOST_STEPS; i += PERSISTENT_THREADS) sh->steps[i] = plan_step<W, GROUP>(p, me, i);
     cluster_sync();
     bool idle = me.kv_head < 0 && me.n_slices == 0 && me.cluster != 0;
     if (thread >= WORKERS) {
-        if (!idle) fetch_all<W, GROUP>(p, sh, me, thread % 32);
+        if (!idle) fetch_all<GROUP>(p, sh, me, thread % 32);
         dependency_wait();
     } else if (!idle) {
         dependency_wait();
-        if (thread < HEAD) sh->cos_sin[thread] = p.cos_sin[thread];
-        sync_some(1, WORKERS);
         work<W, GROUP>(p, sh, me, position, __ldcg(p.b.pages + first_page + me.last_page), thread);
     } else {
         dependency_wait();
@@ -710,7 +827,7 @@ static __global__ void __launch_bounds__(PERSISTENT_THREADS, 1) k_layers(const _
 // --------------------------------------------------------------------------------------------------------
 
 static size_t rows_of(const struct layers_shape *s) {
-    return s->n_heads + (s->n_ff + SLICE - 1) / SLICE;
+    return (size_t)(board_rows((int)s->n_heads) + board_rows(whole_slices((int)s->n_ff)));
 }
 
 // The slices of n_ff to clusters: as few as can be to each, and of two that are equal rather to one without a KV head.
@@ -788,22 +905,12 @@ static bool layers(const struct op_ctx *ctx, const struct layers_args *a) {
     for (size_t i = 0; i < a->shape.n_layers; i++) {
         const struct layer_refs *l = &a->layers[i];
         if (!is_plain(l, a->layers[0].wq->type)) return false;
-        p.layer[i] = {(const unsigned char *)l->wq->data,
-                      (const unsigned char *)l->wk->data,
-                      (const unsigned char *)l->wv->data,
-                      (const unsigned char *)l->wo->data,
-                      (const unsigned char *)l->w_gate->data,
-                      (const unsigned char *)l->w_up->data,
-                      (const unsigned char *)l->w_down->data,
-                      l->attn_norm,
-                      l->mlp_norm,
-                      l->q_norm,
-                      l->k_norm,
-                      l->bq,
-                      l->bk,
-                      l->bv,
-                      (unsigned char *)l->kv->k,
-                      (unsigned char *)l->kv->v};
+        const struct matrix *w[N_WEIGHTS] = {l->wq, l->wk, l->wv, l->wo, l->w_gate, l->w_up, l->w_down};
+        for (int k = 0; k < N_WEIGHTS; k++) p.layer[i].w[k] = (const unsigned char *)w[k]->data;
+        p.layer[i].norm[0] = l->attn_norm, p.layer[i].norm[1] = l->mlp_norm;
+        p.layer[i].head_norm[0] = l->q_norm, p.layer[i].head_norm[1] = l->k_norm;
+        p.layer[i].bias[0] = l->bq, p.layer[i].bias[1] = l->bk, p.layer[i].bias[2] = l->bv;
+        p.layer[i].kv[0] = (unsigned char *)l->kv->k, p.layer[i].kv[1] = (unsigned char *)l->kv->v;
     }
     struct launch l = {grid_for((size_t)s->n_clusters * CLUSTER), PERSISTENT_THREADS, sizeof(persistent_shared),
                        CLUSTER};

@@ -17,31 +17,40 @@ enum {
     HEAD = 128, // head_dim
     MOST_GROUP = 2,
     MOST_LAYERS = 40,
-    MOST_CHUNKS = 16, // of a context: 4,096 positions
-    MOST_SHARE = 4,   // slices of n_ff of one cluster
+    MOST_PAGES = 512,                                      // of a block: every eighth chunk's
+    MOST_CHUNKS = MOST_PAGES / (int)CHUNK_PAGES * CLUSTER, // of a context: 131,072 positions
+    MOST_SHARE = 4,                                        // slices of n_ff of one cluster
     SLOT_BYTES = 16 * 1024,
     N_SLOTS = 11,
+    MOST_STEPS = 2 * MOST_GROUP + 4 + 2 * MOST_GROUP + 6 * MOST_SHARE,
+    BOARD_ROWS = 8, // a sum's rows on the board are a multiple of them
 };
 static_assert((int)NORM_WARPS == (int)WORKER_WARPS && (int)NORM_WARPS == (int)CLUSTER,
               "a warp of the norm's order is a rank's columns");
 
+enum weight { W_Q, W_K, W_V, W_OUT, W_GATE, W_UP, W_DOWN, N_WEIGHTS };
+
+// In half-layers' order, attention's first.
 struct persistent_layer {
-    const unsigned char *wq, *wk, *wv, *wo, *gate, *up, *down; // in units
-    const float *attn_norm, *mlp_norm, *q_norm, *k_norm, *bq, *bk, *bv;
-    unsigned char *k, *v; // bf16
+    const unsigned char *w[N_WEIGHTS]; // in units
+    const float *norm[2];              // before attention, before the MLP
+    const float *head_norm[2];         // q's, k's
+    const float *bias[3];              // q's, k's, v's
+    unsigned char *kv[2];              // bf16
 };
 
 struct persistent_args {
     batch_view b;
     float *x;             // [hidden]
     const float *cos_sin; // [HEAD]
-    // What clusters tell each other: [2][n_layers][n_heads + n_ff slices][MOST_HIDDEN] sums of one slice of out's or
-    // down's columns. A word is EMPTY until it is written: a launch writes one half, and empties what the launch before
-    // wrote in the other.
+    // What clusters tell each other: [2][n_layers][heads' rows + n_ff slices' rows][MOST_HIDDEN] sums of one slice of
+    // out's or down's columns; both numbers of rows are rounded up to BOARD_ROWS, with rows of -0. A word is EMPTY
+    // until it is written: a launch writes one half, and empties what the launch before wrote in the other.
     uint32_t *board;
     uint32_t *launches; // whose last bit is the half
     unsigned *alarm;    // on the host: set when a wait took too long
     int n_layers, hidden, n_ff, n_kv_heads;
+    int pace, page_pace;                  // cycles over which a layer's weights are spread; between two pages
     float eps, scale;                     // scale: times log2 e
     short first_slice[MOST_CLUSTERS + 1]; // of n_ff: each cluster's first; the next one's
     persistent_layer layer[MOST_LAYERS];
@@ -49,8 +58,14 @@ struct persistent_args {
 
 // A chunk's result: attention.cuh's partial.
 struct chunk_result {
-    float o[MOST_GROUP * HEAD];
-    float4 state[MOST_GROUP]; // maximum, sum
+    float o[MOST_GROUP * HEAD]; // in the order of quads
+    float4 state[MOST_GROUP];   // maximum, sum
+};
+
+// A slot of weights: n pieces of `bytes`, `stride` bytes apart, from `from` on.
+struct fetch_step {
+    uint32_t from, stride, bytes;
+    uint16_t n, weight;
 };
 
 struct persistent_shared {
@@ -58,20 +73,24 @@ struct persistent_shared {
     float x[MOST_HIDDEN];                     // pushed by all ranks
     float qkv[(MOST_GROUP + 2) * HEAD];       // pushed: q of the group's heads, k, v
     unsigned char act[MOST_SHARE][SLICE * 2]; // pushed: in put_inputs' order
-    union {
-        chunk_result chunk[MOST_CHUNKS];  // pushed; no product is under way then
-        float part[NORM_WARPS][2 * HEAD]; // sums of slices of inputs
-    };
-    unsigned char inputs[MOST_HIDDEN * 2]; // of a product, rounded, in put_inputs' order
+    chunk_result chunk[2][CLUSTER];           // pushed, by rounds in turns
+    alignas(16) float norm[2][MOST_HIDDEN];   // the weights of half-layers in turns
+    float head_norm[2][2][HEAD];              // of layers in turns; q's and k's
+    unsigned char inputs[MOST_HIDDEN * 2];    // of a product, rounded, in put_inputs' order
     alignas(16) float own[OWN_ROWS];
-    q_rows<HEAD> q;
-    alignas(16) float o[CHUNK_PAGES][MOST_GROUP * HEAD];
-    float max[CHUNK_PAGES][MOST_GROUP], sum[CHUNK_PAGES][MOST_GROUP];
-    float head_norms[2][HEAD], cos_sin[HEAD]; // q's and k's
-    float norm_sums[NORM_WARPS];              // pushed with x
-    int page[MOST_CHUNKS];                    // the ids of this rank's pages
+    // q's rows as the matrix instruction takes them: of every 16 channels, lane t has 2t, 2t + 1's high parts, their
+    // low parts, 2t + 8, 2t + 9's high parts, their low parts.
+    uint4 q[MOST_GROUP][HEAD / 32][2][4];
+    union {
+        alignas(16) float o[CHUNK_PAGES][MOST_GROUP * HEAD];
+        float part[NORM_WARPS][MOST_SHARE * 32]; // sums of slices of inputs: no page is under way then
+    };
+    float2 state[CHUNK_PAGES][MOST_GROUP];    // maximum, sum
+    alignas(16) float norm_sums[NORM_WARPS];  // pushed with x
+    alignas(16) fetch_step steps[MOST_STEPS]; // of a layer
+    int page[MOST_PAGES];                     // the ids of this rank's pages
     uint64_t full[N_SLOTS], empty[N_SLOTS];
-    uint64_t x_arrived, qkv_arrived, chunks_arrived, act_arrived;
+    uint64_t x_arrived, qkv_arrived, chunks_arrived[2], act_arrived;
 };
 
 #endif

@@ -1,0 +1,86 @@
+// held.cuh: products of one token with weights that a warp holds in registers, loaded while it waits for the token: the
+// sums of bf16_weights' and quantised_weights' slices, bit for bit.
+#ifndef TANDEM_OPS_CUDA_HELD_CUH
+#define TANDEM_OPS_CUDA_HELD_CUH
+
+#include "ops/cuda/products.cuh"
+#include "ops/cuda/quantised.cuh"
+
+// A slice of one token's inputs, as weights' own slices take it.
+static __device__ __forceinline__ uint4 load_input(const unsigned char *inputs, int c, int lane) {
+    return lane < 4 ? *reinterpret_cast<const uint4 *>(inputs + c * 64 + lane * 16) : make_uint4(0, 0, 0, 0);
+}
+
+// Four units' slices in registers, loaded while there is waiting. Units 2 i and 2 i + 1 are 16 rows, or eight twice.
+template <typename W> struct held_units;
+
+template <> struct held_units<bf16_weights> {
+    uint4 w[4][4]; // [unit][32 columns]
+
+    __device__ __forceinline__ void load(const unsigned char *const (&u)[4], int c, int lane) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) w[i][c] = *reinterpret_cast<const uint4 *>(u[i] + (c * CHUNK_LANES + lane) * 16);
+    }
+    // As bf16_weights' slice.
+    __device__ __forceinline__ void multiply(float (&d)[2][4], int c, const uint4 (&x)[2]) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const uint4 &a = w[2 * i][c], &b = w[2 * i + 1][c];
+            mma(d[i], a.x, b.x, a.y, b.y, x[i].x, x[i].y);
+            mma(d[i], a.z, b.z, a.w, b.w, x[i].z, x[i].w);
+        }
+    }
+};
+
+template <typename Q> struct held_units<quantised_weights<Q>> {
+    static_assert(Q::GROUP == 32 && !Q::HAS_MIN, "one scale for 32 columns");
+    uint32_t w[4][4][4];
+    typename Q::scales scales[4];
+
+    __device__ __forceinline__ void load(const unsigned char *const (&u)[4], int c, int lane) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            quantised_weights<Q>::fragment(u[i], lane, c, w[i][c]);
+            // The last chunk's scales, and so the next ones', are read when they have been used.
+            if (c == 3) scales[i] = Q::load(u[i] + quantised_weights<Q>::INTEGERS + lane / 4 * Q::SCALE_BYTES);
+        }
+    }
+    // As quantised_weights' slice.
+    __device__ __forceinline__ void multiply(float (&d)[2][4], int c, const uint4 (&x)[2]) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const uint32_t(&a)[4] = w[2 * i][c], (&b)[4] = w[2 * i + 1][c];
+            float sum[4] = {};
+            mma(sum, a[0], b[0], a[1], b[1], x[i].x, x[i].y);
+            mma(sum, a[2], b[2], a[3], b[3], x[i].z, x[i].w);
+#pragma unroll
+            for (int e = 0; e < 4; e++) d[i][e] = fmaf(scales[2 * i + e / 2].scale(c, 0), sum[e], d[i][e]);
+        }
+    }
+};
+
+template <typename W>
+static __device__ __forceinline__ void hold(held_units<W> &h, const unsigned char *const (&u)[4], int lane) {
+#pragma unroll
+    for (int c = 0; c < 4; c++) h.load(u, c, lane);
+}
+
+// d[i] = held units 2 i, 2 i + 1, times x[i]; `more`: then the next ones are held. What is read is on its way while
+// the matrix instructions run.
+template <typename W>
+static __device__ __forceinline__ void multiply_held(held_units<W> &h, float (&d)[2][4],
+                                                     const unsigned char *const (&x)[2], bool more,
+                                                     const unsigned char *const (&next)[4], int lane) {
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) d[i][e] = 0;
+#pragma unroll
+    for (int c = 0; c < 4; c++) {
+        uint4 inputs[2] = {load_input(x[0], c, lane), load_input(x[1], c, lane)};
+        h.multiply(d, c, inputs);
+        if (more) h.load(next, c, lane);
+    }
+}
+
+#endif
