@@ -32,25 +32,50 @@ template <> struct held_units<bf16_weights> {
     }
 };
 
+// As they are stored: unpacked they would take twice the registers.
 template <typename Q> struct held_units<quantised_weights<Q>> {
-    static_assert(Q::GROUP == 32 && !Q::HAS_MIN, "one scale for 32 columns");
-    uint32_t w[4][4][4];
+    static_assert((Q::BITS == 8 || Q::BITS == 4) && Q::GROUP == 32 && !Q::HAS_MIN, "one scale for 32 columns");
+    static constexpr int WORDS = Q::BITS / 4; // of a lane's 32 columns
+    uint32_t w[4][4][WORDS];
     typename Q::scales scales[4];
 
     __device__ __forceinline__ void load(const unsigned char *const (&u)[4], int c, int lane) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            quantised_weights<Q>::fragment(u[i], lane, c, w[i][c]);
+            const unsigned char *at = u[i] + (c * CHUNK_LANES + lane) * (WORDS * 4);
+            if constexpr (WORDS == 2) {
+                uint2 both = *reinterpret_cast<const uint2 *>(at);
+                w[i][c][0] = both.x;
+                w[i][c][1] = both.y;
+            } else {
+                w[i][c][0] = *reinterpret_cast<const uint32_t *>(at);
+            }
             // The last chunk's scales, and so the next ones', are read when they have been used.
             if (c == 3) scales[i] = Q::load(u[i] + quantised_weights<Q>::INTEGERS + lane / 4 * Q::SCALE_BYTES);
+        }
+    }
+    // As quantised_weights' fragment.
+    static __device__ __forceinline__ void unpack(uint32_t (&f)[4], const uint32_t (&v)[WORDS]) {
+        if constexpr (WORDS == 2) {
+            f[0] = to_bf16<Q::BIAS>(__byte_perm(v[0], 0, 0x4140));
+            f[1] = to_bf16<Q::BIAS>(__byte_perm(v[0], 0, 0x4342));
+            f[2] = to_bf16<Q::BIAS>(__byte_perm(v[1], 0, 0x4140));
+            f[3] = to_bf16<Q::BIAS>(__byte_perm(v[1], 0, 0x4342));
+        } else {
+            f[0] = to_bf16<Q::BIAS>(v[0] & 0x000F000Fu);
+            f[1] = to_bf16<Q::BIAS, 4>(v[0] & 0x00F000F0u);
+            f[2] = to_bf16<Q::BIAS>(v[0] >> 8 & 0x000F000Fu);
+            f[3] = to_bf16<Q::BIAS, 4>(v[0] >> 8 & 0x00F000F0u);
         }
     }
     // As quantised_weights' slice.
     __device__ __forceinline__ void multiply(float (&d)[2][4], int c, const uint4 (&x)[2]) {
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            const uint32_t(&a)[4] = w[2 * i][c], (&b)[4] = w[2 * i + 1][c];
+            uint32_t a[4], b[4];
             float sum[4] = {};
+            unpack(a, w[2 * i][c]);
+            unpack(b, w[2 * i + 1][c]);
             mma(sum, a[0], b[0], a[1], b[1], x[i].x, x[i].y);
             mma(sum, a[2], b[2], a[3], b[3], x[i].z, x[i].w);
 #pragma unroll

@@ -172,7 +172,7 @@ static __device__ __forceinline__ void fetch_all(const persistent_args &p, persi
     int before_pages = me.kv_head >= 0 ? 2 * GROUP + 4 : -1;
     int first_of_mlp = me.kv_head >= 0 ? 4 * GROUP + 4 : 0, n_steps = first_of_mlp + 6 * me.n_slices;
     unsigned turn = 0;
-    uint32_t pace = (uint32_t)p.pace / (uint32_t)max(1, n_steps);
+    uint32_t pace = LAYER_CYCLES / (uint32_t)max(1, n_steps);
     size_t page_bytes = SLOT_BYTES / 2, head = (size_t)me.kv_head * page_bytes, stride = p.n_kv_heads * page_bytes;
 #pragma unroll 1
     for (int l = 0; l < p.n_layers; l++) {
@@ -187,8 +187,7 @@ static __device__ __forceinline__ void fetch_all(const persistent_args &p, persi
                     int end = min((chunk + 1) * (int)CHUNK_PAGES, me.last_page + 1) - chunk * (int)CHUNK_PAGES;
 #pragma unroll 1
                     for (int k = 0; k < end; k++)
-                        f.fill(kv + (size_t)sh->page[mine + k] * stride, 2, SLOT_BYTES / 2, 0, (uint32_t)p.page_pace,
-                               lane);
+                        f.fill(kv + (size_t)sh->page[mine + k] * stride, 2, SLOT_BYTES / 2, 0, 0, lane);
                     mine += CHUNK_PAGES;
                 }
             }

@@ -17,9 +17,10 @@ enum {
     HEAD = 128, // head_dim
     MOST_GROUP = 2,
     MOST_LAYERS = 40,
-    MOST_PAGES = 512,                                      // of a block: every eighth chunk's
-    MOST_CHUNKS = MOST_PAGES / (int)CHUNK_PAGES * CLUSTER, // of a context: 131,072 positions
-    MOST_SHARE = 4,                                        // slices of n_ff of one cluster
+    MOST_PAGES = 64,                                       // of a block: every eighth chunk's
+    MOST_CHUNKS = MOST_PAGES / (int)CHUNK_PAGES * CLUSTER, // of a context: 16,384 positions; beyond, others are as fast
+    LAYER_CYCLES = 13000, // over which a block's copies of a layer's weights are spread
+    MOST_SHARE = 4,       // slices of n_ff of one cluster
     SLOT_BYTES = 16 * 1024,
     N_SLOTS = 11,
     MOST_STEPS = 2 * MOST_GROUP + 4 + 2 * MOST_GROUP + 6 * MOST_SHARE,
@@ -50,7 +51,6 @@ struct persistent_args {
     uint32_t *launches; // whose last bit is the half
     unsigned *alarm;    // on the host: set when a wait took too long
     int n_layers, hidden, n_ff, n_kv_heads;
-    int pace, page_pace;                  // cycles over which a layer's weights are spread; between two pages
     float eps, scale;                     // scale: times log2 e
     short first_slice[MOST_CLUSTERS + 1]; // of n_ff: each cluster's first; the next one's
     persistent_layer layer[MOST_LAYERS];
