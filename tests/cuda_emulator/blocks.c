@@ -790,12 +790,12 @@ void block_resume(struct block *b) {
 }
 
 // Blocks take turns, each until none of its threads can go on. The kernel has no static shared memory.
-void blocks_run_together(struct block **blocks, size_t n, const struct kernel_node *k) {
+void blocks_run_together(struct block **blocks, size_t first_index, size_t n, const struct kernel_node *k) {
     enum { ROUNDS = 64 };
     size_t n_ended = 0, still = 0;
     for (size_t i = 0; i < n; i++) {
         struct block *b = blocks[i];
-        prepare_block(b, k, i, false);
+        prepare_block(b, k, first_index + i, false);
         b->rank = (unsigned)(i % k->cluster);
         b->n_cluster = k->cluster;
         b->cluster = blocks + i - b->rank;

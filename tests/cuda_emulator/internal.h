@@ -17,7 +17,7 @@ struct kernel_node {
     unsigned threads;
     size_t shared;
     bool early;       // may begin before the kernel before has ended
-    unsigned cluster; // blocks of a cluster; 0: none. Then all blocks of the grid run side by side
+    unsigned cluster; // blocks of a cluster, which run side by side; 0: none
 };
 
 uint64_t emulated_random(void);
@@ -35,8 +35,8 @@ void block_free(struct block *b);
 // before (false).
 bool block_start(struct block *b, const struct kernel_node *k, size_t index, bool early);
 void block_resume(struct block *b); // to its end
-// Runs all n blocks of a grid of clusters, side by side, to their end.
-void blocks_run_together(struct block **blocks, size_t n, const struct kernel_node *k);
+// Runs n blocks of a grid of clusters from `first` on, whole clusters, side by side, to their end.
+void blocks_run_together(struct block **blocks, size_t first, size_t n, const struct kernel_node *k);
 
 // Which allocation an address belongs to or lies near, in words; for messages.
 void emulated_describe(const void *address, char *text, size_t size);

@@ -257,26 +257,34 @@ static void begin_early(const struct emulated_graph *q, size_t at) {
     }
 }
 
+static int sms(void) {
+    return emulated_options.n_sms ? emulated_options.n_sms : 8;
+}
+
 static void run_kernel(const struct emulated_graph *q, size_t at) {
     const struct kernel_node *k = &q->nodes[at].kernel;
     size_t n = n_blocks(k);
-    if (k->cluster) {
-        for (size_t i = 0; i < n; i++)
-            if (!together[i] && !(together[i] = block_create())) emulated_fail("out of memory");
-        begin_early(q, at);
-        blocks_run_together(together, n, k);
-        emulated_counts.launches++;
-        emulated_counts.together++;
-        return;
-    }
+    // All at once where the GPU holds them, else one cluster after the other: blocks that wait for another cluster
+    // hang.
+    size_t at_once = !k->cluster ? 1 : n <= MOST_TOGETHER && n <= (size_t)sms() ? n : k->cluster;
     uint32_t *order = malloc(n * sizeof *order);
     if (!order) emulated_fail("out of memory");
-    for (size_t i = 0; i < n; i++) {
+    for (size_t i = 0; i < n / at_once; i++) {
         size_t j = emulated_options.keep_order ? i : (size_t)emulated_random() % (i + 1);
         order[i] = order[j];
         order[j] = (uint32_t)i;
     }
     begin_early(q, at);
+    for (size_t i = 0; k->cluster && i < at_once; i++)
+        if (!together[i] && !(together[i] = block_create())) emulated_fail("out of memory");
+    for (size_t i = 0; k->cluster && i < n; i += at_once)
+        blocks_run_together(together, order[i / at_once] * at_once, at_once, k);
+    if (k->cluster) {
+        free(order);
+        emulated_counts.launches++;
+        emulated_counts.together += at_once == n;
+        return;
+    }
     for (size_t i = 0; i < n; i++) {
         struct early *begun = NULL;
         for (int j = 0; j < MOST_EARLY; j++)
@@ -322,10 +330,6 @@ static struct emulated_graph *target(cudaStream_t s) {
 cudaError_t cudaGetDeviceCount(int *n) {
     *n = 1;
     return cudaSuccess;
-}
-
-static int sms(void) {
-    return emulated_options.n_sms ? emulated_options.n_sms : 8;
 }
 
 cudaError_t emulated_clusters(int *n, const cudaLaunchConfig_t *c) {
@@ -560,8 +564,7 @@ cudaError_t emulated_launch(const cudaLaunchConfig_t *c, struct emulated_kernel 
     unsigned cluster = 0;
     for (unsigned i = 0; i < c->numAttrs; i++)
         if (c->attrs[i].id == cudaLaunchAttributeClusterDimension) cluster = c->attrs[i].val.clusterDim.x;
-    // They wait for each other: a GPU that does not hold all of them would hang.
-    if (cluster && (g.y != 1 || g.z != 1 || g.x % cluster || g.x > MOST_TOGETHER || g.x > (unsigned)sms())) {
+    if (cluster && (g.x % cluster || cluster > MOST_TOGETHER || cluster > (unsigned)sms())) {
         free(kernel.arguments);
         return cudaErrorInvalidValue;
     }
