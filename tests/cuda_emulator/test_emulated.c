@@ -147,6 +147,36 @@ static void test_groups(void **state) {
     }
 }
 
+// Products in clusters: one, several side by side, and more than the GPU holds; quantised weights; and these by warp
+// groups, in small tiles and in large ones.
+static void test_clusters(void **state) {
+    (void)state;
+    static const struct {
+        const char *model;
+        int n_sms, n_ff, shape;
+    } cases[] = {
+        {"synthetic:tiny-qwen3", 8, 200, 0},
+        {"synthetic:tiny-qwen2", 24, 72, 0},
+        {"synthetic:tiny-qwen3:q8_0", 8, 288, 0},
+        {"synthetic:tiny-qwen3:q4_k", 2, 256, 2},
+    };
+    static const size_t chunks[] = {9, 40};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        struct subject s;
+        struct plan plan = {.length = 44, .lead = 40, .standard_chunk = 22, .chunks = chunks, .n_chunks = 2};
+        size_t n_ways = 0;
+        open_gpu(60 + i, cases[i].n_sms);
+        cuda->device->variants |= VARIANT_CLUSTERS | VARIANT_WGMMA_QUANTISED;
+        ((struct cuda_state *)(uintptr_t)cuda)->tile_shape = cases[i].shape;
+        open_part(&s, cases[i].model, &(struct part){.n_layers = 1, .n_vocab = 75, .n_ff = (size_t)cases[i].n_ff});
+        size_t different = compare_ways(&s, "clusters", &plan, &n_ways);
+        close_subject(&s);
+        ops_close(cuda);
+        print_message("%s on %d SMs: %zu ways, %zu differ\n", cases[i].model, cases[i].n_sms, n_ways, different);
+        assert_int_equal(different, 0);
+    }
+}
+
 // Grouped heads of other widths, biases, no norm of heads.
 static void test_heads(void **state) {
     (void)state;
@@ -424,6 +454,7 @@ int main(int argc, char **argv) {
         cmocka_unit_test(test_quantised_values),
         cmocka_unit_test(test_groups),
         cmocka_unit_test(test_sampling),
+        cmocka_unit_test(test_clusters),
     };
     if (argc > 1) cmocka_set_test_filter(argv[1]);
     else if (strstr(argv[0], "test_emulated_80")) cmocka_set_test_filter("test_heads");

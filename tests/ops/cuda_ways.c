@@ -149,7 +149,7 @@ static void run_way(const struct subject *s, const struct way *w, const struct p
 }
 
 struct ways {
-    struct way list[128];
+    struct way list[256];
     size_t n, lead;
 };
 
@@ -168,10 +168,10 @@ static void add_variants(struct ways *all, const struct plan *p) {
     const uint32_t on = all_fused(), watched = on & ~unwatched;
     for (size_t i = 0; i < cuda->device->n_variants; i++) {
         const char *name = cuda->device->variant_names[i];
-        size_t from = all->n;
+        size_t from = all->n, least = strcmp(name, "cluster-products") == 0 ? 8 : 31;
         if (strcmp(name, "stream-attention") != 0) {
             for (size_t k = 0; k < p->n_chunks; k++)
-                if (p->chunks[k] > 31 && p->chunks[k] <= p->length) add_way(all, watched, p->chunks[k], 1, k % 2);
+                if (p->chunks[k] > least && p->chunks[k] <= p->length) add_way(all, watched, p->chunks[k], 1, k % 2);
             add_way(all, watched, p->length, 1, true);
             if (p->n_ragged) add_way(all, watched, 40, p->n_ragged, true);
             for (size_t k = from; k < all->n; k++) all->list[k].lead = 0;

@@ -302,9 +302,11 @@ static void measure(struct bench *b, enum op op, size_t n_tokens) {
     float *expected = take_results(b, op, n_tokens, &n);
     b->ctx.fusion = on;
     printf("%-12s T %4zu", op_names[op], n_tokens);
-    for (int way = 0; way < (b->shapes ? 2 + N_SHAPES : 2); way++) {
-        b->device->variants = way == 0 ? proven & ~(uint32_t)VARIANT_WGMMA : proven | VARIANT_WGMMA;
-        s->tile_shape = way < 2 ? 0 : way - 1;
+    const uint32_t apart = ~(uint32_t)(VARIANT_WGMMA | VARIANT_CLUSTERS);
+    for (int way = 0; way < (b->shapes ? 3 + N_SHAPES : 3); way++) {
+        if (way == 2 && op != OUT && op != DOWN && op != MLP) continue;
+        b->device->variants = (proven & apart) | (way > 0 ? VARIANT_WGMMA : 0u) | (way == 2 ? VARIANT_CLUSTERS : 0u);
+        s->tile_shape = way < 2 ? 0 : way == 2 ? -1 : way - 2;
         size_t wrong = compare(b, op, n_tokens, expected);
         if (b->check_only) {
             printf("  %s", wrong ? "DIFFERS" : "same");
@@ -314,6 +316,7 @@ static void measure(struct bench *b, enum op op, size_t n_tokens) {
         printf(" %s%6.1f us %3.0f%s",
                way == 0   ? ""
                : way == 1 ? "| "
+               : way == 2 ? "| clusters "
                           : " ",
                seconds * 1e6, op_flop(b, op, n_tokens) / seconds / 1e12, wrong ? " DIFFERS" : "");
     }

@@ -24,7 +24,9 @@ enum {
     VARIANT_PERSISTENT = 1 << 1,
     VARIANT_WGMMA = 1 << 2,
     VARIANT_STREAM_ATTENTION = 1 << 3,
-    N_VARIANTS = 4
+    VARIANT_CLUSTERS = 1 << 4,
+    VARIANT_WGMMA_QUANTISED = 1 << 5,
+    N_VARIANTS = 6
 };
 
 // One opened GPU. `ops` comes first: a table's address is its state's.
@@ -51,7 +53,7 @@ struct cuda_state {
     // queued.
     const float *packed;
     int packed_tokens;
-    int tile_shape; // of products by warp groups: 0, or one to be measured (groups.cu)
+    int tile_shape; // of products by warp groups: 0, or one to be measured (groups.cu); -1: clusters.cuh
 };
 
 static inline struct cuda_state *cuda_of(const struct op_ctx *ctx) {
@@ -74,6 +76,7 @@ bool cuda_attention_setup(struct cuda_state *s);
 bool cuda_wide_setup(struct cuda_state *s);
 bool cuda_persistent_setup(struct cuda_state *s);
 bool cuda_groups_setup(struct cuda_state *s);
+bool cuda_group_quantised_setup(struct cuda_state *s);
 bool cuda_stream_setup(struct cuda_state *s);
 // Rows [row, row + n_rows) of a matrix, as stored, to their places in the device's order.
 void cuda_pack_rows(struct cuda_state *s, const struct matrix *out, const void *rows, size_t row, size_t n_rows);

@@ -203,7 +203,7 @@ void quantised_product(const struct op_ctx *ctx, const char *what, const product
 // Products by warp groups (groups.cu): of `pairs` pairs of units. False: they are not in use.
 enum { GROUP_TOKENS = 9 }; // from here on
 bool cuda_group_product(const struct op_ctx *ctx, const char *what, enum product_mode mode, const product_args &p,
-                        size_t pairs);
+                        enum dtype type, size_t pairs);
 size_t cuda_group_floats(const struct ops_limits *limits);
 
 // Floats of scratch that attention's partial results take.

@@ -1,5 +1,6 @@
 // quantised.cu: products with quantised weights, rows of quantised embeddings, and the device's copies of such
 // matrices. Formats, and the order of the sums: quantised.cuh.
+#include "ops/cuda/clusters.cuh"
 #include "ops/cuda/quantised.cuh"
 #include "ops/cuda/small.cuh"
 #include "ops/cuda/tiles.cuh"
@@ -92,7 +93,7 @@ template <enum product_mode MODE> static constexpr int most_pairs() {
 }
 
 template <typename W, enum product_mode MODE, bool NORM>
-static void product(const struct op_ctx *ctx, const char *what, const product_args &p, size_t pairs) {
+static void product(const struct op_ctx *ctx, const char *what, const product_args &p, enum dtype type, size_t pairs) {
     size_t n_sms = (size_t)cuda_of(ctx)->n_sms, tokens = (size_t)p.n_tokens;
     if constexpr (!W::RARE) {
         // The next products' weights shall fit beside.
@@ -102,6 +103,9 @@ static void product(const struct op_ctx *ctx, const char *what, const product_ar
     }
     if (tokens <= SMALL_TOKENS && launch_small<W, MODE, NORM, 1>(ctx, what, p, pairs)) return;
     if constexpr (!W::RARE) {
+        if constexpr (MODE == PRODUCT_RESIDUAL)
+            if (launch_sharing<W>(ctx, what, p)) return;
+        if (tokens >= GROUP_TOKENS && cuda_group_product(ctx, what, MODE, p, type, pairs)) return;
         size_t large = round_up(pairs, 8) / 8 * (round_up(tokens, 64) / 64);
         if (tokens <= 32) {
             launch_tiles<W, MODE, NORM, 1, 1>(ctx, what, p, pairs);
@@ -119,10 +123,10 @@ void quantised_product(const struct op_ctx *ctx, const char *what, const product
                        enum dtype type, size_t pairs) {
     with_format(type, [&](auto q) {
         using W = quantised_weights<decltype(q)>;
-        if (mode == PRODUCT_QKV) product<W, PRODUCT_QKV, true>(ctx, what, p, pairs);
-        else if (mode == PRODUCT_RESIDUAL) product<W, PRODUCT_RESIDUAL, false>(ctx, what, p, pairs);
-        else if (mode == PRODUCT_GATE_UP) product<W, PRODUCT_GATE_UP, true>(ctx, what, p, pairs);
-        else product<W, PRODUCT_PLAIN, true>(ctx, what, p, pairs);
+        if (mode == PRODUCT_QKV) product<W, PRODUCT_QKV, true>(ctx, what, p, type, pairs);
+        else if (mode == PRODUCT_RESIDUAL) product<W, PRODUCT_RESIDUAL, false>(ctx, what, p, type, pairs);
+        else if (mode == PRODUCT_GATE_UP) product<W, PRODUCT_GATE_UP, true>(ctx, what, p, type, pairs);
+        else product<W, PRODUCT_PLAIN, true>(ctx, what, p, type, pairs);
     });
 }
 
@@ -130,6 +134,7 @@ template <typename W, enum product_mode MODE, bool NORM> static void allow_all(s
     allow_small<W, MODE, NORM, 1>(s);
     allow_tile<W, MODE, 2, 2>(s);
     if constexpr (!W::RARE) {
+        if constexpr (MODE == PRODUCT_RESIDUAL) allow_sharing<W>(s);
         allow_small<W, MODE, NORM, most_pairs<MODE>()>(s);
         allow_tile<W, MODE, 1, 1>(s);
         allow_tile<W, MODE, 4, 2>(s);
