@@ -218,7 +218,7 @@ struct early {
     struct block *block;
 };
 
-enum { MOST_TOGETHER = 132 };
+enum { MOST_TOGETHER = 64 }; // a block has some 800 pieces of memory, of which a process may have 65,000
 
 static struct block *plain, *together[MOST_TOGETHER];
 static struct early early[MOST_EARLY];
