@@ -44,6 +44,7 @@ static const char tools_foot[] =
     "<tool_call></tool_call> XML tags:\n<tool_call>\n{\"name\": <function-name>, \"arguments\": <args-json-object>}\n"
     "</tool_call>";
 static const char qwen25_system[] = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.";
+static const char qwen2_system[] = "You are a helpful assistant.";
 static const char smollm2_system[] = "You are a helpful AI assistant named SmolLM, trained by Hugging Face";
 
 // ---- text as Python's str has it
@@ -157,7 +158,7 @@ static bool check_message(enum template_kind kind, const struct pyjson *v, size_
     }
     if (m->role != ROLE_ASSISTANT)
         return error_set(err, "message %zu: only an assistant may have tool_calls, this is a %s", index, role_names[r]);
-    if (kind == TEMPLATE_SMOLLM2 || kind == TEMPLATE_CHATML)
+    if (!template_has_tools(kind))
         return error_set(err, "message %zu: template %s has no rule for tool_calls", index, template_name(kind));
     return check_tool_calls(kind, m->tool_calls, index, err);
 }
@@ -173,7 +174,7 @@ static bool check(struct render *r, const struct template_document *doc) {
     for (const struct pyjson *v = doc->messages->first; v; v = v->next, i++)
         if (!check_message(r->kind, v, i, &r->messages[i], r->err)) return false;
     r->tools = pyjson_truthy(doc->tools) ? doc->tools : NULL;
-    if (r->tools && (r->kind == TEMPLATE_SMOLLM2 || r->kind == TEMPLATE_CHATML))
+    if (r->tools && !template_has_tools(r->kind))
         return error_set(r->err, "template %s has no rule for tools", template_name(r->kind));
     i = 0;
     for (const struct pyjson *tool = r->tools ? r->tools->first : NULL; tool; tool = tool->next, i++)
@@ -270,14 +271,15 @@ static void put_tool_result(struct render *r, size_t i) {
 
 static void put_qwen3_assistant(struct render *r, const struct message *m, bool after_query, bool is_last) {
     struct text content = m->content, reasoning = m->reasoning;
-    if (!m->has_reasoning && find(content, "</think>")) {
+    bool as_it_is = r->kind == TEMPLATE_QWEN3_INSTRUCT_2507;
+    if (!as_it_is && !m->has_reasoning && find(content, "</think>")) {
         reasoning = strip_right(before_first(content, "</think>"));
         reasoning = strip_left(after_last(reasoning, "<think>"));
         content = strip_left(after_last(content, "</think>"));
     }
     open_turn(r, ROLE_ASSISTANT);
     put_string(r, "\n");
-    if (after_query && (reasoning.n || (is_last && r->kind != TEMPLATE_QWEN3_INSTRUCT_2507))) {
+    if (!as_it_is && after_query && (reasoning.n || (is_last && r->kind != TEMPLATE_QWEN3_INSTRUCT_REASONING))) {
         put_string(r, "<think>\n");
         put(r, strip_right(strip_left(reasoning)));
         put_string(r, "\n</think>\n\n");
@@ -366,6 +368,8 @@ static void render_qwen25(struct render *r) {
 static void render_chatml(struct render *r) {
     if (r->kind == TEMPLATE_SMOLLM2 && !has_system(r))
         put_turn(r, ROLE_SYSTEM, (struct text){smollm2_system, sizeof smollm2_system - 1});
+    if (r->kind == TEMPLATE_QWEN2 && !has_system(r))
+        put_turn(r, ROLE_SYSTEM, (struct text){qwen2_system, sizeof qwen2_system - 1});
     for (size_t i = 0; i < r->n; i++) put_turn(r, r->messages[i].role, r->messages[i].content);
     if (r->add_generation_prompt) {
         open_turn(r, ROLE_ASSISTANT);
@@ -409,7 +413,7 @@ bool template_render(enum template_kind kind, const struct template_document *do
         r.add_generation_prompt =
             !options.continues && choose(options.add_generation_prompt, doc->add_generation_prompt, 1);
         if (kind == TEMPLATE_QWEN25) render_qwen25(&r);
-        else if (kind == TEMPLATE_SMOLLM2 || kind == TEMPLATE_CHATML) render_chatml(&r);
+        else if (!template_has_tools(kind)) render_chatml(&r);
         else render_qwen3(&r);
         if (options.continues) reopen(&r);
         if (r.no_memory) ok = error_set(err, "out of memory for a prompt of more than %zu bytes", out->len - before);

@@ -15,12 +15,14 @@
 
 enum template_kind {
     TEMPLATE_UNKNOWN,
-    TEMPLATE_QWEN3,               // thinking that can be switched off, tools
-    TEMPLATE_QWEN3_INSTRUCT_2507, // never thinks, tools
-    TEMPLATE_QWEN3_THINKING_2507, // always thinks: the prompt ends with an open <think>; tools
-    TEMPLATE_QWEN25,              // ChatML with tools and Qwen2.5's default system prompt
-    TEMPLATE_SMOLLM2,             // ChatML with SmolLM2's default system prompt
-    TEMPLATE_CHATML               // ChatML, no default system prompt
+    TEMPLATE_QWEN3,                    // thinking that can be switched off, tools
+    TEMPLATE_QWEN3_INSTRUCT_2507,      // never thinks, tools; replies of the past are written as they are
+    TEMPLATE_QWEN3_INSTRUCT_REASONING, // the same with qwen3's rules for thinking in replies of the past
+    TEMPLATE_QWEN3_THINKING_2507,      // always thinks: the prompt ends with an open <think>; tools
+    TEMPLATE_QWEN25,                   // ChatML with tools and Qwen2.5's default system prompt
+    TEMPLATE_QWEN2,                    // ChatML with Qwen2's default system prompt
+    TEMPLATE_SMOLLM2,                  // ChatML with SmolLM2's default system prompt
+    TEMPLATE_CHATML                    // ChatML, no default system prompt
 };
 
 // Recognises a template's text; TEMPLATE_UNKNOWN where it is none of ours (or NULL). Spelling does not matter
@@ -32,6 +34,7 @@ const char *template_names(void);                      // "qwen3, ..., chatml", 
 bool template_has_thinking(enum template_kind kind);   // the model may write <think>
 bool template_opens_thinking(enum template_kind kind); // a generation prompt ends with an open <think>
 bool template_can_hush(enum template_kind kind);       // enable_thinking=false makes a difference
+bool template_has_tools(enum template_kind kind);      // it has rules for tools and calls
 
 // A conversation: messages, tools and the two switches. Owns everything in it.
 struct template_document;
@@ -52,6 +55,7 @@ size_t template_n_messages(const struct template_document *doc);
 // A message as it was given; NULL where i is not in [0, template_n_messages). pyjson_get(m, "role") and so on read it.
 const struct pyjson *template_message(const struct template_document *doc, size_t i);
 void template_truncate(struct template_document *doc, size_t n_messages); // keeps the first n_messages
+int template_enable_thinking(const struct template_document *doc);        // what it says: -1 nothing, 0, 1
 // Puts the system message in front, replaces it, or (NULL) removes it.
 bool template_set_system(struct template_document *doc, const char *text, size_t n, struct error *err);
 // Appends the document as JSON that template_parse reads back.

@@ -132,6 +132,10 @@ void template_truncate(struct template_document *doc, size_t n_messages) {
     list->n = n_messages;
 }
 
+int template_enable_thinking(const struct template_document *doc) {
+    return doc->enable_thinking;
+}
+
 bool template_set_system(struct template_document *doc, const char *text, size_t n, struct error *err) {
     struct pyjson *list = doc->messages, *system = NULL;
     if (text) {

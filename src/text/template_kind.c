@@ -8,15 +8,17 @@
 
 static const struct {
     const char *name;
-    bool thinks, opens_thinking, can_hush;
+    bool thinks, opens_thinking, can_hush, has_tools;
 } kinds[] = {
-    [TEMPLATE_UNKNOWN] = {"unknown", false, false, false},
-    [TEMPLATE_QWEN3] = {"qwen3", true, false, true},
-    [TEMPLATE_QWEN3_INSTRUCT_2507] = {"qwen3-instruct-2507", false, false, false},
-    [TEMPLATE_QWEN3_THINKING_2507] = {"qwen3-thinking-2507", true, true, false},
-    [TEMPLATE_QWEN25] = {"qwen2.5", false, false, false},
-    [TEMPLATE_SMOLLM2] = {"smollm2", false, false, false},
-    [TEMPLATE_CHATML] = {"chatml", false, false, false},
+    [TEMPLATE_UNKNOWN] = {"unknown", false, false, false, false},
+    [TEMPLATE_QWEN3] = {"qwen3", true, false, true, true},
+    [TEMPLATE_QWEN3_INSTRUCT_2507] = {"qwen3-instruct-2507", false, false, false, true},
+    [TEMPLATE_QWEN3_INSTRUCT_REASONING] = {"qwen3-instruct-reasoning", false, false, false, true},
+    [TEMPLATE_QWEN3_THINKING_2507] = {"qwen3-thinking-2507", true, true, false, true},
+    [TEMPLATE_QWEN25] = {"qwen2.5", false, false, false, true},
+    [TEMPLATE_QWEN2] = {"qwen2", false, false, false, false},
+    [TEMPLATE_SMOLLM2] = {"smollm2", false, false, false, false},
+    [TEMPLATE_CHATML] = {"chatml", false, false, false, false},
 };
 
 const char *template_name(enum template_kind kind) {
@@ -33,7 +35,7 @@ bool template_from_name(const char *name, enum template_kind *out) {
 }
 
 const char *template_names(void) {
-    return "qwen3, qwen3-instruct-2507, qwen3-thinking-2507, qwen2.5, smollm2, chatml";
+    return "qwen3, qwen3-instruct-2507, qwen3-instruct-reasoning, qwen3-thinking-2507, qwen2.5, qwen2, smollm2, chatml";
 }
 
 bool template_has_thinking(enum template_kind kind) {
@@ -46,6 +48,10 @@ bool template_opens_thinking(enum template_kind kind) {
 
 bool template_can_hush(enum template_kind kind) {
     return kinds[kind].can_hush;
+}
+
+bool template_has_tools(enum template_kind kind) {
+    return kinds[kind].has_tools;
 }
 
 // The normal form of a template: a list of tokens, each ended by the byte 1. A string literal is a quote and its
@@ -202,14 +208,17 @@ static const struct {
     uint64_t fingerprint;
     enum template_kind kind;
 } known[] = {
-    {0x0167A473A6683E31u, TEMPLATE_QWEN3},               // tests/data/qwen3-tokenizer
-    {0xF1839B19199CA45Bu, TEMPLATE_QWEN3},               // qwen3-strings.jinja
-    {0x58F6F6EE982AA8FFu, TEMPLATE_QWEN3_INSTRUCT_2507}, // qwen3-instruct-2507.jinja
-    {0x7E0A285F4D49FB9Cu, TEMPLATE_QWEN3_THINKING_2507}, // qwen3-thinking-2507.jinja
-    {0x79239D569A790737u, TEMPLATE_QWEN25},              // qwen2.5.jinja
-    {0xC8D811CC4030B1BEu, TEMPLATE_SMOLLM2},             // smollm2.jinja
-    {0x6893B2F71ABB2C2Fu, TEMPLATE_CHATML},              // chatml.jinja
-    {0x41EF64EA30C1CBD8u, TEMPLATE_CHATML},              // chatml-default.jinja
+    {0x0167A473A6683E31u, TEMPLATE_QWEN3},                    // tests/data/qwen3-tokenizer
+    {0xF1839B19199CA45Bu, TEMPLATE_QWEN3},                    // qwen3-strings.jinja
+    {0x71D63A2636BF8C74u, TEMPLATE_QWEN3},                    // unsloth's, in many GGUF files: test_real.py
+    {0x92F5940BCDDA3BD8u, TEMPLATE_QWEN3_INSTRUCT_2507},      // qwen3-instruct-2507.jinja
+    {0x58F6F6EE982AA8FFu, TEMPLATE_QWEN3_INSTRUCT_REASONING}, // qwen3-instruct-reasoning.jinja
+    {0x7E0A285F4D49FB9Cu, TEMPLATE_QWEN3_THINKING_2507},      // qwen3-thinking-2507.jinja
+    {0x79239D569A790737u, TEMPLATE_QWEN25},                   // qwen2.5.jinja
+    {0x30DE576B909A7BEDu, TEMPLATE_QWEN2},                    // qwen2.jinja
+    {0xC8D811CC4030B1BEu, TEMPLATE_SMOLLM2},                  // smollm2.jinja
+    {0x6893B2F71ABB2C2Fu, TEMPLATE_CHATML},                   // chatml.jinja
+    {0x41EF64EA30C1CBD8u, TEMPLATE_CHATML},                   // chatml-default.jinja
 };
 
 enum template_kind template_recognise(const char *jinja) {

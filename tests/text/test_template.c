@@ -45,8 +45,10 @@ static void test_recognise(void **state) {
     (void)state;
     assert_int_equal(recognise_file("qwen3-strings"), TEMPLATE_QWEN3);
     assert_int_equal(recognise_file("qwen3-instruct-2507"), TEMPLATE_QWEN3_INSTRUCT_2507);
+    assert_int_equal(recognise_file("qwen3-instruct-reasoning"), TEMPLATE_QWEN3_INSTRUCT_REASONING);
     assert_int_equal(recognise_file("qwen3-thinking-2507"), TEMPLATE_QWEN3_THINKING_2507);
     assert_int_equal(recognise_file("qwen2.5"), TEMPLATE_QWEN25);
+    assert_int_equal(recognise_file("qwen2"), TEMPLATE_QWEN2);
     assert_int_equal(recognise_file("smollm2"), TEMPLATE_SMOLLM2);
     assert_int_equal(recognise_file("chatml"), TEMPLATE_CHATML);
     assert_int_equal(recognise_file("chatml-default"), TEMPLATE_CHATML);
@@ -110,6 +112,7 @@ static void test_names(void **state) {
     assert_false(template_from_name("unknown", &kind));
     assert_true(template_has_thinking(TEMPLATE_QWEN3) && !template_has_thinking(TEMPLATE_QWEN25));
     assert_true(template_opens_thinking(TEMPLATE_QWEN3_THINKING_2507) && !template_opens_thinking(TEMPLATE_QWEN3));
+    assert_true(template_has_tools(TEMPLATE_QWEN25) && !template_has_tools(TEMPLATE_QWEN2));
     assert_true(template_can_hush(TEMPLATE_QWEN3) && !template_can_hush(TEMPLATE_QWEN3_THINKING_2507));
 }
 
@@ -219,6 +222,8 @@ static void test_continuing(void **state) {
         {TEMPLATE_QWEN3, "<|im_end|>\n", NULL, "<|im_start|>assistant\n<think>\n\n</think>\n\n<|im_end|>\n"},
         {TEMPLATE_QWEN3_THINKING_2507, "", "hm", "<|im_start|>assistant\n<think>\nhm"},
         {TEMPLATE_QWEN3_INSTRUCT_2507, "The sky", NULL, "<|im_start|>assistant\nThe sky"},
+        {TEMPLATE_QWEN3_INSTRUCT_2507, "<think>a</think>b", "hm", "<|im_start|>assistant\n<think>a</think>b"},
+        {TEMPLATE_QWEN3_INSTRUCT_REASONING, "b", "hm", "<|im_start|>assistant\n<think>\nhm\n</think>\n\nb"},
         {TEMPLATE_QWEN25, "The sky", NULL, "<|im_start|>assistant\nThe sky"},
         {TEMPLATE_SMOLLM2, "The sky", "hm", "<|im_start|>assistant\nThe sky"},
         {TEMPLATE_CHATML, "", NULL, "<|im_start|>assistant\n"},
