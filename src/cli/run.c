@@ -58,7 +58,8 @@ static bool is_no_empty_input(const struct cli_options *o, const struct buffer *
                                      o->given[OPT_FILE] ? o->text[OPT_FILE] : "standard input") == 0;
 }
 
-static bool prompt_from_messages(struct generation *g, bool *opened_thinking) {
+// *thinking: what the options say on entry, and what holds for this document on return.
+static bool prompt_from_messages(struct generation *g, bool *thinking, bool *opened_thinking) {
     const struct cli_options *o = g->o;
     struct error err = {0};
     struct template_document *doc = NULL;
@@ -87,6 +88,8 @@ static bool prompt_from_messages(struct generation *g, bool *opened_thinking) {
         cli_fail("%s", err.text);
         ok = false;
     }
+    if (ok && think < 0 && template_enable_thinking(doc) == 0 && template_can_hush(g->engine->template_kind))
+        *thinking = false;
     *opened_thinking = template_opens_thinking(g->engine->template_kind);
     template_document_free(doc);
     buffer_free(&text);
@@ -200,11 +203,13 @@ static bool prepare(struct generation *g) {
     const struct cli_options *o = g->o;
     bool thinking = false, opened_thinking = false, plain = o->given[OPT_IDS] || o->given[OPT_RAW];
     if (!cli_thinking(o, g->engine, &thinking) || !cli_sampling(o, g->engine, thinking, &g->sampling)) return false;
+    bool asked = thinking;
     if (o->given[OPT_IDS]) {
         if (!cli_parse_ids(o->text[OPT_IDS], &g->prompt)) return false;
-    } else if (o->given[OPT_RAW] ? !prompt_from_text(g) : !prompt_from_messages(g, &opened_thinking)) {
+    } else if (o->given[OPT_RAW] ? !prompt_from_text(g) : !prompt_from_messages(g, &thinking, &opened_thinking)) {
         return false;
     }
+    if (thinking != asked && !cli_sampling(o, g->engine, thinking, &g->sampling)) return false; // the document's mode
     struct error err = {0};
     struct stream_options stream = {.stops = o->stops,
                                     .n_stops = o->n_stops,

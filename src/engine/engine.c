@@ -334,21 +334,28 @@ tandem_memory tandem_memory_plan(const tandem_engine *e) {
 // ---- Sampling defaults
 // -----------------------------------------------------------------------------------------------
 
+static bool is_qwen3(enum template_kind kind) {
+    return kind == TEMPLATE_QWEN3 || kind == TEMPLATE_QWEN3_INSTRUCT_2507 ||
+           kind == TEMPLATE_QWEN3_INSTRUCT_REASONING || kind == TEMPLATE_QWEN3_THINKING_2507;
+}
+
 void sampling_defaults(const tandem_engine *e, bool thinking, tandem_sampling *out, struct sampling_sources *from) {
     static const char file[] = "generation_config.json", none[] = "default";
     static const char preset_on[] = "Qwen3 thinking preset", preset_off[] = "Qwen3 non-thinking preset";
     const struct generation_config *g = &e->model->generation;
     *out = (tandem_sampling){.temperature = 1, .top_p = 1, .repeat_penalty = 1};
     *from = (struct sampling_sources){none, none, none, none, none};
-    // Qwen3's model card: 0.6, 0.95, 20 with thinking, 0.7, 0.8, 20 without. The file can hold only one of the two.
-    bool qwen3 = e->template_kind == TEMPLATE_QWEN3;
+    // Qwen3's model cards: 0.6, 0.95, 20 with thinking, 0.7, 0.8, 20 without. The file of a model that can do both
+    // holds the former; a model that can do one is in that mode, whatever was asked for.
+    bool qwen3 = is_qwen3(e->template_kind), both = template_can_hush(e->template_kind);
+    if (!both) thinking = template_has_thinking(e->template_kind);
     if (qwen3) {
         out->temperature = thinking ? 0.6 : 0.7;
         out->top_p = thinking ? 0.95 : 0.8;
         out->top_k = 20;
         from->temperature = from->top_p = from->top_k = from->min_p = thinking ? preset_on : preset_off;
     }
-    bool file_counts = !(qwen3 && !thinking);
+    bool file_counts = thinking || !both;
     if (file_counts && g->temperature.set) out->temperature = g->temperature.value, from->temperature = file;
     if (file_counts && g->top_p.set && g->top_p.value > 0) out->top_p = g->top_p.value, from->top_p = file;
     if (file_counts && g->top_k.set) out->top_k = (int32_t)g->top_k.value, from->top_k = file;

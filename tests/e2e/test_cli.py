@@ -1,6 +1,7 @@
 """The command line as people and scripts use it (CLI.md is the contract)."""
 import json
 import os
+import pathlib
 import shutil
 import signal
 import subprocess
@@ -52,6 +53,26 @@ def test_presets_follow_the_mode():
     on = json.loads(tandem("run", "-p", "Hi", "-n", "1", "--json").stdout)["sampling"]
     assert (off["temperature"]["value"], off["top_p"]["value"]) == (0.7, 0.8)
     assert (on["temperature"]["value"], on["top_p"]["value"]) == (0.6, 0.95)
+
+
+def test_presets_follow_the_documents_mode(tmp_path):
+    path = tmp_path / "messages.json"
+    for mode, options, temperature in [(False, [], 0.7), (True, [], 0.6), (False, ["--think", "on"], 0.6),
+                                       (False, ["--temp", "0.3"], 0.3)]:
+        path.write_text(json.dumps({"messages": [{"role": "user", "content": "Hi"}], "enable_thinking": mode}))
+        out = tandem("run", "--messages", str(path), "-n", "1", "--json", *options).stdout
+        assert json.loads(out)["sampling"]["temperature"]["value"] == temperature, (mode, options)
+
+
+@pytest.mark.parametrize("template, values", [
+    ("qwen3", (0.6, 0.95, 20)), ("qwen3-instruct-2507", (0.7, 0.8, 20)), ("qwen3-instruct-reasoning", (0.7, 0.8, 20)),
+    ("qwen3-thinking-2507", (0.6, 0.95, 20)), ("qwen2.5", (1, 1, 0))])
+def test_presets_where_there_is_no_generation_config(template, values, tmp_path):
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).symlink_to(pathlib.Path(TINY).resolve() / name)
+    out = tandem("run", str(tmp_path), "-p", "Hi", "-n", "1", "--json", "--template", template).stdout
+    sampling = json.loads(out)["sampling"]
+    assert tuple(sampling[name]["value"] for name in ("temperature", "top_p", "top_k")) == values
 
 
 def test_stop_and_length():
