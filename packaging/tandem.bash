@@ -13,6 +13,10 @@ _tandem() {
     --device) mapfile -t COMPREPLY < <(compgen -W "auto cpu cuda" -- "$cur") && return ;;
     --isa) mapfile -t COMPREPLY < <(compgen -W "auto portable avx2 avx512 avx512vnni avx512bf16" -- "$cur") && return ;;
     --repack) mapfile -t COMPREPLY < <(compgen -W "on memory off" -- "$cur") && return ;;
+    --template)
+        mapfile -t COMPREPLY < <(compgen -W "qwen3 qwen3-instruct-2507 qwen3-instruct-reasoning qwen3-thinking-2507 qwen2.5 qwen2 smollm2 chatml" -- "$cur")
+        return
+        ;;
     --path) mapfile -t COMPREPLY < <(compgen -W "fused standard T H" -- "$cur") && return ;;
     --kv-type) mapfile -t COMPREPLY < <(compgen -W "bf16 f16 f32 q8_0 fp8" -- "$cur") && return ;;
     --synthetic)

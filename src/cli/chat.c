@@ -105,7 +105,7 @@ static bool answer(struct chat *c) {
     bool ok = conversation_render(&c->talk, c->engine, options, &prompt, &error);
     if (!ok) snprintf(err, sizeof err, "%s", error.text);
     ok = ok && tandem_session_set(c->session, prompt.ids, prompt.n, &c->reused_tokens, err, sizeof err) == TANDEM_OK;
-    c->prompt_tokens = prompt.n;
+    if (ok) c->prompt_tokens = prompt.n;
     token_ids_free(&prompt);
     if (!ok) {
         cli_fail("%s", err);
@@ -161,7 +161,9 @@ static bool is_role(const struct chat *c, size_t i, const char *role) {
 }
 
 static void clear(struct chat *c) {
-    conversation_truncate(&c->talk, is_role(c, 0, "system") ? 1 : 0);
+    bool keeps = is_role(c, 0, "system");
+    conversation_truncate(&c->talk, keeps ? 1 : 0);
+    fprintf(stderr, "[the conversation is forgotten%s]\n", keeps ? "; the system prompt stays" : "");
 }
 
 static bool set_thinking(struct chat *c, const char *argument) {
@@ -214,15 +216,15 @@ static bool save(struct chat *c, const char *path) {
 static bool load(struct chat *c, const char *path) {
     struct buffer text = {0};
     struct error err = {0};
-    if (!*path) error_set(&err, "/load: expected a file name");
     struct template_document *doc = NULL;
-    if (*path && file_read(path, (size_t)64 << 20, &text, &err))
+    if (!*path) {
+        cli_fail("/load: expected a file name");
+    } else if (cli_read(path, &text)) {
         doc = template_parse(buffer_text(&text), text.len, path, &err);
-    buffer_free(&text);
-    if (!doc) {
-        cli_fail("%s", err.text);
-        return false;
+        if (!doc) cli_fail("%s", err.text);
     }
+    buffer_free(&text);
+    if (!doc) return false;
     conversation_free(&c->talk);
     c->talk.doc = doc;
     fprintf(stderr, "[loaded %zu messages from %s]\n", template_n_messages(doc), path);
@@ -270,7 +272,9 @@ static bool command(struct chat *c, const char *line, bool *leave) {
     if (strcmp(name, "/stats") == 0) return stats(c), true;
     if (strcmp(name, "/think") == 0) return set_thinking(c, argument);
     if (strcmp(name, "/no_think") == 0) return set_thinking(c, "off");
-    if (strcmp(name, "/system") == 0) return set_system(c, argument);
+    if (strcmp(name, "/system") == 0)
+        return set_system(c, argument) &&
+               fputs(*argument ? "[system prompt set]\n" : "[no system prompt]\n", stderr) >= 0;
     if (strcmp(name, "/regen") == 0) return regenerate(c);
     if (strcmp(name, "/save") == 0) return save(c, argument);
     if (strcmp(name, "/load") == 0) return load(c, argument);
@@ -339,7 +343,15 @@ static int talk_by_pipe(struct chat *c) {
     char *line = NULL;
     size_t size = 0;
     bool good = true, leave = false;
-    while (!leave && !ferror(stdout) && getline(&line, &size, stdin) >= 0) good = handle(c, line, &leave) && good;
+    ssize_t n;
+    while (!leave && !ferror(stdout) && (n = getline(&line, &size, stdin)) >= 0) {
+        if (strlen(line) == (size_t)n) {
+            good = handle(c, line, &leave) && good;
+        } else {
+            cli_fail("a line of standard input holds a NUL byte; it is left out");
+            good = false;
+        }
+    }
     free(line);
     return good ? EXIT_GOOD : EXIT_FAULT;
 }

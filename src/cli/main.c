@@ -110,6 +110,11 @@ int main(int argc, char **argv) {
         print_usage(stderr);
         return EXIT_USAGE;
     }
+    if (argc == 3 && strcmp(argv[1], "help") == 0) { // help SUBCOMMAND
+        static char option[] = "--help";
+        argv[1] = argv[2];
+        argv[2] = option;
+    }
     const char *name = argv[1];
     if (strcmp(name, "--version") == 0) {
         printf("tandem %s\n", tandem_version());

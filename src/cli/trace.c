@@ -290,6 +290,22 @@ static bool write_described(const struct recorder *r, const struct cli_options *
     return write_trace(r, ids, o->text[OPT_OUTPUT], meta, sizeof meta / sizeof meta[0]);
 }
 
+// Behind a message that nothing matches a pattern.
+static const char *where_to_look(enum path path) {
+    return path == PATH_FUSED ? "; a fused op does not hold its inner tensors, --path standard holds all" : "";
+}
+
+// A pattern that nothing matches is a slip of the pen more often than not.
+static void tell_of_idle_globs(const struct recorder *r, enum path path) {
+    for (size_t i = 0; i < r->n_globs; i++) {
+        size_t j = 0;
+        while (j < r->n && fnmatch(r->globs[i], r->list[j].name, 0) != 0) j++;
+        if (j == r->n)
+            fprintf(stderr, "tandem: trace: warning: no tensor of this path matches \"%s\"%s\n", r->globs[i],
+                    where_to_look(path));
+    }
+}
+
 static int trace_with(const struct cli_options *o, tandem_engine *e, enum path path) {
     struct recorder r = {0};
     struct token_ids ids = {0};
@@ -299,11 +315,13 @@ static int trace_with(const struct cli_options *o, tandem_engine *e, enum path p
         cli_fail("out of memory");
     } else if (read_ids(o, e, &ids) && select_positions(&r, o->text[OPT_POSITIONS], ids.n) &&
                trace_path(&r, e, path, &ids)) {
-        if (r.n == 0) cli_fail("no tensor of this path matches \"%s\"", globs);
+        if (r.n == 0) cli_fail("no tensor of this path matches \"%s\"%s", globs, where_to_look(path));
         else if (write_described(&r, o, e, path, &ids)) status = EXIT_GOOD;
     }
-    if (status == EXIT_GOOD)
+    if (status == EXIT_GOOD) {
+        tell_of_idle_globs(&r, path);
         fprintf(stderr, "wrote %zu tensors of %zu tokens to %s\n", r.n, r.n_positions, o->text[OPT_OUTPUT]);
+    }
     for (size_t i = 0; i < r.n; i++) buffer_free(&r.list[i].data);
     for (size_t i = 0; i < r.n_globs; i++) free(r.globs[i]);
     free(r.globs);

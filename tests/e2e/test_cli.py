@@ -112,10 +112,38 @@ def test_chat_commands(tmp_path):
     document = json.loads(saved.read_text())
     messages = document["messages"] if isinstance(document, dict) else document
     assert [m["role"] for m in messages] == ["system", "user", "assistant", "user", "assistant"]
-    assert "/regen" in done.stdout
+    assert "/regen" in done.stdout and "[system prompt set]" in done.stderr and "system prompt stays" in done.stderr
     assert tandem("chat", "--think", "off", "--load", str(saved), text="/exit\n").stdout == ""
     tandem("chat", text="/nonsense\n", status=1)
     tandem("chat", text="/load /no/such/file\n", status=1)
+
+
+def test_chat_takes_a_pipe_as_a_conversation_and_no_nul(tmp_path):
+    messages = [{"role": "user", "content": "My name is Mia."}, {"role": "assistant", "content": "Hello Mia!"}]
+    os.mkfifo(tmp_path / "fifo")
+    with subprocess.Popen(["sh", "-c", f"echo '{json.dumps(messages)}' > {tmp_path}/fifo"]):
+        done = tandem("chat", "--think", "off", "--greedy", "--load", str(tmp_path / "fifo"), text="What is my name?\n")
+    assert "Mia" in done.stdout and "loaded 2 messages" in done.stderr
+    done = tandem("chat", "--think", "off", "--greedy", text="half a \0 question\nWhat is the capital of France?\n", status=1)
+    assert done.stdout == "The capital of France is Paris.\n" and "NUL" in done.stderr
+
+
+def test_chat_recomputes_what_follows_a_thinking_that_goes(tmp_path):
+    """Reuse is the longest common beginning of what was computed and of the next prompt, to the token."""
+    turns, reply_of = ["What is 23 + 48?", "And what is the capital of France?"], ["--think", "on", "--greedy", "--json"]
+    done = tandem("chat", "--think", "on", "--greedy", text="\n".join(turns) + f"\n/stats\n/save {tmp_path}/talk.json\n")
+    first = json.loads(tandem("run", "-p", turns[0], *reply_of).stdout)
+    assert first["reasoning"]
+    held = first["prompt_tokens"] + first["tokens"]
+    messages = json.loads((tmp_path / "talk.json").read_text())["messages"]
+    assert messages[1]["reasoning_content"] == first["reasoning"]
+    (tmp_path / "next.json").write_text(json.dumps(messages[:3]))
+    second = json.loads(tandem("run", "--messages", str(tmp_path / "next.json"), *reply_of).stdout)
+    prompt = second["prompt_tokens"]
+    common = next(i for i, (a, b) in enumerate(zip(held, prompt)) if a != b)
+    assert 0 < common < len(first["prompt_tokens"]) + 4  # the <think> goes
+    assert f"{len(prompt)} tokens, {common} reused, {len(prompt) - common} computed" in done.stdout
+    assert messages[3]["content"] == second["text"]  # and what was recomputed is what a fresh run computes
 
 
 @pytest.mark.parametrize("args, status, words", [
@@ -157,6 +185,11 @@ def test_errors_name_the_thing(args, status, words):
 def test_help(name):
     done = tandem(name, "--help")
     assert done.stdout.startswith(f"usage: tandem {name}") and "--help" in done.stdout
+
+
+def test_trace_tells_of_a_pattern_that_matches_nothing(tmp_path):
+    done = tandem("trace", "--ids", "1,2", "--tensors", "embed,final_norm", "-o", str(tmp_path / "t.safetensors"))
+    assert "wrote 1 tensors" in done.stderr and '"final_norm"; a fused op' in done.stderr and '"embed"' not in done.stderr
 
 
 def test_documents_separated_by_nul():

@@ -45,7 +45,7 @@ def test_the_table_is_whole():
 def test_subcommand(command):
     text = output(command, "--help")
     assert text.startswith(f"usage: tandem {command} ") and "--help" in options(command)
-    assert output(command, "-h") == text
+    assert output(command, "-h") == output("help", command) == text
     assert max(map(len, text.splitlines())) <= 132
     assert re.search(rf"^\.B {command}$", man_page(), re.M), "not in the man page"
     missing = [o for o in options(command) if not re.search(rf"{o}(?![a-z-])", man_page()) and o != "--help"]
