@@ -1,11 +1,11 @@
 // speed_products.c: how fast matrix products and attention are, per instruction set, weight type and number of tokens,
 // next to the read bandwidth of the same run, and with --peak to the rates of loops of nothing but multiplications. It
 // measures; the other files here judge. Every round runs every case
-// once, so that a busy neighbour slows them alike; printed are medians.
+// once, so that a busy neighbour slows them alike; printed are medians, or with --best the best.
 //
 //   speed_products [--isa avx2,portable] [--threads N] [--types bf16,q8_0] [--tokens 1,8,64] [--rounds N]
 //                  [--columns 1024] [--mib 96] [--attention 512,4096] [--kv bf16,q8_0]
-//                  [--clock wall|cpu] [--octets on|off] [--peak on|off]
+//                  [--clock wall|cpu] [--octets on|off] [--peak on|off] [--best on|off]
 #include "base/clock.h"
 #include "base/size.h"
 #include "format/octets.h"
@@ -21,6 +21,7 @@
 #include <time.h>
 
 static bool cpu_time; // one thread on a busy machine: its own time instead of the clock's
+static bool best;     // the best round in place of the median
 
 static double now(void) {
     struct timespec t;
@@ -92,12 +93,12 @@ static void peak_piece(void *user, size_t begin, size_t end, int thread) {
     }
 }
 
-// Operations a second; 0: not on this CPU.
+// Seconds; 0: not on this CPU.
 static double peak(struct pool *pool, size_t which) {
     double start = now();
     if (!ops_cpu("avx2", NULL)) return 0;
     pool_for(pool, PEAK_PIECES, 1, peak_piece, &which);
-    return peaks[which].ops * PEAK_STEPS * PEAK_PIECES / (now() - start);
+    return now() - start;
 }
 #else
 static double peak(struct pool *pool, size_t which) {
@@ -119,8 +120,9 @@ static int by_value(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 
-static double median(double *v, size_t n) {
+static double typical(double *v, size_t n) {
     qsort(v, n, sizeof *v, by_value);
+    if (best) return v[0];
     return n % 2 ? v[n / 2] : 0.5 * (v[n / 2 - 1] + v[n / 2]);
 }
 
@@ -198,6 +200,7 @@ int main(int argc, char **argv) {
         else if (strcmp(argv[i], "--clock") == 0) cpu_time = strcmp(argv[i + 1], "cpu") == 0;
         else if (strcmp(argv[i], "--octets") == 0) octets = strcmp(argv[i + 1], "on") == 0;
         else if (strcmp(argv[i], "--peak") == 0) with_peak = strcmp(argv[i + 1], "on") == 0;
+        else if (strcmp(argv[i], "--best") == 0) best = strcmp(argv[i + 1], "on") == 0;
         else if (strcmp(argv[i], "--mib") == 0) mib = strtoul(argv[i + 1], NULL, 10);
         else return fprintf(stderr, "unknown option %s\n", argv[i]), 2;
     }
@@ -256,18 +259,19 @@ int main(int argc, char **argv) {
                                                  : run_product(&ctx, y, x, &cases[c].w, cases[c].n_tokens);
         }
     }
-    double bandwidth = (double)bytes / median(reading, n_rounds);
-    printf("%d threads, read bandwidth %.1f GB/s, medians of %zu rounds\n", pool_size(pool), bandwidth * 1e-9,
-           n_rounds);
+    double bandwidth = (double)bytes / typical(reading, n_rounds);
+    printf("%d threads, read bandwidth %.1f GB/s, %s of %zu rounds\n", pool_size(pool), bandwidth * 1e-9,
+           best ? "the best" : "medians", n_rounds);
     for (size_t i = 0; with_peak && i < PEAKS; i++)
-        printf("%-22s %7.1f Gop/s\n", peaks[i].name, median(rates[i], n_rounds) * 1e-9);
+        printf("%-22s %7.1f Gop/s\n", peaks[i].name,
+               peaks[i].ops * PEAK_STEPS * PEAK_PIECES / typical(rates[i], n_rounds) * 1e-9);
     for (size_t c = 0; c < n_cases; c++) {
         struct measured *m = &cases[c];
         if (!ops_cpu(m->isa, &err)) {
             if (c == 0 || m->isa != cases[c - 1].isa) printf("%-12s %s\n", m->isa, err.text);
             continue;
         }
-        double s = median(m->seconds, n_rounds);
+        double s = typical(m->seconds, n_rounds);
         if (m->depth) {
             double kv = 2.0 * (double)m->depth * KV_HEADS * (double)kv_bytes(m->type, HEAD_DIM);
             printf("%-12s %-5s attention, depth %5zu %9.3f ms  %6.1f GB/s  %5.1f%% of bandwidth\n", m->isa,

@@ -9,6 +9,7 @@
 enum {
     TILE_ROWS = 16,    // rows of a tile: the lanes of a product with quantised weights
     TILE_TOKENS = 128, // tokens of a tile: its results are 8 KiB
+    LANES_TOKENS = 6,  // tokens that stand side by side where BF16 is multiplied lane by lane
 };
 
 // Both write out[t * TILE_ROWS + r] for rows row .. row + n_rows of w, n_rows <= TILE_ROWS, and n_tokens <=
@@ -20,11 +21,20 @@ struct cpu_kernels {
     void (*quantised)(float *out, const struct matrix *w, size_t row, size_t n_rows, const float *x, size_t n_tokens);
     // From f32 values to what `dense` wants of BF16: of each 16 the odd ones, then the even ones.
     void (*deal_pairs)(float *to, const float *from, size_t n);
+    // NULL, or BF16 with many tokens and n_in a multiple of 32. x: groups of LANES_TOKENS tokens, rounded and dealt out
+    // by lanes (avx2_deal_lanes), the last one perhaps not full; panel: [avx2_panel_floats(n_in)] of the thread's own.
+    void (*lanes)(float *out, float *panel, const struct matrix *w, size_t row, size_t n_rows, const float *x,
+                  size_t n_tokens);
 };
 
 extern const struct cpu_kernels avx2_kernels;
 
 void avx2_dense(float *out, const struct matrix *w, size_t row, size_t n_rows, const float *x, size_t n_tokens);
+void avx2_lanes(float *out, float *panel, const struct matrix *w, size_t row, size_t n_rows, const float *x,
+                size_t n_tokens);
+size_t avx2_panel_floats(size_t n_in);
+// n_tokens rows [n] of a group, n a multiple of 32, to [16 lanes][n / 32][odd, even][LANES_TOKENS].
+void avx2_deal_lanes(float *to, const float *from, size_t n, size_t n_tokens);
 void avx2_quantised(float *out, const struct matrix *w, size_t row, size_t n_rows, const float *x, size_t n_tokens);
 // avx2_quantised for one token; false: this type has no such version. out: [TILE_ROWS]
 bool avx2_one_token(float *out, const struct matrix *w, size_t row, size_t n_rows, const struct act_row *x);

@@ -10,7 +10,10 @@
 #include "ops/cpu/avx2/kernels.h"
 #include "ops/cpu/avx2/vec.h"
 
-enum { ROUND_GRAIN = 16384 };
+enum {
+    ROUND_GRAIN = 16384,
+    LANES_FROM = 24, // tokens from which on it pays to lay out the lanes of a tile
+};
 
 // ---- Tiles and epilogues
 // ---------------------------------------------------------------------------------------------
@@ -27,6 +30,8 @@ struct product {
     struct part parts[3];
     size_t n_parts, n_tokens;
     const struct cpu_kernels *kernels;
+    float *panels; // NULL, or BF16 is multiplied lane by lane: [threads][panel_floats]
+    size_t panel_floats;
 };
 
 // How a type's inputs are rounded: each its own place in the scratch.
@@ -44,9 +49,12 @@ static size_t n_tiles(const struct matrix *w) {
     return (w->n_out + TILE_ROWS - 1) / TILE_ROWS;
 }
 
-static void dots(const struct cpu_kernels *k, float *out, const struct matrix *w, size_t row, size_t n_rows,
-                 const float *x, size_t n_tokens) {
+static void dots(const struct product *p, float *out, const struct matrix *w, size_t row, size_t n_rows, const float *x,
+                 size_t n_tokens, int thread) {
+    const struct cpu_kernels *k = p->kernels;
+    float *panel = p->panels ? p->panels + (size_t)thread * p->panel_floats : NULL;
     if (input_of(w) == INPUT_INT8) k->quantised(out, w, row, n_rows, x, n_tokens);
+    else if (panel && w->type == DTYPE_BF16) k->lanes(out, panel, w, row, n_rows, x, n_tokens);
     else k->dense(out, w, row, n_rows, x, n_tokens);
 }
 
@@ -69,35 +77,38 @@ static void write_tile(const struct part *p, const float *out, size_t row, size_
     }
 }
 
-static void run_tile(const struct product *product, const struct part *p, size_t tile) {
+// Tokens t0 .. t0 + n of a tile, n <= TILE_TOKENS.
+static void run_tile(const struct product *product, const struct part *p, size_t tile, size_t t0, size_t n,
+                     int thread) {
     float out[TILE_ROWS * TILE_TOKENS] __attribute__((aligned(64)));
     float up[TILE_ROWS * TILE_TOKENS] __attribute__((aligned(64)));
     size_t row = tile * TILE_ROWS, n_rows = p->w->n_out - row < TILE_ROWS ? p->w->n_out - row : TILE_ROWS;
-    for (size_t t0 = 0; t0 < product->n_tokens; t0 += TILE_TOKENS) {
-        size_t n = product->n_tokens - t0 < TILE_TOKENS ? product->n_tokens - t0 : TILE_TOKENS;
-        const float *x = p->x + t0 * input_floats(p->w);
-        dots(product->kernels, out, p->w, row, n_rows, x, n);
-        if (p->up) {
-            dots(product->kernels, up, p->up, row, n_rows, x, n);
-            for (size_t t = 0; t < n; t++) {
-                float *g = out + t * TILE_ROWS, *u = up + t * TILE_ROWS;
-                size_t r = 0;
-                for (; r + 8 <= n_rows; r += 8)
-                    _mm256_storeu_ps(g + r, silu_mul_8(_mm256_load_ps(g + r), _mm256_load_ps(u + r)));
-                for (; r < n_rows; r++) g[r] = g[r] / (1.0f + exp32(-g[r])) * u[r];
-            }
+    const float *x = p->x + t0 * input_floats(p->w);
+    dots(product, out, p->w, row, n_rows, x, n, thread);
+    if (p->up) {
+        dots(product, up, p->up, row, n_rows, x, n, thread);
+        for (size_t t = 0; t < n; t++) {
+            float *g = out + t * TILE_ROWS, *u = up + t * TILE_ROWS;
+            size_t r = 0;
+            for (; r + 8 <= n_rows; r += 8)
+                _mm256_storeu_ps(g + r, silu_mul_8(_mm256_load_ps(g + r), _mm256_load_ps(u + r)));
+            for (; r < n_rows; r++) g[r] = g[r] / (1.0f + exp32(-g[r])) * u[r];
         }
-        write_tile(p, out, row, n_rows, t0, n);
     }
+    write_tile(p, out, row, n_rows, t0, n);
 }
 
+// All tiles of a piece meet the same tokens before others come: those stay in L2.
 static void product_piece(void *user, size_t begin, size_t end, int thread) {
-    (void)thread;
     const struct product *p = user;
-    for (size_t i = begin; i < end; i++) {
-        size_t part = 0, tile = i;
-        while (tile >= n_tiles(p->parts[part].w)) tile -= n_tiles(p->parts[part++].w);
-        run_tile(p, &p->parts[part], tile);
+    const size_t most = TILE_TOKENS / LANES_TOKENS * LANES_TOKENS;
+    for (size_t t = 0; t < p->n_tokens; t += most) {
+        const size_t n = p->n_tokens - t < most ? p->n_tokens - t : most;
+        for (size_t i = begin; i < end; i++) {
+            size_t part = 0, tile = i;
+            while (tile >= n_tiles(p->parts[part].w)) tile -= n_tiles(p->parts[part++].w);
+            run_tile(p, &p->parts[part], tile, t, n, thread);
+        }
     }
 }
 
@@ -137,17 +148,38 @@ struct input_job {
     float eps;
     size_t n;
     float *plain, *rounded, *int8; // where to; NULL: not wanted. With a norm, int8 needs plain
+    float *room; // NULL, or rows are dealt out by lanes: room for a row, `apart` floats for each thread
+    size_t apart, n_tokens;
 };
+
+static const float *row_of(const struct input_job *j, size_t t) {
+    return j->x + (j->rows ? (size_t)j->rows[t] : t) * j->n;
+}
+
+static void round_input(const struct input_job *j, float *to, size_t t) {
+    if (j->norm) avx2_rmsnorm_row(to, row_of(j, t), j->norm, j->eps, j->n, true);
+    else round_row(to, row_of(j, t), j->n);
+}
+
+// Groups of LANES_TOKENS tokens, for products lane by lane.
+static void lanes_piece(void *user, size_t begin, size_t end, int thread) {
+    const struct input_job *j = user;
+    float *room = j->room + (size_t)thread * j->apart;
+    for (size_t g = begin; g < end; g++) {
+        const size_t t = g * LANES_TOKENS, n = j->n_tokens - t < LANES_TOKENS ? j->n_tokens - t : LANES_TOKENS;
+        for (size_t i = 0; i < n; i++) round_input(j, room + i * j->n, t + i);
+        avx2_deal_lanes(j->rounded + t * j->n, room, j->n, n);
+    }
+}
 
 static void input_piece(void *user, size_t begin, size_t end, int thread) {
     (void)thread;
     const struct input_job *j = user;
     for (size_t t = begin; t < end; t++) {
-        const float *x = j->x + (j->rows ? (size_t)j->rows[t] : t) * j->n;
-        float *rounded = j->rounded ? j->rounded + t * j->n : NULL;
-        if (rounded) {
-            if (j->norm) avx2_rmsnorm_row(rounded, x, j->norm, j->eps, j->n, true);
-            else round_row(rounded, x, j->n);
+        const float *x = row_of(j, t);
+        if (j->rounded) {
+            float *rounded = j->rounded + t * j->n;
+            round_input(j, rounded, t);
             j->kernels->deal_pairs(rounded, rounded, j->n);
         }
         if (j->plain) {
@@ -160,18 +192,34 @@ static void input_piece(void *user, size_t begin, size_t end, int thread) {
     }
 }
 
-// Sets the parts' x from `j->x`, each way of rounding done once, in the scratch: BF16's first, INT8's behind it.
+// Sets the parts' x from `j->x`, each way of rounding done once, in the scratch: panels, where there are any, BF16's,
+// INT8's behind it.
 static void make_inputs(const struct op_ctx *ctx, struct input_job j, float *plain, struct product *p) {
     bool wants[3] = {false, false, false};
     for (size_t i = 0; i < p->n_parts; i++) wants[input_of(p->parts[i].w)] = true;
     j.kernels = ctx->ops->kernels;
     j.n = p->parts[0].w->n_in;
     if (j.norm && (wants[INPUT_PLAIN] || wants[INPUT_INT8])) j.plain = plain;
-    if (wants[INPUT_BF16]) j.rounded = ctx->scratch;
-    if (wants[INPUT_INT8]) j.int8 = ctx->scratch + (wants[INPUT_BF16] ? p->n_tokens * j.n : 0);
+    float *at = ctx->scratch;
+    const bool by_lanes = wants[INPUT_BF16] && j.kernels->lanes && p->n_tokens >= LANES_FROM && j.n % 32 == 0;
+    if (by_lanes) {
+        p->panels = at;
+        p->panel_floats = avx2_panel_floats(j.n);
+        at += (size_t)pool_size(ctx->pool) * p->panel_floats;
+    }
+    float *rounded = wants[INPUT_BF16] ? at : NULL;
+    const size_t groups = (p->n_tokens + LANES_TOKENS - 1) / LANES_TOKENS;
+    if (wants[INPUT_INT8]) j.int8 = at + (by_lanes ? groups * LANES_TOKENS : rounded ? p->n_tokens : 0) * j.n;
+    if (by_lanes) { // in the room for panels
+        struct input_job lanes = j;
+        lanes.rounded = rounded, lanes.room = p->panels, lanes.apart = p->panel_floats, lanes.n_tokens = p->n_tokens;
+        pool_for(ctx->pool, groups, 1, lanes_piece, &lanes);
+    } else {
+        j.rounded = rounded;
+    }
     if (j.plain || j.rounded || j.int8)
         pool_for(ctx->pool, p->n_tokens, ROUND_GRAIN / (4 * j.n + 1) + 1, input_piece, &j);
-    const float *x[] = {j.norm ? j.plain : j.x, j.rounded, j.int8};
+    const float *x[] = {j.norm ? j.plain : j.x, rounded, j.int8};
     for (size_t i = 0; i < p->n_parts; i++) p->parts[i].x = x[input_of(p->parts[i].w)];
 }
 
@@ -224,7 +272,7 @@ static void norm_head(const struct op_ctx *ctx, const struct norm_head_args *a) 
     run_product(ctx, &p);
 }
 
-const struct cpu_kernels avx2_kernels = {avx2_dense, avx2_quantised, deal_pairs};
+const struct cpu_kernels avx2_kernels = {avx2_dense, avx2_quantised, deal_pairs, avx2_lanes};
 
 void avx2_fill_matmul(struct ops *ops) {
     ops->kernels = &avx2_kernels;

@@ -1,0 +1,124 @@
+// lanes.c: dot products of BF16 rows with many tokens, in AVX2; dense.c has those with few.
+//
+// One lane of dotpair is a plain chain over K, and the lanes meet only in the tree at the end. So a tile walks one lane
+// after the other: the lanes' elements of sixteen rows are laid side by side once, as f32, and a register holds eight
+// rows' chains of one token. Six tokens, which stand side by side, too, are twelve chains, which need two loads and six
+// broadcasts for twelve fmas, and nothing is added across a register. The lanes come in the tree's order (bits
+// reversed), so that sums of lanes are added as soon as both are there and four levels of them are all that waits.
+#include "ops/cpu/avx2/avx2.h"
+
+#if defined(__AVX2__)
+
+#include "ops/cpu/avx2/kernels.h"
+#include "ops/cpu/avx2/unpack.h"
+#include "ops/cpu/avx2/vec.h"
+
+enum {
+    LINE = 32,                // elements of a row that hold one pair of every lane
+    BLOCK = 4 * LANES_TOKENS, // tokens whose unfinished sums stay in L1
+    LEVELS = 4,               // of the tree
+    PAD = LINE,               // floats between lanes, which would else share their places in L1
+};
+
+size_t avx2_panel_floats(size_t n_in) {
+    return DOT_LANES * (n_in + PAD);
+}
+
+void avx2_deal_lanes(float *to, const float *from, size_t n, size_t n_tokens) {
+    for (size_t l = 0; l < DOT_LANES; l++) {
+        for (size_t k = 2 * l; k < n; k += LINE, to += (size_t)2 * LANES_TOKENS) {
+            for (size_t t = 0; t < n_tokens; t++) {
+                to[t] = from[t * n + k + 1];
+                to[LANES_TOKENS + t] = from[t * n + k];
+            }
+        }
+    }
+}
+
+// panel: [16 lanes][n_in / 32][odd, even][16 rows]; of rows that the tile lacks any finite or other values.
+static void fill_panel(float *panel, const struct matrix *w, size_t row, size_t n_rows) {
+    const size_t lane = w->n_in + PAD;
+    const uint8_t *rows[TILE_ROWS];
+    for (size_t r = 0; r < TILE_ROWS; r++)
+        rows[r] = (const uint8_t *)w->data + (row + (r < n_rows ? r : n_rows - 1)) * w->row_bytes;
+    for (size_t k = 0; k < w->n_in; k += LINE, panel += 2 * TILE_ROWS) {
+        for (size_t half = 0; half < 2; half++) {
+            __m256i v[8], pairs[2][8];
+            for (size_t o = 0; o < 2; o++) {
+                for (size_t r = 0; r < 8; r++) v[r] = load_32(rows[8 * o + r] + 2 * k + 32 * half);
+                transpose_8(v, pairs[o]);
+            }
+            for (size_t l = 0; l < 8; l++) {
+                float *to = panel + (8 * half + l) * lane;
+                for (size_t o = 0; o < 2; o++) {
+                    __m256i odd = _mm256_and_si256(pairs[o][l], _mm256_set1_epi32((int)0xFFFF0000u));
+                    _mm256_storeu_ps(to + 8 * o, _mm256_castsi256_ps(odd));
+                    _mm256_storeu_ps(to + 16 + 8 * o, _mm256_castsi256_ps(_mm256_slli_epi32(pairs[o][l], 16)));
+                }
+            }
+        }
+    }
+}
+
+// One lane's chains of sixteen rows and N tokens over n elements, and the tree's sums that end with it. sums:
+// [LEVELS][BLOCK][16] from the first token on; step: how many lanes came before.
+INLINE void lane(float *out, float *sums, const float *w, const float *x, size_t n, size_t step, const size_t N) {
+    __m256 sum[LANES_TOKENS][2];
+    for (size_t t = 0; t < N; t++) sum[t][0] = sum[t][1] = _mm256_setzero_ps();
+    for (size_t i = 0; i < n; i += 2, x += 2 * LANES_TOKENS, w += 2 * TILE_ROWS) {
+#pragma GCC unroll 2
+        for (size_t h = 0; h < 2; h++) {
+            const __m256 first = _mm256_loadu_ps(w + h * TILE_ROWS), second = _mm256_loadu_ps(w + h * TILE_ROWS + 8);
+            for (size_t t = 0; t < N; t++) {
+                const __m256 in = _mm256_broadcast_ss(x + h * LANES_TOKENS + t);
+                sum[t][0] = _mm256_fmadd_ps(first, in, sum[t][0]);
+                sum[t][1] = _mm256_fmadd_ps(second, in, sum[t][1]);
+            }
+        }
+    }
+    for (; step & 1; step >>= 1, sums += BLOCK * TILE_ROWS) {
+        for (size_t t = 0; t < N; t++) {
+            sum[t][0] = _mm256_add_ps(_mm256_loadu_ps(sums + t * TILE_ROWS), sum[t][0]);
+            sum[t][1] = _mm256_add_ps(_mm256_loadu_ps(sums + t * TILE_ROWS + 8), sum[t][1]);
+        }
+    }
+    float *to = out ? out : sums;
+    for (size_t t = 0; t < N; t++) {
+        _mm256_storeu_ps(to + t * TILE_ROWS, sum[t][0]);
+        _mm256_storeu_ps(to + t * TILE_ROWS + 8, sum[t][1]);
+    }
+}
+
+// A block's tokens; out: NULL before the last lane.
+static void lane_of_block(float *out, float *sums, const float *w, const float *x, size_t n_in, size_t step,
+                          size_t n_tokens) {
+    const size_t n = n_in / DOT_LANES;
+    for (size_t t = 0; t < n_tokens; t += LANES_TOKENS, x += LANES_TOKENS * n_in, sums += LANES_TOKENS * TILE_ROWS) {
+        switch (n_tokens - t) {
+        case 1: lane(out, sums, w, x, n, step, 1); break;
+        case 2: lane(out, sums, w, x, n, step, 2); break;
+        case 3: lane(out, sums, w, x, n, step, 3); break;
+        case 4: lane(out, sums, w, x, n, step, 4); break;
+        case 5: lane(out, sums, w, x, n, step, 5); break;
+        default: lane(out, sums, w, x, n, step, LANES_TOKENS); break;
+        }
+        if (out) out += LANES_TOKENS * TILE_ROWS;
+    }
+}
+
+void avx2_lanes(float *out, float *panel, const struct matrix *w, size_t row, size_t n_rows, const float *x,
+                size_t n_tokens) {
+    static const uint8_t order[DOT_LANES] = {0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15};
+    float sums[LEVELS * BLOCK * TILE_ROWS] __attribute__((aligned(64)));
+    const size_t chain = w->n_in / DOT_LANES * LANES_TOKENS;
+    fill_panel(panel, w, row, n_rows);
+    for (size_t t = 0; t < n_tokens; t += BLOCK) {
+        const size_t here = n_tokens - t < BLOCK ? n_tokens - t : BLOCK;
+        for (size_t step = 0; step < DOT_LANES; step++)
+            lane_of_block(step + 1 < DOT_LANES ? NULL : out + t * TILE_ROWS, sums,
+                          panel + order[step] * (w->n_in + PAD), x + t * w->n_in + order[step] * chain, w->n_in, step,
+                          here);
+    }
+}
+
+#endif
