@@ -162,6 +162,26 @@ $(BUILD)/$(EMULATOR)/test_emulated: $(BUILD)/$(EMULATOR)/test_emulated.o $(WAYS_
 	$(link_emulated)
 $(BUILD)/$(EMULATOR)/test_emulated_80: $(BUILD)/$(EMULATOR)/test_emulated.o $(WAYS_OBJ) $(call emulated_objects,emulated_80) $(BUILD)/libtandem_all.a
 	$(link_emulated)
+# The same mistakes in kernels that nvcc compiles, for a machine with a GPU.
+ifeq ($(CUDA),1)
+CHIP_SOWN = $(addprefix $(BUILD)/chip_sown/,$(addsuffix .o,$(basename $(EMULATED_SRC)))) $(BUILD)/chip_sown/test_mistakes.o
+$(BUILD)/chip_sown/%.o: $(BUILD)/sown/%.cu
+	@mkdir -p $(@D)
+	$(NVCC) $(NVCCFLAGS) $(CUDA_ARCH) -I$(BUILD)/chip_sown -I$(BUILD)/sown/src -Isrc -Iinclude -MMD -MP -c -o $@ $<
+$(BUILD)/chip_sown/%.o: $(BUILD)/sown/%.c
+	@mkdir -p $(@D)
+	$(CC) -I$(BUILD)/chip_sown -I$(BUILD)/sown/src $(CPPFLAGS) $(CFLAGS) -MMD -MP -c -o $@ $<
+$(BUILD)/chip_sown/test_mistakes.o: $(EMULATOR)/test_mistakes.c $(BUILD)/$(EMULATOR)/mistakes.inc
+	@mkdir -p $(@D)
+	$(CC) -DTANDEM_TESTS_GPU -I$(BUILD)/$(EMULATOR) $(CPPFLAGS) $(CFLAGS) -MMD -MP -c -o $@ $<
+# Alone: beside it lie headers that stand in for the toolkit's.
+$(BUILD)/chip_sown/mistake.h: $(EMULATOR)/mistake.h
+	@mkdir -p $(@D)
+	@cp $< $@
+$(CHIP_SOWN): | $(BUILD)/chip_sown/mistake.h $(patsubst %,$(BUILD)/sown/%,$(filter-out %/chip.cuh,$(wildcard src/ops/cuda/*.cuh)))
+$(BUILD)/$(EMULATOR)/gpu-mistakes: $(CHIP_SOWN) $(WAYS_OBJ) $(BUILD)/libtandem_all.a
+	$(CC) $(LDFLAGS) -o $@ $^ $(LDLIBS) -lcmocka
+endif
 # Products alone, every tile: build/tests/cuda_emulator/speed-emulated --check --small --shapes --tokens 9,33
 $(BUILD)/$(EMULATOR)/speed_cuda.o: tests/ops/speed_cuda.c
 	@mkdir -p $(@D)
@@ -272,12 +292,14 @@ programs: $(TEST_BIN) $(BUILD)/tests/format/dequant_main $(BUILD)/tests/server/s
 
 # On a machine with a GPU: the CUDA backend's tests, and under the sanitizers of CUDA's toolkit the small ones again.
 GPU_SMALL = test_oracle_tandem_tiny
-.PHONY: gpu-check gpu-sanitize gpu-bench
+.PHONY: gpu-check gpu-sanitize gpu-mistakes gpu-bench
 gpu-check: $(BUILD)/tests/ops/test_cuda
 	$<
 gpu-sanitize: $(BUILD)/tests/ops/test_cuda
 	for tool in memcheck racecheck initcheck synccheck; do \
 	    compute-sanitizer --tool $$tool --error-exitcode 1 $< $(GPU_SMALL) || exit 1; done
+gpu-mistakes: $(BUILD)/$(EMULATOR)/gpu-mistakes
+	$<
 # The measurements that docs/SPEED.md reports.
 gpu-bench: $(BUILD)/tandem
 	$< bench --synthetic qwen3-0.6b --device cuda --decode --depth 0,1024,4096,16384 --batch 1,8,32,256 --repeat 3
@@ -398,7 +420,7 @@ help:
 	@echo 'make load, test-lm-eval    the server under load (LOAD="crowd --scale 0.1"), and lm-eval against it'
 	@echo 'make asan-serve, tsan-serve    the server'\''s end-to-end tests on these builds (SERVE_TESTS="serve")'
 	@echo 'make fuzz       every fuzz target for FUZZ_SECONDS=20 (FUZZ_SEED=0: another seed each time)'
-	@echo 'make gpu-check, gpu-sanitize, gpu-bench    on a machine with a GPU and nvcc'
+	@echo 'make gpu-check, gpu-sanitize, gpu-mistakes, gpu-bench    on a machine with a GPU and nvcc'
 	@echo 'make format     clang-format; make lint checks it and the limits of style'
 	@echo 'make clean'
 

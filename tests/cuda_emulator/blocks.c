@@ -43,7 +43,7 @@ void emulated_group_commit(void);
 void emulated_group_wait(int most);
 void emulated_group_registers(int n);
 
-int emulator_mistake;
+int sown_mistake;
 
 enum { STACK = 96 * 1024, GUARD = 4096, WARP = 32, MOST_WARPS = MOST_THREADS / WARP, MOST_COPIES = 4096 };
 enum thread_state {

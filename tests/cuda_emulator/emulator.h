@@ -38,6 +38,6 @@ struct emulator_counts {
 struct emulator_counts emulator_counts(void);
 
 // A seeded mistake's number, read by sources that were patched for the test of the tests; 0: none.
-extern int emulator_mistake;
+extern int sown_mistake;
 
 #endif

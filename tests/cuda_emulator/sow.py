@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """Copies a CUDA source with the mistakes sown in that the emulator must find: each is off until its number is in
-emulator_mistake. A place that is not found exactly once is an error, so that the table follows the sources.
+sown_mistake. A place that is not found exactly once is an error, so that the table follows the sources.
 
   sow.py SOURCE OUT     the patched source
   sow.py --list OUT     a C array of their names

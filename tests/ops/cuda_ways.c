@@ -608,6 +608,7 @@ static void run_device(const struct subject *s, uint32_t fusion, struct records 
     struct kv_store kv;
     if (!run || !kv_store_create_on(cuda->device, &kv, &s->model->config, DTYPE_BF16, 3, &err))
         fail_msg("%s", err.text);
+    cuda->device->fill(cuda->device, kv.memory, 0xFF, kv.bytes); // NaN
     struct batch b = {.n_tokens = ORACLE_TOKENS,
                       .n_seqs = 1,
                       .n_logit_rows = ORACLE_TOKENS,

@@ -63,6 +63,17 @@ static void test_quantised(void **state) {
     }
 }
 
+// Types that no kernel of their own multiplies side by side.
+static void test_rare_types(void **state) {
+    (void)state;
+    static const char *const types[] = {"q4_1", "q5_0", "q5_1", "q2_k", "q3_k", "q5_k", "f16", "f32"};
+    for (size_t i = 0; i < sizeof types / sizeof types[0]; i++) {
+        char model[64];
+        snprintf(model, sizeof model, "synthetic:tiny-%s:%s", i % 2 ? "llama" : "qwen3", types[i]);
+        same_bits(model, 70, false);
+    }
+}
+
 static void test_fp8(void **state) {
     (void)state;
     same_bits_of("synthetic:tiny-qwen3", 290, 0, true, true);
@@ -223,7 +234,7 @@ int main(int argc, char **argv) {
         cmocka_unit_test(test_quantised),       cmocka_unit_test(test_depths),
         cmocka_unit_test(test_sampling),        cmocka_unit_test(test_fp8),
         cmocka_unit_test(test_large_fp8),       cmocka_unit_test(test_large_quantised),
-        cmocka_unit_test(test_company),
+        cmocka_unit_test(test_company),         cmocka_unit_test(test_rare_types),
     };
     if (argc > 1) cmocka_set_test_filter(argv[1]);
     return cmocka_run_group_tests(tests, open_gpu, close_gpu);

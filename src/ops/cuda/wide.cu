@@ -198,6 +198,7 @@ template <typename KV> static __global__ void __launch_bounds__(ATTN_THREADS, 1)
         barrier_init(&sh->v_arrived[warp]);
         barrier_fence();
     }
+    __syncwarp();
     dependency_wait();
     int seq = find_tile(p.b, p.tile_tokens * ATTN_WARPS, token), seq_end = p.b.seq_start[seq + 1];
     int end = min(token + p.tile_tokens * ATTN_WARPS, seq_end);
