@@ -341,15 +341,13 @@ asan-serve tsan-serve: %-serve:
 	    TSAN_OPTIONS=log_path=$(SERVE_BUILD)/report \
 	    .venv/bin/python tools/run-tests $(SERVE_BUILD)/tests/engine/test_request --pytest $(SERVE_TESTS:%=tests/e2e/test_%.py); status=$$?; \
 	    for f in $(SERVE_BUILD)/report.*; do if [ -e "$$f" ]; then cat "$$f"; status=1; fi; done; exit $$status
-# Lines of each file that the unit tests reach, and the end-to-end tests of formats and texts.
-COVERED = model_files gguf_vocab template tokenizer
+# Lines of each file that the unit tests reach, and the end-to-end tests of formats and texts. TEST_SRC: fewer unit tests.
+COVERED = model_files gguf_vocab template tokenizer pull quantize
 coverage:
 	$(VARIANT) OPT="-O0 -g $(NO_GUESSES)" SAN="--coverage"
 	@tools/test-venv
 	@TANDEM=build/coverage/tandem .venv/bin/python -m pytest -q -p no:cacheprovider $(COVERED:%=tests/e2e/test_%.py)
-	@cd build/coverage && find src -name '*.gcda' | sort | while read -r f; do \
-	    gcov -n -r -s "$(CURDIR)" "$$f" 2>/dev/null; done | \
-	    awk "/^File 'src/ { f = \$$2 } /^Lines executed/ && f { print f, \$$2, \$$4; f = \"\" }" | tr -d "'"
+	@tools/coverage-table build/coverage --least 90 src/format src/text
 
 # ---- Style --------------------------------------------------------------------------------------------------------
 
