@@ -153,7 +153,8 @@ static const char help[] = "/help            this list\n"
                            "/save FILE       write the conversation as JSON\n"
                            "/load FILE       continue a conversation from such a file\n"
                            "/stats           tokens, reuse and speed of the last turn\n"
-                           "/exit            leave (Ctrl-D too); Ctrl-C stops a reply\n";
+                           "/exit            leave (Ctrl-D too); Ctrl-C stops a reply\n"
+                           "A \\ at the end of a line: the turn goes on in the next one.\n";
 
 static bool is_role(const struct chat *c, size_t i, const char *role) {
     const struct pyjson *message = template_message(c->talk.doc, i);
@@ -285,10 +286,12 @@ static bool command(struct chat *c, const char *line, bool *leave) {
 // ---- Reading lines
 // ---------------------------------------------------------------------------------------------------
 
+// The client data tells whether the turn goes on.
 static char *prompt_text(EditLine *el) {
-    (void)el;
-    static char text[] = "> ";
-    return text;
+    static char first[] = "> ", next[] = ". ";
+    bool *goes_on = NULL;
+    el_get(el, EL_CLIENTDATA, &goes_on);
+    return goes_on && *goes_on ? next : first;
 }
 
 static void trim(char *line) {
@@ -307,6 +310,8 @@ static int talk_on_terminal(struct chat *c) {
     History *history_list = history_init();
     HistEvent event;
     const char *path = cli_history_path();
+    struct buffer turn = {0};
+    bool goes_on = false; // the line ended with a backslash
     if (!el || !history_list) return cli_fail("cannot start line editing");
     history(history_list, &event, H_SETSIZE, 1000);
     history(history_list, &event, H_SETUNIQUE, 1);
@@ -315,6 +320,7 @@ static int talk_on_terminal(struct chat *c) {
     el_set(el, EL_EDITOR, "emacs");
     el_set(el, EL_HIST, history, history_list);
     el_set(el, EL_SIGNAL, 0);
+    el_set(el, EL_CLIENTDATA, &goes_on);
     for (bool leave = false; !leave;) {
         int n;
         errno = 0;
@@ -322,17 +328,24 @@ static int talk_on_terminal(struct chat *c) {
         if (!got && errno == EINTR) {
             fputs("^C\n", stdout);
             el_reset(el);
+            buffer_clear(&turn);
+            goes_on = false;
             continue;
         }
         if (!got || n <= 0) break;
-        char *line = strdup(got);
-        if (!line) break;
-        if (line[strspn(line, " \t\n")]) history(history_list, &event, H_ENTER, line);
-        handle(c, line, &leave);
-        free(line);
+        if (got[strspn(got, " \t\n")]) history(history_list, &event, H_ENTER, got);
+        size_t length = strcspn(got, "\n");
+        goes_on = length > 0 && got[length - 1] == '\\';
+        if (!buffer_append(&turn, got, goes_on ? length - 1 : length) ||
+            !buffer_append_byte(&turn, goes_on ? '\n' : '\0'))
+            break;
+        if (goes_on) continue;
+        handle(c, turn.data, &leave);
+        buffer_clear(&turn);
         fflush(stdout);
     }
     putchar('\n');
+    buffer_free(&turn);
     if (path) history(history_list, &event, H_SAVE, path);
     history_end(history_list);
     el_end(el);
@@ -430,9 +443,10 @@ const struct command command_chat = {
     .name = "chat",
     .summary = "talk with a model",
     .usage = "[MODEL] [options]",
-    .details = "On a terminal: line editing and history, /help lists commands, Ctrl-C stops a reply, Ctrl-D leaves. "
-               "From a pipe:\n"
-               "every line of stdin is a turn, and the replies go to stdout.\n",
+    .details = "On a terminal: line editing and history, /help lists commands, Ctrl-C stops a reply, Ctrl-D leaves,\n"
+               "a \\ at the end of a line carries the turn on to the next. From a pipe: every line of stdin is a turn, "
+               "and the\n"
+               "replies go to stdout.\n",
     .options = options,
     .n_options = sizeof options / sizeof options[0],
     .run = run,

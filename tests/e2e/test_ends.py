@@ -236,6 +236,13 @@ def test_a_prompt_from_the_terminal_is_asked_for():
     assert b"Ctrl-D" in on_terminal(["tokenize", "--json"], text="Hello\n\x04", TERM="xterm")
 
 
+def test_a_turn_of_several_lines():
+    """A backslash at the end of a line carries a turn on."""
+    shown = on_terminal(["chat", "--think", "off", "--greedy"], TERM="xterm",
+                        text="What is the capital \\\nof France?\n/save /dev/stdout\n/exit\n").decode()
+    assert "Paris" in shown and '"What is the capital \\nof France?"' in shown
+
+
 def test_chat_on_a_dumb_terminal():
     shown = on_terminal(["chat", "--think", "off", "--greedy"], text="What is the capital of France?\n/exit\n", TERM="dumb")
     assert b"Paris" in shown
