@@ -342,7 +342,7 @@ asan-serve tsan-serve: %-serve:
 	    .venv/bin/python tools/run-tests $(SERVE_BUILD)/tests/engine/test_request --pytest $(SERVE_TESTS:%=tests/e2e/test_%.py); status=$$?; \
 	    for f in $(SERVE_BUILD)/report.*; do if [ -e "$$f" ]; then cat "$$f"; status=1; fi; done; exit $$status
 # Lines of each file that the unit tests reach, and the end-to-end tests of formats and texts. TEST_SRC: fewer unit tests.
-COVERED = model_files gguf_vocab template tokenizer pull quantize
+COVERED = model_files gguf_vocab template tokenizer pull
 coverage:
 	$(VARIANT) OPT="-O0 -g $(NO_GUESSES)" SAN="--coverage"
 	@tools/test-venv
