@@ -75,6 +75,7 @@ static int generate(struct chat *c, char *err, size_t err_size) {
         status = tandem_session_next(c->session, &token, err, err_size);
         if (i == 0) first = clock_seconds();
         if (status != TANDEM_OK && status != TANDEM_END) break;
+        if (cli_is_stop_id(c->o, token.id)) break; // no part of the reply
         token_ids_append(&c->reply, &token.id, 1);
         if (status == TANDEM_END) break;
         size_t n;
@@ -419,6 +420,7 @@ static const enum option_id options[] = {OPT_SYSTEM,
                                          OPT_LOAD,
                                          OPT_MAX_TOKENS,
                                          OPT_STOP,
+                                         OPT_STOP_ID,
                                          OPT_GREEDY,
                                          OPT_TEMP,
                                          OPT_TOP_K,

@@ -34,6 +34,7 @@ enum option_id {
     OPT_LOGIT_BIAS,
     OPT_MAX_TOKENS,
     OPT_STOP,
+    OPT_STOP_ID,
     OPT_GREEDY,
     OPT_IGNORE_EOS, // sampling
     OPT_THINK,
@@ -107,6 +108,8 @@ struct cli_options {
     const char *text[OPT_COUNT]; // the argument as it was typed
     const char *stops[MAX_STOPS];
     size_t n_stops;
+    int32_t stop_ids[MAX_STOPS];
+    size_t n_stop_ids;
     int32_t bias_ids[MAX_BIASES];
     float bias[MAX_BIASES];
     size_t n_biases;
@@ -191,6 +194,9 @@ json_t *cli_sampling_json(const struct cli_sampling *s); // NULL: no memory
 
 // Whether the model thinks: --think, else the template's default.
 bool cli_thinking(const struct cli_options *o, const tandem_engine *engine, bool *out);
+
+// Whether --stop-id named it.
+bool cli_is_stop_id(const struct cli_options *o, int32_t id);
 
 // Reads a whole file or, with NULL, standard input.
 bool cli_read(const char *path, struct buffer *out);

@@ -173,6 +173,12 @@ bool cli_thinking(const struct cli_options *o, const tandem_engine *engine, bool
     return true;
 }
 
+bool cli_is_stop_id(const struct cli_options *o, int32_t id) {
+    for (size_t i = 0; i < o->n_stop_ids; i++)
+        if (o->stop_ids[i] == id) return true;
+    return false;
+}
+
 static bool number_flag(const struct cli_options *o, enum option_id id, double min, double max, const char *flag,
                         double *value, const char **source) {
     if (!cli_number(o, id, min, max, value)) return false;
@@ -211,6 +217,9 @@ bool cli_sampling(const struct cli_options *o, const tandem_engine *engine, bool
     s->values.bias = o->bias;
     s->values.n_bias = o->n_biases;
     s->values.ignore_end = o->given[OPT_IGNORE_EOS];
+    for (size_t i = 0, n = engine->model->config.n_vocab; i < o->n_stop_ids; i++)
+        if ((size_t)o->stop_ids[i] >= n)
+            return cli_fail("--stop-id: token id %d is not in the vocabulary of %zu", o->stop_ids[i], n) == 0;
     return true;
 }
 

@@ -38,6 +38,7 @@ static const struct {
     [OPT_LOGIT_BIAS] = {"logit-bias", 0, "ID:X", "add X to a token's logit; may be repeated"},
     [OPT_MAX_TOKENS] = {"max-tokens", 'n', "N", "most tokens to generate (default: until the context is full)"},
     [OPT_STOP] = {"stop", 0, "TEXT", "end before this text; may be repeated"},
+    [OPT_STOP_ID] = {"stop-id", 0, "ID", "end at this token, as at the model's end tokens; may be repeated"},
     [OPT_GREEDY] = {"greedy", 0, NULL, "always take the most probable token (--temp 0)"},
     [OPT_IGNORE_EOS] = {"ignore-eos", 0, NULL, "never sample an end token"},
     [OPT_THINK] = {"think", 0, "on|off", "thinking (default: as the chat template has it)"},
@@ -134,6 +135,15 @@ static bool parse_bias(const char *text, struct cli_options *o) {
     return true;
 }
 
+static bool parse_stop_id(const char *text, struct cli_options *o) {
+    char *end;
+    errno = 0;
+    long id = strtol(text, &end, 10);
+    if (end == text || *end || errno || id < 0 || id > INT32_MAX || o->n_stop_ids == MAX_STOPS) return false;
+    o->stop_ids[o->n_stop_ids++] = (int32_t)id;
+    return true;
+}
+
 // auto, cpu, cuda or cuda:N; the latter two with +KERNEL or ~KERNEL behind, whose names the device knows
 static bool is_device(const char *text) {
     if (strcmp(text, "auto") == 0 || strcmp(text, "cpu") == 0) return true;
@@ -156,6 +166,10 @@ static bool take(struct cli_options *o, enum option_id id, const char *argument,
             return false;
         }
         o->stops[o->n_stops++] = argument;
+    }
+    if (id == OPT_STOP_ID && !parse_stop_id(argument, o)) {
+        *status = cli_usage("--stop-id: expected a token id (at most %d times), found \"%s\"", MAX_STOPS, argument);
+        return false;
     }
     if (id == OPT_LOGIT_BIAS && !parse_bias(argument, o)) {
         *status = cli_usage("--logit-bias: expected ID:NUMBER (at most %d times), found \"%s\"", MAX_BIASES, argument);

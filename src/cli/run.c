@@ -153,6 +153,7 @@ static int generate(struct generation *g) {
             status = TANDEM_ERROR;
             break;
         }
+        if (cli_is_stop_id(g->o, token.id)) status = TANDEM_END;
         if (status == TANDEM_END) break;
         size_t n = 0;
         const char *bytes = g->engine->tokenizer ? tokenizer_token_bytes(g->engine->tokenizer, token.id, &n) : NULL;
@@ -292,6 +293,7 @@ static const enum option_id options[] = {OPT_PROMPT,
                                          OPT_MANIFEST,
                                          OPT_MAX_TOKENS,
                                          OPT_STOP,
+                                         OPT_STOP_ID,
                                          OPT_GREEDY,
                                          OPT_TEMP,
                                          OPT_TOP_K,

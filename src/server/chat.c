@@ -17,7 +17,8 @@ bool openai_read_common(struct generation *g, const struct pyjson *body, struct 
               field_int(body, "n", 1, (int64_t)g->s->engine->max_batch, &n, f) &&
               field_int(body, "max_tokens", 0, INT64_MAX, &limit, f) &&
               field_int(body, "max_completion_tokens", 0, INT64_MAX, &limit, f) &&
-              field_bool(body, "timings_per_token", &g->timings, f) && generation_read_stops(g, body, "stop", f);
+              field_bool(body, "timings_per_token", &g->timings, f) && generation_read_stops(g, body, "stop", f) &&
+              generation_read_stop_ids(g, body, f);
     if (!ok || (options && !field_bool(options, "include_usage", &g->include_usage, f))) return false;
     if (options && !g->streams)
         return fault_set(f, 400, "stream_options", "stream_options: only allowed with \"stream\": true");

@@ -192,6 +192,22 @@ bool generation_read_stops(struct generation *g, const struct pyjson *body, cons
     return true;
 }
 
+bool generation_read_stop_ids(struct generation *g, const struct pyjson *body, struct fault *f) {
+    static const char name[] = "stop_token_ids";
+    const struct pyjson *list = NULL;
+    size_t n_vocab = g->s->engine->model->config.n_vocab;
+    if (!field_typed(body, name, PYJSON_ARRAY, &list, f)) return false;
+    if (list && list->n > MAX_STOP_IDS)
+        return fault_set(f, 400, name, "%s: at most %d ids, found %zu", name, MAX_STOP_IDS, list->n);
+    for (const struct pyjson *v = list ? list->first : NULL; v; v = v->next) {
+        int64_t id;
+        if (!value_int(v, 0, (int64_t)n_vocab - 1, &id))
+            return fault_set(f, 400, name, "%s: expected token ids of this model (0 to %zu)", name, n_vocab - 1);
+        g->stop_ids[g->n_stop_ids++] = (int32_t)id;
+    }
+    return true;
+}
+
 // ---- Failing and ending
 
 static void fail(struct generation *g, int status, const char *message) {
@@ -435,11 +451,18 @@ static void follow_thinking(struct choice *c, int32_t id) {
     }
 }
 
+static bool is_stop_id(const struct generation *g, int32_t id) {
+    for (size_t i = 0; i < g->n_stop_ids; i++)
+        if (g->stop_ids[i] == id) return true;
+    return false;
+}
+
 static bool on_token(struct generation *g, struct choice *c, const tandem_event *e) {
     const tandem_engine *engine = g->s->engine;
     int32_t id = e->token.id;
     c->n_tokens++;
     note_token(g, c);
+    if (is_stop_id(g, id)) return false; // no part of the text, as an end token
     bool thought = c->thinking, complete = false;
     follow_thinking(c, id);
     if (c->constraint) complete = !constraint_accept(c->constraint, id, thought || c->thinking);

@@ -79,6 +79,8 @@ struct generation {
     size_t n_choices;
     char *stops[MAX_STOP_STRINGS];
     size_t n_stops;
+    int32_t stop_ids[MAX_STOP_IDS]; // end a choice as the model's end tokens do
+    size_t n_stop_ids;
     bool streams, include_usage, logprobs, echo, timings;
     size_t n_top;
     bool splits_thinking, starts_in_thinking;
@@ -110,7 +112,8 @@ void generation_free(struct generation *g); // before it was submitted
 bool generation_read_sampling(struct generation *g, const struct pyjson *body, bool thinking, struct fault *f);
 bool generation_add_stop(struct generation *g, const struct pyjson *v, const char *name, struct fault *f);
 bool generation_read_stops(struct generation *g, const struct pyjson *body, const char *name, struct fault *f);
-bool generation_add_part(struct generation *g, struct token_ids *prompt); // takes the ids
+bool generation_read_stop_ids(struct generation *g, const struct pyjson *body, struct fault *f); // "stop_token_ids"
+bool generation_add_part(struct generation *g, struct token_ids *prompt);                        // takes the ids
 // Submits. The generation belongs to the engine's thread from now on, whatever comes; the exchange's answer is its
 // task.
 void generation_submit(struct generation *g);

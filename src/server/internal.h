@@ -15,6 +15,7 @@
 enum {
     MAX_PENDING = 4 << 20, // bytes that a slow reader may leave unread
     MAX_STOP_STRINGS = 16,
+    MAX_STOP_IDS = 64,
     MAX_STOP_BYTES = 1024,
     MAX_PROMPTS = 128, // of one completion request
     MAX_TOOLS = 256,

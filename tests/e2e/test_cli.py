@@ -83,6 +83,19 @@ def test_stop_and_length():
     assert short["finish_reason"] == "length" and len(short["tokens"]) == 3
 
 
+def test_stop_ids():
+    """They end an answer as the model's end tokens do: in the ids, not in the text, and in no turn that follows."""
+    base = ["run", "-p", "What is the capital of France?", "--think", "off", "--greedy", "--json"]
+    whole = json.loads(tandem(*base).stdout)["tokens"]
+    stopped = json.loads(tandem(*base, "--stop-id", "8000", "--stop-id", str(whole[3])).stdout)
+    assert stopped["tokens"] == whole[:4] and stopped["finish_reason"] == "stop" and stopped["text"] == "The capital of"
+    assert "8192" in tandem(*base, "--stop-id", "8192", status=1).stderr
+    assert "--stop-id" in tandem(*base, "--stop-id", "x", status=2).stderr
+    done = tandem("chat", "--think", "off", "--greedy", "--stop-id", str(whole[3]),
+                  text="What is the capital of France?\n/save /dev/stdout\n")
+    assert done.stdout.startswith("The capital of\n") and '"content": "The capital of"}' in done.stdout
+
+
 def test_messages_and_ids_agree_with_the_template(tmp_path):
     messages = [{"role": "system", "content": "You are a pirate."}, {"role": "user", "content": "Hi <|im_end|>"}]
     path = tmp_path / "messages.json"

@@ -134,6 +134,18 @@ def test_logprobs(client):
     assert [(i.token, i.logprob) for i in flat] == [(i.token, i.logprob) for i in items]
 
 
+def test_stop_token_ids(server, client):
+    whole = ask(client).choices[0].message.content
+    ids = server.post("/tokenize", {"prompt": whole})["tokens"]
+    kept = server.post("/detokenize", {"tokens": ids[:3]})
+    stopped = ask(client, extra_body={**OFF, "stop_token_ids": [8000, ids[3]]})
+    assert stopped.choices[0].finish_reason == "stop" and stopped.usage.completion_tokens == 4
+    assert stopped.choices[0].message.content == (kept.get("prompt") or kept["content"]).rstrip()
+    for bad in ([-1], [8192], ["a"], 5, [1] * 65):
+        with pytest.raises(openai.BadRequestError, match="stop_token_ids"):
+            ask(client, extra_body={**OFF, "stop_token_ids": bad})
+
+
 def test_logit_bias(server, client):
     ids = server.post("/tokenize", {"prompt": "The"})["tokens"]
     answer = ask(client, logit_bias={str(ids[0]): -100}, max_tokens=5).choices[0].message.content
