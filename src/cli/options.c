@@ -22,7 +22,7 @@ static const struct {
     [OPT_KV_TYPE] = {"kv-type", 0, "TYPE",
                      "how K and V are stored: bf16 (default), f16, f32, q8_0, fp8; the last two take half the memory"},
     [OPT_REPACK] = {"repack", 0, "on|memory|off",
-                    "CPU: keep quantised weights in the CPU's own order too, in ~/.cache/tandem (default on)"},
+                    "CPU: keep weights in the CPU's own order too, in ~/.cache/tandem (default on)"},
     [OPT_ISA] = {"isa", 0, "NAME",
                  "instruction set: auto, portable, avx2, avx512, avx512vnni, avx512bf16 (default auto)"},
     [OPT_DEVICE] = {"device", 0, "NAME", "where to run: auto, cpu, cuda or cuda:N (default auto: a GPU, if one can)"},

@@ -227,8 +227,11 @@ static bool prepare_weights(tandem_engine *e, const tandem_options *o, struct er
     if (!on && !memory && strcmp(how, "off") != 0)
         return error_set(err, "repack: expected on, memory or off, found \"%s\"", how);
     const bool packs = (on || memory) && e->ops->takes_octets, keeps = packs && on && hub_own_cache(&cache);
-    struct pack_options pack = {
-        .pool = e->pool, .log = &e->log, .cache = keeps ? cache.data : NULL, .cache_least = REPACK_KEPT};
+    struct pack_options pack = {.pool = e->pool,
+                                .log = &e->log,
+                                .cache = keeps ? cache.data : NULL,
+                                .cache_least = REPACK_KEPT,
+                                .bf16_in_memory = memory || e->model->kind == MODEL_SYNTHETIC};
     bool ok = packs && model_pack_cached(e->model, &pack);
     if (!ok) {
         ok = model_check_values(e->model, e->pool, &e->log, err);

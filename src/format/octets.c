@@ -24,7 +24,23 @@ static bool layout_of(enum dtype type, struct layout *out) {
 
 bool octets_known(enum dtype type) {
     struct layout l;
-    return layout_of(type, &l);
+    return type == DTYPE_BF16 || layout_of(type, &l);
+}
+
+bool octets_fit(enum dtype type, size_t row_bytes) {
+    return octets_known(type) && (type != DTYPE_BF16 || row_bytes % QUAD_LINE == 0);
+}
+
+// `pack`: from rows to the octet, else back.
+static void move_lines(unsigned char *octet, unsigned char *rows, size_t row_bytes, bool pack) {
+    for (size_t q = 0; q < OCTET_ROWS; q += QUAD_ROWS, rows += QUAD_ROWS * row_bytes) {
+        for (size_t at = 0; at + QUAD_LINE <= row_bytes; at += QUAD_LINE) {
+            for (size_t r = 0; r < QUAD_ROWS; r++, octet += QUAD_LINE) {
+                if (pack) memcpy(octet, rows + r * row_bytes + at, QUAD_LINE);
+                else memcpy(rows + r * row_bytes + at, octet, QUAD_LINE);
+            }
+        }
+    }
 }
 
 // One field of `size` bytes, of eight rows; `pack`: from rows to the octet, else back.
@@ -37,6 +53,7 @@ static inline void move_field(unsigned char *octet, unsigned char *rows, size_t 
 
 static inline void move(enum dtype type, unsigned char *octet, unsigned char *rows, size_t row_bytes, bool pack) {
     struct layout l;
+    if (type == DTYPE_BF16) move_lines(octet, rows, row_bytes, pack);
     if (!layout_of(type, &l)) return;
     const size_t block = 2 * (l.lead + l.tail) + 4 * l.words;
     for (size_t at = 0; at + block <= row_bytes; at += block) {

@@ -1,6 +1,6 @@
-// pack.c: the copy of a model's quantised matrices in the order in which the CPU multiplies them (format/octets.h). It
-// owns that copy's memory; the file's own rows stay where they are, for whoever reads single rows. What the cache's
-// file looks like is pack_cache.c's.
+// pack.c: the copy of a model's quantised and BF16 matrices in the order in which the CPU multiplies them
+// (format/octets.h). It owns that copy's memory; the file's own rows stay where they are, for whoever reads single
+// rows. What the cache's file looks like is pack_cache.c's.
 #include "model/pack.h"
 #include "base/file_cache.h"
 #include "base/memory.h"
@@ -15,24 +15,24 @@ static size_t octets_bytes(const struct matrix *m) {
     return m->n_out / OCTET_ROWS * OCTET_ROWS * m->row_bytes;
 }
 
-static bool add_matrix(struct packed *p, struct matrix *m) {
-    if (!octets_known(m->type) || m->n_out < OCTET_ROWS) return true;
+static bool add_matrix(struct packed *p, struct matrix *m, bool bf16) {
+    if (!octets_fit(m->type, m->row_bytes) || m->n_out < OCTET_ROWS || (m->type == DTYPE_BF16 && !bf16)) return true;
     p->matrices[p->n] = m;
     p->at[p->n++] = p->bytes;
     size_t bytes = (octets_bytes(m) + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
     return size_add(p->bytes, bytes, &p->bytes);
 }
 
-// Every matrix that a step multiplies with. False: out of memory.
-static bool collect(struct packed *p, struct model *m) {
+// Every matrix that a step multiplies with; bf16: of that type, too. False: out of memory.
+static bool collect(struct packed *p, struct model *m, bool bf16) {
     size_t most = m->config.n_layers * MATRICES_OF_LAYER + 1;
     p->matrices = size_alloc(most, sizeof(struct matrix *));
     p->at = size_alloc(most, sizeof *p->at);
-    bool ok = p->matrices && p->at && add_matrix(p, &m->head);
+    bool ok = p->matrices && p->at && add_matrix(p, &m->head, bf16);
     for (size_t i = 0; ok && i < m->config.n_layers; i++) {
         struct layer_weights *w = &m->layers[i];
         struct matrix *all[MATRICES_OF_LAYER] = {&w->wq, &w->wk, &w->wv, &w->wo, &w->w_gate, &w->w_up, &w->w_down};
-        for (size_t k = 0; ok && k < MATRICES_OF_LAYER; k++) ok = add_matrix(p, all[k]);
+        for (size_t k = 0; ok && k < MATRICES_OF_LAYER; k++) ok = add_matrix(p, all[k], bf16);
     }
     return ok;
 }
@@ -76,6 +76,7 @@ static bool fits_memory(size_t bytes) {
 static void free_packed(struct packed *p) {
     free(p->matrices);
     free(p->at);
+    *p = (struct packed){0};
 }
 
 static void use(const struct packed *p, const unsigned char *octets) {
@@ -86,7 +87,7 @@ bool model_pack_cached(struct model *m, const struct pack_options *o) {
     struct packed p = {0};
     struct pack_cache cache = {0};
     struct error why = {0};
-    bool ok = !m->packed.data && collect(&p, m) && pack_cache_find(&cache, m, &p, o) &&
+    bool ok = !m->packed.data && collect(&p, m, true) && pack_cache_find(&cache, m, &p, o) &&
               pack_cache_open(&cache, &p, o->pool, &m->packed, &why);
     if (ok) use(&p, m->packed.data + PACK_HEADER);
     else if (why.text[0]) log_info(o->log, "repacked weights are made anew: %s", why.text);
@@ -122,12 +123,16 @@ bool model_pack(struct model *m, const struct pack_options *o) {
     struct error why = {0};
     bool ok = m->packed.data != NULL, in_file = false;
     if (ok) return true;
-    ok = collect(&p, m) || error_set(&why, "out of memory");
+    ok = collect(&p, m, true) || error_set(&why, "out of memory");
     if (ok && p.n > 0) {
         in_file = pack_cache_find(&cache, m, &p, o) && pack_file(m, &p, &cache, o, &why);
         if (!in_file && why.text[0]) log_info(o->log, "repacked weights are not kept: %s", why.text);
-        ok = in_file || pack_memory(m, &p, o, &why);
-        if (ok) use(&p, m->packed.data + (in_file ? PACK_HEADER : 0));
+        if (!in_file && !o->bf16_in_memory) {
+            free_packed(&p);
+            ok = collect(&p, m, false) || error_set(&why, "out of memory");
+        }
+        ok = ok && (in_file || p.n == 0 || pack_memory(m, &p, o, &why));
+        if (ok && p.n > 0) use(&p, m->packed.data + (in_file ? PACK_HEADER : 0));
     }
     if (!ok) log_info(o->log, "weights are multiplied as the file has them, which is slower: %s", why.text);
     pack_cache_free(&cache);

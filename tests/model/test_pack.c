@@ -265,6 +265,46 @@ static void too_large_for_the_disk(void **state) {
     assert_false(file_exists(path));
 }
 
+static struct model *load_bf16(enum model_kind kind, const char *path) {
+    struct error err = {0};
+    struct model *m = model_load(kind, path, &(struct model_load_options){0}, &err);
+    if (!m) fail_msg("%s", err.text);
+    assert_true(m->head.type == DTYPE_BF16);
+    return m;
+}
+
+// BF16 is copied into a file that later starts map; into memory only where that is asked for.
+static void plain_weights(void **state) {
+    (void)state;
+    struct error err = {0};
+    char path[350];
+    snprintf(path, sizeof path, "%s/bf16.gguf", folder);
+    struct model *m = load_bf16(MODEL_FOLDER, "models/tandem-tiny");
+    struct convert_result result = {0};
+    const struct convert_options convert = {.recipe = recipe_find("bf16", &err), .pool = pool};
+    assert_true(convert_model(m, path, &convert, &result, &err));
+    convert_result_free(&result);
+    struct pack_options o = options(folder), nowhere = options(NULL);
+    assert_true(model_pack(m, &o));
+    assert_null(m->head.octets);
+    o.bf16_in_memory = true;
+    assert_true(model_pack(m, &o));
+    check_model(m);
+    model_free(m);
+    m = load_bf16(MODEL_GGUF, path);
+    assert_true(model_pack(m, &nowhere));
+    assert_null(m->head.octets);
+    o.bf16_in_memory = false;
+    assert_false(model_pack_cached(m, &o));
+    assert_true(model_pack(m, &o));
+    check_model(m);
+    model_free(m);
+    m = load_bf16(MODEL_GGUF, path);
+    assert_true(model_pack_cached(m, &o));
+    check_model(m);
+    model_free(m);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(in_memory),
@@ -277,6 +317,7 @@ int main(void) {
         cmocka_unit_test_setup(many_writers, keep),
         cmocka_unit_test(nowhere_to_write),
         cmocka_unit_test(too_large_for_the_disk),
+        cmocka_unit_test_setup(plain_weights, keep),
     };
     return cmocka_run_group_tests(tests, create, destroy);
 }

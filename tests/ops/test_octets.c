@@ -4,7 +4,7 @@
 #include "format/octets.h"
 #include "helpers.h"
 
-static const enum dtype types[] = {DTYPE_Q8_0, DTYPE_Q4_0, DTYPE_Q4_1, DTYPE_Q5_0,
+static const enum dtype types[] = {DTYPE_BF16, DTYPE_Q8_0, DTYPE_Q4_0, DTYPE_Q4_1, DTYPE_Q5_0,
                                    DTYPE_Q5_1, DTYPE_Q4_K, DTYPE_Q5_K, DTYPE_Q6_K};
 enum { N_TYPES = sizeof types / sizeof types[0] };
 
@@ -22,8 +22,12 @@ static struct matrix make(enum dtype type, size_t n_out, size_t n_in, int fill, 
     for (size_t i = 0; i < n_out * w.row_bytes; i++)
         data[i] = (unsigned char)(fill < 0 ? (int)random_word(&seed) : fill);
     const size_t at = type == DTYPE_Q6_K ? 208 : 0;
+    for (size_t i = 0; type == DTYPE_BF16 && i < n_out * n_in; i++) {
+        uint16_t h = bf16_from_f32(uniform(&seed));
+        memcpy(data + 2 * i, &h, 2);
+    }
     const bool two = type == DTYPE_Q4_1 || type == DTYPE_Q5_1 || type == DTYPE_Q4_K || type == DTYPE_Q5_K;
-    for (size_t i = 0; i < n_out * w.row_bytes; i += info->block_bytes) {
+    for (size_t i = 0; type != DTYPE_BF16 && i < n_out * w.row_bytes; i += info->block_bytes) {
         uint16_t d[2] = {f16_from_f32(uniform(&seed)), f16_from_f32(uniform(&seed))};
         memcpy(data + i + at, d, two ? 4 : 2);
     }
@@ -62,14 +66,14 @@ static void same_bits(const char *isa, const struct matrix *rows, const struct m
 }
 
 static void every_shape(int fill, float x_scale) {
-    static const size_t n_outs[] = {3, 8, 16, 24, 47, 64}, n_ins[] = {256, 512}, small_ins[] = {32, 96, 288};
-    static const size_t tokens[] = {1, 2, 3, 4, 7, 8, 9, 33};
+    static const size_t n_outs[] = {3, 8, 16, 24, 47, 64}, n_ins[] = {256, 512}, small_ins[] = {32, 96, 288, 1056};
+    static const size_t tokens[] = {1, 2, 3, 4, 5, 7, 8, 9, 33};
     size_t n_isas;
     const struct isa_info *isas = ops_cpu_isas(&n_isas);
     for (size_t t = 0; t < N_TYPES; t++) {
-        const bool blocks_of_32 = dtype_info(types[t])->block_len == 32;
+        const bool blocks_of_32 = dtype_info(types[t])->block_len <= 32;
         for (size_t o = 0; o < sizeof n_outs / sizeof n_outs[0]; o++) {
-            for (size_t i = 0; i < (blocks_of_32 ? 5u : 2u); i++) {
+            for (size_t i = 0; i < (blocks_of_32 ? 6u : 2u); i++) {
                 struct matrix rows = make(types[t], n_outs[o], i < 2 ? n_ins[i] : small_ins[i - 2], fill, 11);
                 struct matrix octets = rows;
                 octets.octets = pack(&rows);
@@ -124,7 +128,8 @@ static void octets_are_used(void **state) {
 
 static void other_types(void **state) {
     (void)state;
-    assert_false(octets_known(DTYPE_BF16));
+    assert_true(octets_fit(DTYPE_BF16, 128));
+    assert_false(octets_fit(DTYPE_BF16, 96));
     assert_false(octets_known(DTYPE_F32));
     assert_false(octets_known(DTYPE_Q2_K));
     assert_false(octets_known(DTYPE_Q3_K));

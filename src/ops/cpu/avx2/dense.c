@@ -7,17 +7,26 @@
 //
 // BF16: a 32-bit lane holds a pair, the odd element in its upper half. So lane l of dotpair is lane l here, and the
 // conversion is a mask and a shift. The inputs are dealt out in the same way: of each 16 the 8 odd ones, the 8 even
-// ones.
+// ones. Its rows may stand in octets (format/octets.h): the same walk, from line to line.
 #include "ops/cpu/avx2/avx2.h"
 
 #if defined(__AVX2__)
 
+#include "format/octets.h"
 #include "ops/cpu/avx2/kernels.h"
 #include "ops/cpu/avx2/vec.h"
 
 enum {
     PIECE = 1024, // elements of K at a time, a multiple of 32
     MAX_N = 5,    // tokens at a time
+    AHEAD = 1024, // bytes of octets that are fetched before they are used
+};
+
+// Where rows stand that are multiplied together: the first one, bytes to the next row and, of BF16, from 32 elements to
+// the next 32.
+struct place {
+    const uint8_t *at;
+    size_t row, line;
 };
 
 // Holds a value in a register: gcc would fold the load into every fma that uses it, and loads are the limit then.
@@ -58,51 +67,52 @@ INLINE void finish(__m256 (*sum)[MAX_N], float *acc, const size_t R, const size_
 
 // Half the lanes (0: the low ones) of the sums of R rows and N tokens, continued over n elements, n a multiple of 16.
 // acc: [R, MAX_N, 16], from that half on.
-INLINE void half_dots(enum dtype type, float *acc, const uint8_t *w, size_t row_bytes, const float *x, size_t stride,
-                      size_t n, bool first, const size_t half, const size_t R, const size_t N) {
+INLINE void half_dots(enum dtype type, float *acc, struct place w, const float *x, size_t stride, size_t n, bool first,
+                      const size_t half, const size_t R, const size_t N) {
     const size_t size = type == DTYPE_F32 ? 4 : 2;
+    const uint8_t *at = w.at + 32 * half;
     __m256 sum[4][MAX_N];
     start(sum, acc, first, R, N);
     if (type == DTYPE_BF16) { // of each 32 the pairs of the first 16 or of the others
-        for (size_t k = 16 * half; k < n; k += 32) {
-            add_8(type, w + k * size, row_bytes, x + k, stride, 0, sum, R, N);
-            add_8(type, w + k * size, row_bytes, x + k, stride, 1, sum, R, N);
+        for (size_t k = 16 * half; k < n; k += 32, at += w.line) {
+            add_8(type, at, w.row, x + k, stride, 0, sum, R, N);
+            add_8(type, at, w.row, x + k, stride, 1, sum, R, N);
         }
     } else {
-        for (size_t k = 0; k < n; k += 16) add_8(type, w + k * size, row_bytes, x + k, stride, half, sum, R, N);
+        for (size_t k = 0; k < n; k += 16) add_8(type, w.at + k * size, w.row, x + k, stride, half, sum, R, N);
     }
     finish(sum, acc, R, N);
 }
 
 // The same of all lanes.
-INLINE void dots(enum dtype type, float *acc, const uint8_t *w, size_t row_bytes, const float *x, size_t stride,
-                 size_t n, bool first, const size_t R, const size_t N) {
+INLINE void dots(enum dtype type, float *acc, struct place w, const float *x, size_t stride, size_t n, bool first,
+                 const bool packed, const size_t R, const size_t N) {
     const size_t size = type == DTYPE_F32 ? 4 : 2;
     if (N > 1) {
-        half_dots(type, acc, w, row_bytes, x, stride, n, first, 0, R, N);
-        half_dots(type, acc + 8, w, row_bytes, x, stride, n, first, 1, R, N);
+        half_dots(type, acc, w, x, stride, n, first, 0, R, N);
+        half_dots(type, acc + 8, w, x, stride, n, first, 1, R, N);
         return;
     }
     __m256 low[4][MAX_N], high[4][MAX_N];
     start(low, acc, first, R, N);
     start(high, acc + 8, first, R, N);
     __m256(*second)[MAX_N] = type == DTYPE_BF16 ? low : high, (*third)[MAX_N] = type == DTYPE_BF16 ? high : low;
+    const uint8_t *at = w.at;
     size_t k = 0;
-    for (; k + 32 <= n; k += 32) {
+    for (; k + 32 <= n; k += 32, at += w.line) {
         // Memory is the limit. The next rows stand behind these; as much of them is fetched as is used here.
-        for (size_t i = 0; R == 4 && i < 32 * size * R; i += 64)
-            _mm_prefetch((const char *)w + R * row_bytes + k * size * R + i, _MM_HINT_T0);
-        const uint8_t *at = w + k * size;
-        add_8(type, at, row_bytes, x + k, stride, 0, low, R, N);
-        add_8(type, at, row_bytes, x + k, stride, 1, second, R, N);
-        add_8(type, at + 16 * size, row_bytes, x + k + 16, stride, 0, third, R, N);
-        add_8(type, at + 16 * size, row_bytes, x + k + 16, stride, 1, high, R, N);
+        const uint8_t *next = packed ? at + AHEAD : w.at + R * w.row + k * size * R;
+        for (size_t i = 0; R == 4 && i < 32 * size * R; i += 64) _mm_prefetch((const char *)next + i, _MM_HINT_T0);
+        add_8(type, at, w.row, x + k, stride, 0, low, R, N);
+        add_8(type, at, w.row, x + k, stride, 1, second, R, N);
+        add_8(type, at + 16 * size, w.row, x + k + 16, stride, 0, third, R, N);
+        add_8(type, at + 16 * size, w.row, x + k + 16, stride, 1, high, R, N);
         // Ties the two halves: gcc would make two loops of this one, each with too few chains to fill the fma units.
         __asm__ volatile("" : "+x"(low[0][0]), "+x"(high[0][0]));
     }
     if (k < n) {
-        add_8(type, w + k * size, row_bytes, x + k, stride, 0, low, R, N);
-        add_8(type, w + k * size, row_bytes, x + k, stride, 1, second, R, N);
+        add_8(type, at, w.row, x + k, stride, 0, low, R, N);
+        add_8(type, at, w.row, x + k, stride, 1, second, R, N);
     }
     finish(low, acc, R, N);
     finish(high, acc + 8, R, N);
@@ -125,23 +135,32 @@ static void add_tail(const struct matrix *w, size_t row, size_t k, float *acc, c
 }
 
 INLINE void rows(enum dtype type, float *acc, const struct matrix *w, size_t row, size_t n_rows, size_t k,
-                 const float *x, size_t n, const size_t N) {
-    const uint8_t *at = (const uint8_t *)w->data + row * w->row_bytes + k * (type == DTYPE_F32 ? 4 : 2);
-    const size_t R = N <= 2 ? 4 : 2, stride = MAX_N * DOT_LANES;
+                 const float *x, size_t n, const bool packed, const size_t N) {
+    const size_t size = type == DTYPE_F32 ? 4 : 2, R = N <= 2 ? 4 : 2, stride = MAX_N * DOT_LANES;
     size_t r = 0;
-    for (; r + R <= n_rows; r += R)
-        dots(type, acc + r * stride, at + r * w->row_bytes, w->row_bytes, x + k, w->n_in, n, k == 0, R, N);
-    for (; r < n_rows; r++)
-        dots(type, acc + r * stride, at + r * w->row_bytes, w->row_bytes, x + k, w->n_in, n, k == 0, 1, N);
+    if (packed) { // whole tiles only
+        for (; r < n_rows; r += R) {
+            const uint8_t *quad = w->octets + (row + r / QUAD_ROWS * QUAD_ROWS) * w->row_bytes;
+            struct place p = {quad + k / 32 * QUAD_ROWS * QUAD_LINE + r % QUAD_ROWS * QUAD_LINE, QUAD_LINE,
+                              QUAD_ROWS * QUAD_LINE};
+            dots(type, acc + r * stride, p, x + k, w->n_in, n, k == 0, true, R, N);
+        }
+        return;
+    }
+    struct place p = {(const uint8_t *)w->data + row * w->row_bytes + k * size, w->row_bytes, 32 * size};
+    for (; r + R <= n_rows; r += R, p.at += R * w->row_bytes)
+        dots(type, acc + r * stride, p, x + k, w->n_in, n, k == 0, false, R, N);
+    for (; r < n_rows; r++, p.at += w->row_bytes)
+        dots(type, acc + r * stride, p, x + k, w->n_in, n, k == 0, false, 1, N);
 }
 
 INLINE void tokens(enum dtype type, float *out, const struct matrix *w, size_t row, size_t n_rows, const float *x,
-                   const size_t N) {
+                   const bool packed, const size_t N) {
     float acc[TILE_ROWS * MAX_N * DOT_LANES] __attribute__((aligned(32)));
     size_t whole = w->n_in / DOT_LANES * DOT_LANES, k = 0;
     do {
         size_t n = whole - k < PIECE ? whole - k : PIECE;
-        rows(type, acc, w, row, n_rows, k, x, n, N);
+        rows(type, acc, w, row, n_rows, k, x, n, packed, N);
         k += n;
     } while (k < whole);
     for (size_t r = 0; r < n_rows; r++) {
@@ -154,22 +173,24 @@ INLINE void tokens(enum dtype type, float *out, const struct matrix *w, size_t r
 }
 
 INLINE void dense(enum dtype type, float *out, const struct matrix *w, size_t row, size_t n_rows, const float *x,
-                  size_t n_tokens) {
+                  size_t n_tokens, const bool packed) {
     for (size_t t = 0, n; t < n_tokens; t += n, out += n * TILE_ROWS, x += n * w->n_in) {
         const size_t left = n_tokens - t;
         n = left >= 9 || left == 5 ? 5 : left == 8 || left == 7 || left == 4 ? 4 : left >= 3 ? 3 : left;
-        if (n == 5) tokens(type, out, w, row, n_rows, x, 5);
-        else if (n == 4) tokens(type, out, w, row, n_rows, x, 4);
-        else if (n == 3) tokens(type, out, w, row, n_rows, x, 3);
-        else if (n == 2) tokens(type, out, w, row, n_rows, x, 2);
-        else tokens(type, out, w, row, n_rows, x, 1);
+        if (n == 5) tokens(type, out, w, row, n_rows, x, packed, 5);
+        else if (n == 4) tokens(type, out, w, row, n_rows, x, packed, 4);
+        else if (n == 3) tokens(type, out, w, row, n_rows, x, packed, 3);
+        else if (n == 2) tokens(type, out, w, row, n_rows, x, packed, 2);
+        else tokens(type, out, w, row, n_rows, x, packed, 1);
     }
 }
 
 void avx2_dense(float *out, const struct matrix *w, size_t row, size_t n_rows, const float *x, size_t n_tokens) {
-    if (w->type == DTYPE_BF16) dense(DTYPE_BF16, out, w, row, n_rows, x, n_tokens);
-    else if (w->type == DTYPE_F16) dense(DTYPE_F16, out, w, row, n_rows, x, n_tokens);
-    else dense(DTYPE_F32, out, w, row, n_rows, x, n_tokens);
+    if (w->type == DTYPE_BF16 && w->octets && n_rows == TILE_ROWS)
+        dense(DTYPE_BF16, out, w, row, n_rows, x, n_tokens, true);
+    else if (w->type == DTYPE_BF16) dense(DTYPE_BF16, out, w, row, n_rows, x, n_tokens, false);
+    else if (w->type == DTYPE_F16) dense(DTYPE_F16, out, w, row, n_rows, x, n_tokens, false);
+    else dense(DTYPE_F32, out, w, row, n_rows, x, n_tokens, false);
 }
 
 #endif

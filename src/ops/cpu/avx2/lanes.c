@@ -9,6 +9,7 @@
 
 #if defined(__AVX2__)
 
+#include "format/octets.h"
 #include "ops/cpu/avx2/kernels.h"
 #include "ops/cpu/avx2/unpack.h"
 #include "ops/cpu/avx2/vec.h"
@@ -38,14 +39,18 @@ void avx2_deal_lanes(float *to, const float *from, size_t n, size_t n_tokens) {
 // panel: [16 lanes][n_in / 32][odd, even][16 rows]; of rows that the tile lacks any finite or other values.
 static void fill_panel(float *panel, const struct matrix *w, size_t row, size_t n_rows) {
     const size_t lane = w->n_in + PAD;
+    const bool packed = w->octets && n_rows == TILE_ROWS;
+    const size_t line = packed ? QUAD_ROWS * QUAD_LINE : QUAD_LINE;
     const uint8_t *rows[TILE_ROWS];
-    for (size_t r = 0; r < TILE_ROWS; r++)
-        rows[r] = (const uint8_t *)w->data + (row + (r < n_rows ? r : n_rows - 1)) * w->row_bytes;
-    for (size_t k = 0; k < w->n_in; k += LINE, panel += 2 * TILE_ROWS) {
+    for (size_t r = 0; r < TILE_ROWS; r++) {
+        if (packed) rows[r] = w->octets + (row + r / QUAD_ROWS * QUAD_ROWS) * w->row_bytes + r % QUAD_ROWS * QUAD_LINE;
+        else rows[r] = (const uint8_t *)w->data + (row + (r < n_rows ? r : n_rows - 1)) * w->row_bytes;
+    }
+    for (size_t c = 0; c < w->n_in / LINE; c++, panel += 2 * TILE_ROWS) {
         for (size_t half = 0; half < 2; half++) {
             __m256i v[8], pairs[2][8];
             for (size_t o = 0; o < 2; o++) {
-                for (size_t r = 0; r < 8; r++) v[r] = load_32(rows[8 * o + r] + 2 * k + 32 * half);
+                for (size_t r = 0; r < 8; r++) v[r] = load_32(rows[8 * o + r] + c * line + 32 * half);
                 transpose_8(v, pairs[o]);
             }
             for (size_t l = 0; l < 8; l++) {

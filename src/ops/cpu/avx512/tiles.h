@@ -7,11 +7,13 @@
 #ifndef TANDEM_OPS_CPU_AVX512_TILES_H
 #define TANDEM_OPS_CPU_AVX512_TILES_H
 
+#include "format/octets.h"
+
 enum { PIECE = 1024, MAX_N = 4 }; // elements of K at a time, so that the tokens' inputs stay in L1; tokens at a time
 
-// acc: [R, MAX_N, 16], continued over n elements, a multiple of STEP.
+// acc: [R, MAX_N, 16], continued over n elements, a multiple of STEP. packed: w is in octets, R is 4 or 8.
 INLINE void dots(enum dtype type, float *acc, const uint8_t *w, size_t row_bytes, const float *x, size_t stride,
-                 size_t k, size_t n, const size_t R, const size_t N) {
+                 size_t k, size_t n, const bool packed, const size_t R, const size_t N) {
     const size_t size = type == DTYPE_F32 ? 4 : 2;
     __m512 sum[8][MAX_N];
     for (size_t r = 0; r < R; r++)
@@ -20,7 +22,12 @@ INLINE void dots(enum dtype type, float *acc, const uint8_t *w, size_t row_bytes
     for (size_t end = k + n; k < end; k += STEP) {
         struct step_input in[MAX_N];
         for (size_t t = 0; t < N; t++) in[t] = load_input(x + t * stride, k);
-        for (size_t r = 0; r < R; r++) step(type, sum[r], w + r * row_bytes + k * size, in, N);
+        for (size_t r = 0; r < R; r++) {
+            const uint8_t *at = w + r * row_bytes + k * size;
+            if (packed)
+                at = w + r / QUAD_ROWS * QUAD_ROWS * row_bytes + (k / STEP * QUAD_ROWS + r % QUAD_ROWS) * QUAD_LINE;
+            step(type, sum[r], at, in, N);
+        }
     }
     for (size_t r = 0; r < R; r++)
         for (size_t t = 0; t < N; t++) _mm512_storeu_ps(acc + (r * MAX_N + t) * DOT_LANES, sum[r][t]);
@@ -28,12 +35,19 @@ INLINE void dots(enum dtype type, float *acc, const uint8_t *w, size_t row_bytes
 
 INLINE void rows(enum dtype type, float *acc, const struct matrix *w, size_t row, size_t n_rows, size_t k,
                  const float *x, size_t n, const size_t N) {
-    const uint8_t *at = (const uint8_t *)w->data + row * w->row_bytes;
     const size_t R = N == 1 ? 8 : 4, stride = MAX_N * DOT_LANES;
     size_t r = 0;
+    if (type == DTYPE_BF16 && w->octets && n_rows == TILE_ROWS) {
+        for (; r < TILE_ROWS; r += R)
+            dots(type, acc + r * stride, w->octets + (row + r) * w->row_bytes, w->row_bytes, x, w->n_in, k, n, true, R,
+                 N);
+        return;
+    }
+    const uint8_t *at = (const uint8_t *)w->data + row * w->row_bytes;
     for (; r + R <= n_rows; r += R)
-        dots(type, acc + r * stride, at + r * w->row_bytes, w->row_bytes, x, w->n_in, k, n, R, N);
-    for (; r < n_rows; r++) dots(type, acc + r * stride, at + r * w->row_bytes, w->row_bytes, x, w->n_in, k, n, 1, N);
+        dots(type, acc + r * stride, at + r * w->row_bytes, w->row_bytes, x, w->n_in, k, n, false, R, N);
+    for (; r < n_rows; r++)
+        dots(type, acc + r * stride, at + r * w->row_bytes, w->row_bytes, x, w->n_in, k, n, false, 1, N);
 }
 
 INLINE void tokens(enum dtype type, float *out, const struct matrix *w, size_t row, size_t n_rows, const float *x,
