@@ -15,19 +15,21 @@
 #include "ops/cpu/avx2/vec.h"
 
 enum {
-    LINE = 32,                // elements of a row that hold one pair of every lane
-    BLOCK = 4 * LANES_TOKENS, // tokens whose unfinished sums stay in L1
-    LEVELS = 4,               // of the tree
-    PAD = LINE,               // floats between lanes, which would else share their places in L1
+    LINE = 32,  // elements of a row that hold one pair of every lane
+    LEVELS = 4, // of the tree
+    PAD = LINE, // floats between lanes, which would else share their places in L1
 };
+
+// In which order lanes stand, in tokens and panels, so that both are read in one stream.
+static const uint8_t lane_at[DOT_LANES] = {0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15};
 
 size_t avx2_panel_floats(size_t n_in) {
     return DOT_LANES * (n_in + PAD);
 }
 
 void avx2_deal_lanes(float *to, const float *from, size_t n, size_t n_tokens) {
-    for (size_t l = 0; l < DOT_LANES; l++) {
-        for (size_t k = 2 * l; k < n; k += LINE, to += (size_t)2 * LANES_TOKENS) {
+    for (size_t step = 0; step < DOT_LANES; step++) {
+        for (size_t k = (size_t)2 * lane_at[step]; k < n; k += LINE, to += (size_t)2 * LANES_TOKENS) {
             for (size_t t = 0; t < n_tokens; t++) {
                 to[t] = from[t * n + k + 1];
                 to[LANES_TOKENS + t] = from[t * n + k];
@@ -54,7 +56,7 @@ static void fill_panel(float *panel, const struct matrix *w, size_t row, size_t 
                 transpose_8(v, pairs[o]);
             }
             for (size_t l = 0; l < 8; l++) {
-                float *to = panel + (8 * half + l) * lane;
+                float *to = panel + lane_at[8 * half + l] * lane; // the order is its own inverse
                 for (size_t o = 0; o < 2; o++) {
                     __m256i odd = _mm256_and_si256(pairs[o][l], _mm256_set1_epi32((int)0xFFFF0000u));
                     _mm256_storeu_ps(to + 8 * o, _mm256_castsi256_ps(odd));
@@ -65,64 +67,51 @@ static void fill_panel(float *panel, const struct matrix *w, size_t row, size_t 
     }
 }
 
-// One lane's chains of sixteen rows and N tokens over n elements, and the tree's sums that end with it. sums:
-// [LEVELS][BLOCK][16] from the first token on; step: how many lanes came before.
-INLINE void lane(float *out, float *sums, const float *w, const float *x, size_t n, size_t step, const size_t N) {
-    __m256 sum[LANES_TOKENS][2];
-    for (size_t t = 0; t < N; t++) sum[t][0] = sum[t][1] = _mm256_setzero_ps();
-    for (size_t i = 0; i < n; i += 2, x += 2 * LANES_TOKENS, w += 2 * TILE_ROWS) {
+// N tokens of a group with sixteen rows.
+INLINE void group(float *out, const float *w, const float *x, size_t n_in, const size_t N) {
+    float waiting[LEVELS][LANES_TOKENS][TILE_ROWS] __attribute__((aligned(64)));
+    for (size_t step = 0; step < DOT_LANES; step++, w += PAD) {
+        __m256 sum[LANES_TOKENS][2];
+        for (size_t t = 0; t < N; t++) sum[t][0] = sum[t][1] = _mm256_setzero_ps();
+        for (size_t k = 0; k < n_in; k += LINE, x += 2 * LANES_TOKENS, w += 2 * TILE_ROWS) {
 #pragma GCC unroll 2
-        for (size_t h = 0; h < 2; h++) {
-            const __m256 first = _mm256_loadu_ps(w + h * TILE_ROWS), second = _mm256_loadu_ps(w + h * TILE_ROWS + 8);
-            for (size_t t = 0; t < N; t++) {
-                const __m256 in = _mm256_broadcast_ss(x + h * LANES_TOKENS + t);
-                sum[t][0] = _mm256_fmadd_ps(first, in, sum[t][0]);
-                sum[t][1] = _mm256_fmadd_ps(second, in, sum[t][1]);
+            for (size_t h = 0; h < 2; h++) {
+                const __m256 first = _mm256_loadu_ps(w + h * TILE_ROWS);
+                const __m256 second = _mm256_loadu_ps(w + h * TILE_ROWS + 8);
+                for (size_t t = 0; t < N; t++) {
+                    const __m256 in = _mm256_broadcast_ss(x + h * LANES_TOKENS + t);
+                    sum[t][0] = _mm256_fmadd_ps(first, in, sum[t][0]);
+                    sum[t][1] = _mm256_fmadd_ps(second, in, sum[t][1]);
+                }
             }
         }
-    }
-    for (; step & 1; step >>= 1, sums += BLOCK * TILE_ROWS) {
+        size_t level = 0;
+        for (; step >> level & 1; level++) {
+            for (size_t t = 0; t < N; t++) {
+                sum[t][0] = _mm256_add_ps(_mm256_load_ps(waiting[level][t]), sum[t][0]);
+                sum[t][1] = _mm256_add_ps(_mm256_load_ps(waiting[level][t] + 8), sum[t][1]);
+            }
+        }
+        float *to = level == LEVELS ? out : waiting[level][0];
         for (size_t t = 0; t < N; t++) {
-            sum[t][0] = _mm256_add_ps(_mm256_loadu_ps(sums + t * TILE_ROWS), sum[t][0]);
-            sum[t][1] = _mm256_add_ps(_mm256_loadu_ps(sums + t * TILE_ROWS + 8), sum[t][1]);
+            _mm256_storeu_ps(to + t * TILE_ROWS, sum[t][0]);
+            _mm256_storeu_ps(to + t * TILE_ROWS + 8, sum[t][1]);
         }
-    }
-    float *to = out ? out : sums;
-    for (size_t t = 0; t < N; t++) {
-        _mm256_storeu_ps(to + t * TILE_ROWS, sum[t][0]);
-        _mm256_storeu_ps(to + t * TILE_ROWS + 8, sum[t][1]);
-    }
-}
-
-// A block's tokens; out: NULL before the last lane.
-static void lane_of_block(float *out, float *sums, const float *w, const float *x, size_t n_in, size_t step,
-                          size_t n_tokens) {
-    const size_t n = n_in / DOT_LANES;
-    for (size_t t = 0; t < n_tokens; t += LANES_TOKENS, x += LANES_TOKENS * n_in, sums += LANES_TOKENS * TILE_ROWS) {
-        switch (n_tokens - t) {
-        case 1: lane(out, sums, w, x, n, step, 1); break;
-        case 2: lane(out, sums, w, x, n, step, 2); break;
-        case 3: lane(out, sums, w, x, n, step, 3); break;
-        case 4: lane(out, sums, w, x, n, step, 4); break;
-        case 5: lane(out, sums, w, x, n, step, 5); break;
-        default: lane(out, sums, w, x, n, step, LANES_TOKENS); break;
-        }
-        if (out) out += LANES_TOKENS * TILE_ROWS;
     }
 }
 
 void avx2_lanes(float *out, float *panel, const struct matrix *w, size_t row, size_t n_rows, const float *x,
                 size_t n_tokens) {
-    static const uint8_t order[DOT_LANES] = {0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15};
-    float sums[LEVELS * BLOCK * TILE_ROWS] __attribute__((aligned(64)));
-    const size_t chain = w->n_in / DOT_LANES * LANES_TOKENS;
     fill_panel(panel, w, row, n_rows);
-    for (size_t t = 0; t < n_tokens; t += BLOCK) {
-        const size_t here = n_tokens - t < BLOCK ? n_tokens - t : BLOCK;
-        for (size_t step = 0; step < DOT_LANES; step++)
-            lane_of_block(step + 1 < DOT_LANES ? NULL : out + t * TILE_ROWS, sums,
-                          panel + order[step] * (w->n_in + PAD), x + t * w->n_in + order[step] * chain, w->n_in, step,
-                          here);
+    for (size_t t = 0; t < n_tokens; t += LANES_TOKENS, out += LANES_TOKENS * TILE_ROWS, x += LANES_TOKENS * w->n_in) {
+        switch (n_tokens - t) {
+        case 1: group(out, panel, x, w->n_in, 1); break;
+        case 2: group(out, panel, x, w->n_in, 2); break;
+        case 3: group(out, panel, x, w->n_in, 3); break;
+        case 4: group(out, panel, x, w->n_in, 4); break;
+        case 5: group(out, panel, x, w->n_in, 5); break;
+        default: group(out, panel, x, w->n_in, LANES_TOKENS); break;
+        }
     }
 }
 

@@ -101,7 +101,9 @@ static void run_tile(const struct product *product, const struct part *p, size_t
 // All tiles of a piece meet the same tokens before others come: those stay in L2.
 static void product_piece(void *user, size_t begin, size_t end, int thread) {
     const struct product *p = user;
-    const size_t most = TILE_TOKENS / LANES_TOKENS * LANES_TOKENS;
+    // Lanes are laid out anew for other tokens, so that they want many; integers are unpacked sooner than they are
+    // fetched from L3.
+    const size_t most = p->panels ? TILE_TOKENS / LANES_TOKENS * LANES_TOKENS : TILE_TOKENS / 2;
     for (size_t t = 0; t < p->n_tokens; t += most) {
         const size_t n = p->n_tokens - t < most ? p->n_tokens - t : most;
         for (size_t i = begin; i < end; i++) {
