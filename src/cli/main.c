@@ -3,6 +3,7 @@
 
 #include "base/file.h"
 
+#include <langinfo.h>
 #include <limits.h>
 #include <locale.h>
 #include <signal.h>
@@ -104,7 +105,8 @@ static void install_handlers(void) {
 }
 
 int main(int argc, char **argv) {
-    setlocale(LC_CTYPE, "");
+    // Without a locale of its own, as in a container, line editing would drop every letter beyond ASCII.
+    if (!setlocale(LC_CTYPE, "") || strcmp(nl_langinfo(CODESET), "ANSI_X3.4-1968") == 0) setlocale(LC_CTYPE, "C.UTF-8");
     install_handlers();
     if (argc < 2) {
         print_usage(stderr);

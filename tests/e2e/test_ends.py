@@ -243,6 +243,14 @@ def test_a_turn_of_several_lines():
     assert "Paris" in shown and '"What is the capital \\nof France?"' in shown
 
 
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8", "no-such"])
+def test_what_is_typed_arrives_in_any_locale(locale):
+    """A container has no locale: letters beyond ASCII were dropped there."""
+    shown = on_terminal(["chat", "--think", "off", "--greedy", "-n", "4"], TERM="xterm", LC_ALL=locale,
+                        text="Grüße 日本 😀\n/save /dev/stdout\n/exit\n").decode()
+    assert '"content": "Grüße 日本 😀"' in shown
+
+
 def test_chat_on_a_dumb_terminal():
     shown = on_terminal(["chat", "--think", "off", "--greedy"], text="What is the capital of France?\n/exit\n", TERM="dumb")
     assert b"Paris" in shown
