@@ -102,14 +102,17 @@ INLINE __m256i load_8(const void *p) {
 // Integer sums of 32 columns of Q8_0, group g of the tile: sum[octet][token].
 INLINE void wide_sums(const struct weight_tile *tile, size_t g, const struct act_tile *x, __m256i (*sum)[MAX_N],
                       const size_t N) {
-    for (size_t t = 0; t < N; t++) sum[0][t] = sum[1][t] = _mm256_setzero_si256();
 #pragma GCC unroll 16
     for (size_t i = 0; i < 16; i++) {
         const int16_t(*at)[2] = tile->wide[8 * g + i / 2][i % 2];
         __m256i w[2] = {load_8(at), load_8(at + OCTET)};
         for (size_t t = 0; t < N; t++) {
             __m256i two = broadcast_4(of_token(x->wide + 32 * g + 2 * i, x, t));
-            for (size_t o = 0; o < 2; o++) add_dwords(&sum[o][t], _mm256_madd_epi16(w[o], two));
+            for (size_t o = 0; o < 2; o++) {
+                __m256i p = _mm256_madd_epi16(w[o], two);
+                if (i == 0) sum[o][t] = p;
+                else add_dwords(&sum[o][t], p);
+            }
         }
     }
 }
