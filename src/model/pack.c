@@ -9,7 +9,7 @@
 
 #include <stdlib.h>
 
-enum { ALIGNMENT = 64, MATRICES_OF_LAYER = 7, ROWS_AT_A_TIME = 64 };
+enum { ALIGNMENT = 64, MATRICES_OF_LAYER = 7, ROWS_AT_A_TIME = 64, FORGET_BYTES = 16 << 20 };
 
 static size_t octets_bytes(const struct matrix *m) {
     return m->n_out / OCTET_ROWS * OCTET_ROWS * m->row_bytes;
@@ -40,29 +40,38 @@ static bool collect(struct packed *p, struct model *m, bool bf16) {
 struct pack_job {
     const struct matrix *m;
     unsigned char *to;
+    size_t first; // octet
 };
 
 static void pack_piece(void *user, size_t begin, size_t end, int thread) {
     (void)thread;
     const struct pack_job *j = user;
     const size_t stride = OCTET_ROWS * j->m->row_bytes;
-    for (size_t i = begin; i < end; i++)
+    for (size_t i = j->first + begin; i < j->first + end; i++)
         octets_pack(j->m->type, j->to + i * stride, (const unsigned char *)j->m->data + i * stride, j->m->row_bytes);
 }
 
 // The file's rows leave the memory once they are packed: at no time are two copies of the model resident.
-static void forget_rows(const struct model *m, const struct matrix *w) {
+static void forget(const struct model *m, const void *rows, size_t bytes) {
     const struct tensor_set *files = m->kind == MODEL_GGUF ? &m->gguf.tensors : &m->files;
     for (size_t i = 0; m->kind != MODEL_SYNTHETIC && i < files->n_maps; i++)
-        file_map_forget(&files->maps[i], w->data, w->n_out * w->row_bytes);
+        file_map_forget(&files->maps[i], rows, bytes);
+}
+
+static void pack_matrix(const struct model *m, const struct matrix *w, unsigned char *to, struct pool *pool) {
+    const size_t octet = OCTET_ROWS * w->row_bytes, n = w->n_out / OCTET_ROWS, most = FORGET_BYTES / octet + 1;
+    for (size_t first = 0; first < n; first += most) {
+        struct pack_job j = {.m = w, .to = to, .first = first};
+        const size_t here = n - first < most ? n - first : most;
+        pool_for(pool, here, ROWS_AT_A_TIME / OCTET_ROWS, pack_piece, &j);
+        forget(m, (const unsigned char *)w->data + first * octet, here * octet);
+    }
 }
 
 static void pack_all(const struct model *m, const struct packed *p, unsigned char *memory,
                      const struct pack_options *o) {
     for (size_t i = 0; i < p->n; i++) {
-        struct pack_job j = {.m = p->matrices[i], .to = memory + p->at[i]};
-        pool_for(o->pool, j.m->n_out / OCTET_ROWS, ROWS_AT_A_TIME / OCTET_ROWS, pack_piece, &j);
-        forget_rows(m, j.m);
+        pack_matrix(m, p->matrices[i], memory + p->at[i], o->pool);
         log_progress(o->log, "repacking", i + 1, p->n);
     }
 }
