@@ -82,6 +82,11 @@ void kv_round(enum dtype type, const float *x, void *row, size_t n);
 // One of the channels that a row as kv_round makes it holds, exactly; all of them: dtype_to_f32(type, row, x, n).
 float kv_channel(enum dtype type, const void *row, size_t channel);
 
+// A GPU's order (ops/cuda/kv.cuh) of one head's rows of a page, BF16 or FP8, both arrays in host memory: to the order
+// above (to_host), or from it. For those who judge what stands in a device's pages; any bits survive the way there and
+// back.
+void kv_arrange(const struct kv_layer *kv, enum kv_side side, bool to_host, void *host, void *own);
+
 // What x becomes by being stored and read: [n]
 void kv_as_stored(enum dtype type, const float *x, float *out, size_t n);
 
