@@ -427,7 +427,8 @@ const struct command command_bench = {
         "             much larger than the caches, right before every repeat\n"
         "  logits     a hash of the first sequence's logits: the same for every batch, chunk, thread count and "
         "fusion\n\n"
-        "shapes: qwen3-0.6b, qwen3-1.7b, qwen3-4b, qwen3-8b, qwen3-14b, qwen3-32b, tiny-qwen3, tiny-qwen2, tiny-llama\n"
+        "shapes: qwen3-0.6b, qwen3-1.7b, qwen3-4b, qwen3-8b, qwen3-14b, qwen3-32b, tiny-qwen3, tiny-qwen2, tiny-llama, "
+        "micro-qwen3\n"
         "types:  bf16, f16, f32, q8_0, q4_0, q4_1, q5_0, q5_1, q2_k, q3_k, q4_k, q5_k, q6_k, in every\n"
         "        matrix, or the mixes of `tandem quantize` (q4_k_m, ...); several make a run each\n",
     .options = options,

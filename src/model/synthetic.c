@@ -30,11 +30,13 @@ static const struct {
     {"tiny-qwen3", ARCH_QWEN3, 3, 256, 4, 2, 64, 512, 640, 16384, 1e6, true},
     {"tiny-qwen2", ARCH_QWEN2, 3, 256, 4, 1, 64, 512, 640, 16384, 1e6, true},
     {"tiny-llama", ARCH_LLAMA, 3, 256, 8, 4, 32, 768, 640, 16384, 1e4, false},
+    {"micro-qwen3", ARCH_QWEN3, 2, 64, 4, 2, 32, 96, 200, 16384, 1e6, true},
 };
 enum { N_SHAPES = sizeof shapes / sizeof shapes[0] };
 
 const char *synthetic_shapes(void) {
-    return "qwen3-0.6b, qwen3-1.7b, qwen3-4b, qwen3-8b, qwen3-14b, qwen3-32b, tiny-qwen3, tiny-qwen2, tiny-llama";
+    return "qwen3-0.6b, qwen3-1.7b, qwen3-4b, qwen3-8b, qwen3-14b, qwen3-32b, tiny-qwen3, tiny-qwen2, tiny-llama, "
+           "micro-qwen3";
 }
 
 bool synthetic_config(const char *shape, struct model_config *c, struct error *err) {
