@@ -54,7 +54,7 @@ static tandem_engine *open_engine(struct stage *s, struct engine_size size) {
                         .max_batch = size.max_batch,
                         .fusion = s->d->options.fusion,
                         .isa = s->d->options.isa,
-                        .device = s->d->options.device,
+                        .device = s->d->options.device ? s->d->options.device : "cpu",
                         .kv_type = s->d->options.kv_type};
     tandem_engine *e = tandem_open(&o, why, sizeof why);
     if (!e) {
