@@ -336,6 +336,77 @@ static bool check_fusion(struct stage *s, const struct doctor_prompt *p, size_t 
     return ok;
 }
 
+// ---- On a device: what nobody watches ------------------------------------------------------------------------------
+
+// One way to run the prompt: which fused ops, how many tokens a step (0: all), with which of the device's kernels in
+// another's place; and what is to blame when it alone goes wrong.
+struct silent_way {
+    uint32_t fusion, flipped;
+    size_t chunk;
+    const char *op, *variant;
+};
+
+// The logits of a way that is not watched, so that steps are recorded and ops merge and begin early, against the
+// standard path's.
+static bool compare_silent(struct stage *s, const struct doctor_prompt *p, size_t n, const struct silent_way *way,
+                           const float *plain, float *logits, bool *same) {
+    struct device *device = s->d->ops->device;
+    size_t n_vocab = s->d->model->config.n_vocab, at = 0;
+    struct forward_options o = {.kv_type = s->d->kv_type, .fusion = way->fusion, .chunk = way->chunk, .poison = true};
+    device->variants ^= way->flipped;
+    bool ok = doctor_forward(s->d, &o, p->ids, n, logits, s->err);
+    device->variants ^= way->flipped;
+    s->r->n_checks += n;
+    *same = ok && memcmp(plain, logits, n * n_vocab * sizeof *logits) == 0;
+    if (!ok || *same) return ok;
+    while (memcmp(&plain[at], &logits[at], sizeof *logits) == 0) at++;
+    struct fault *f = stage_fault(s->r, FAULT_FUSED, "unwatched = standard");
+    f->prompt = (int)(p - s->d->prompts);
+    f->position = (int)(at / n_vocab);
+    f->channel = (int)(at % n_vocab);
+    f->expected = (double)plain[at];
+    f->found = (double)logits[at];
+    snprintf(f->op, sizeof f->op, "%s", way->op);
+    snprintf(f->tensor, sizeof f->tensor, "logits");
+    snprintf(f->variant, sizeof f->variant, "%s", way->variant);
+    fault_say(f,
+              "%s: the logits behind position %d differ from the standard path's: token %d's is %.9g instead of %.9g",
+              way->variant, f->position, f->channel, f->found, f->expected);
+    return true;
+}
+
+// First what differs least from the watched runs; the first way that goes wrong is told.
+static bool check_silent(struct stage *s, const struct doctor_prompt *p, size_t most) {
+    enum { MOST_WAYS = 48 };
+    const struct ops *ops = s->d->ops;
+    const uint32_t step = 1u << FUSED_STEP, merged = 1u << FUSED_ROPE_ATTENTION;
+    size_t n = p->n < most ? p->n : most, n_vocab = s->d->model->config.n_vocab, n_ways = 0;
+    struct silent_way ways[MOST_WAYS] = {
+        {s->d->fusion & ~(step | merged), 0, 0, "", "fused ops, a prompt at once"},
+        {s->d->fusion & ~(step | merged), 0, 1, "", "fused ops, a token at a time"},
+        {s->d->fusion & ~step, 0, 1, fusion_info(FUSED_ROPE_ATTENTION)->name,
+         "--fusion with rope_attention, a token at a time"},
+        {s->d->fusion, 0, 1, fusion_info(FUSED_STEP)->name, "--fusion with step, a token at a time"}};
+    char names[MOST_WAYS][96];
+    n_ways = 4;
+    for (size_t i = 0; i < 2 * ops->device->n_variants && n_ways < MOST_WAYS; i++, n_ways++) {
+        size_t k = i / 2;
+        bool used = ops->device->variants >> k & 1;
+        snprintf(names[n_ways], sizeof names[0], "%s %s, %s", used ? "without" : "with", ops->device->variant_names[k],
+                 i % 2 ? "a token at a time" : "a prompt at once");
+        ways[n_ways] = (struct silent_way){s->d->fusion, 1u << k, i % 2, i % 2 ? fusion_info(FUSED_STEP)->name : "",
+                                           names[n_ways]};
+    }
+    float *plain = size_alloc(n * n_vocab, sizeof *plain), *logits = size_alloc(n * n_vocab, sizeof *logits);
+    struct forward_options standard = {.kv_type = s->d->kv_type};
+    bool ok = (plain && logits) || error_set(s->err, "out of memory for the logits of %zu tokens", n), same = true;
+    ok = ok && doctor_forward(s->d, &standard, p->ids, n, plain, s->err);
+    for (size_t i = 0; ok && i < n_ways && same; i++) ok = compare_silent(s, p, n, &ways[i], plain, logits, &same);
+    free(plain);
+    free(logits);
+    return ok;
+}
+
 // ---- Logits against T ----------------------------------------------------------------------------------------------
 
 struct position_result {
@@ -592,6 +663,7 @@ bool stage_model(struct doctor *d, struct stage_report *r, struct error *err) {
     bool ok = inspect_run(&s, first);
     d->deadline = end;
     ok = ok && check_fusion(&s, &d->prompts[0], d->model->config.n_layers * d->model->config.hidden > 20000 ? 37 : 77);
+    if (d->ops->device) ok = ok && check_silent(&s, &d->prompts[0], d->options.budget < 10 ? 35 : 70);
     double left = d->deadline - clock_seconds();
     for (size_t i = 0; ok && i < d->n_prompts; i++)
         ok = check_logits(&s, &d->prompts[i], most_positions(&s, &d->prompts[i]),

@@ -31,8 +31,9 @@ struct stage {
     size_t n_variants;
     struct pool *pools[MAX_POOLS]; // other numbers of threads
     size_t n_pools;
-    size_t n_layers, n_counts, most_tokens, longest; // covered, for the summary
-    double layer_budget;                             // seconds
+    struct room room;                                                 // on the ops' device
+    size_t n_layers, n_counts, most_tokens, longest, most_neighbours; // covered, for the summary
+    double layer_budget;                                              // seconds
 };
 
 static double uniform(uint32_t *rng) {
@@ -157,8 +158,8 @@ static bool compare(struct stage *s, const struct op_case *c, const struct captu
 
 // ---- One case in every way -----------------------------------------------------------------------------------------
 
-static struct op_way plain_way(const struct stage *s) {
-    return (struct op_way){.ops = s->d->ops, .pool = s->d->pool};
+static struct op_way plain_way(struct stage *s) {
+    return (struct op_way){.ops = s->d->ops, .pool = s->d->pool, .room = &s->room};
 }
 
 static bool fused_differs(const struct stage *s) {
@@ -167,7 +168,59 @@ static bool fused_differs(const struct stage *s) {
     return false;
 }
 
-// Threads, pages and instruction sets, on the plain and on the fused path.
+// Whether some fused op is one that only unwatched runs take.
+static bool has_unwatched(const struct stage *s) {
+    return (s->d->fusion >> FUSED_ROPE_ATTENTION & 1) && fusion_available(s->d->ops, FUSED_ROPE_ATTENTION);
+}
+
+// All fused ops with nobody watching: none waits for the host, each begins as early as it may, and those run that have
+// parts to be shown. What differs is then blamed on such an op, if without it nothing does.
+static bool leave_alone(struct stage *s, const struct op_case *c, const struct capture *plain, struct capture *got,
+                        uint32_t flipped, const char *what) {
+    char variant[96];
+    struct comparison how = {FAULT_FUSED, "fused = its primitives", variant, true};
+    struct op_way way = plain_way(s);
+    way.fusion = s->d->fusion;
+    way.unwatched = true;
+    way.flipped = flipped;
+    size_t before = s->r->n_faults;
+    snprintf(variant, sizeof variant, "%s, all fused, unwatched%s", c->name, what);
+    if (!run_layer(c, &way, got, s->err)) return false;
+    if (compare(s, c, plain, 0, got, &how) || !has_unwatched(s)) return true;
+    way.fusion &= ~(1u << FUSED_ROPE_ATTENTION);
+    struct stage_report silent = {0}, *loud = s->r;
+    s->r = &silent;
+    bool ok = run_layer(c, &way, got, s->err), same = ok && compare(s, c, plain, 0, got, &how);
+    s->r = loud;
+    if (same && before < MAX_FAULTS)
+        snprintf(s->r->faults[before].op, sizeof s->r->faults[before].op, "%s",
+                 fusion_info(FUSED_ROPE_ATTENTION)->name);
+    return ok;
+}
+
+// A device's kernels that may stand in for others: each used where it was not, or not where it was.
+static bool vary_kernels(struct stage *s, const struct op_case *c, const struct capture *plain, struct capture *got) {
+    struct device *device = s->d->ops->device;
+    char variant[96];
+    for (size_t i = 0; device && i < device->n_variants; i++) {
+        bool used = device->variants >> i & 1;
+        for (int fused = 0; fused <= 1; fused++) {
+            struct comparison how = {FAULT_VARIANT, "kernels agree", variant, fused != 0};
+            struct op_way way = plain_way(s);
+            way.fusion = fused ? s->d->fusion : 0;
+            way.flipped = 1u << i;
+            snprintf(variant, sizeof variant, "%s, %s %s", c->name, used ? "without" : "with",
+                     device->variant_names[i]);
+            if (!run_layer(c, &way, got, s->err)) return false;
+            compare(s, c, plain, 0, got, &how);
+        }
+        snprintf(variant, sizeof variant, ", %s %s", used ? "without" : "with", device->variant_names[i]);
+        if (fused_differs(s) && !leave_alone(s, c, plain, got, 1u << i, variant)) return false;
+    }
+    return true;
+}
+
+// Threads, pages and instruction sets, on the plain and on the fused path; or a device's kernels.
 static bool vary_case(struct stage *s, const struct op_case *c, const struct capture *plain, struct capture *got) {
     char variant[96];
     for (int fused = 0; fused <= 1; fused++) {
@@ -198,7 +251,7 @@ static bool vary_case(struct stage *s, const struct op_case *c, const struct cap
             compare(s, c, plain, 0, got, &how);
         }
     }
-    return true;
+    return vary_kernels(s, c, plain, got);
 }
 
 // The fused path, and each fused op alone.
@@ -218,7 +271,7 @@ static bool fuse_case(struct stage *s, const struct op_case *c, const struct cap
     snprintf(variant, sizeof variant, "%s, all fused", c->name);
     if (!run_layer(c, &way, got, s->err)) return false;
     compare(s, c, plain, 0, got, &how);
-    return true;
+    return !s->d->ops->device || leave_alone(s, c, plain, got, 0, "");
 }
 
 // ---- The cases -----------------------------------------------------------------------------------------------------
@@ -291,10 +344,12 @@ static bool check_prompt(struct stage *s, const struct layer_weights *w, int lay
            check_counts(s, &c, &plain, &got);
 }
 
-// Several sequences in one step, decode and prefill mixed; each alone must give the same bits.
+enum { MAX_SEQS = 256 };
+
+// Several sequences in one step, decode and prefill mixed; each (or every so many) alone must give the same bits.
 static bool check_batch(struct stage *s, const struct layer_weights *w, int layer, const char *name, size_t n_seqs,
-                        const size_t *past, const size_t *n, bool vary, struct arena *arena) {
-    enum { JUDGED = 8, MAX_SEQS = 8 };
+                        const size_t *past, const size_t *n, bool vary, size_t alone_each, struct arena *arena) {
+    enum { JUDGED = 8 };
     const struct model_config *m = &s->d->model->config;
     struct op_sequence seqs[MAX_SEQS];
     size_t total = 0, rows[JUDGED];
@@ -324,6 +379,7 @@ static bool check_batch(struct stage *s, const struct layer_weights *w, int laye
         !fuse_case(s, &c, &plain, &got) || (vary && !vary_case(s, &c, &plain, &got)))
         return false;
     for (size_t i = 0, first = 0; i < n_seqs; first += n[i++]) {
+        if (i % alone_each != 0 && i != n_seqs - 1) continue;
         struct op_case alone = c;
         char variant[96];
         alone.seqs = &seqs[i];
@@ -342,17 +398,80 @@ static bool check_batch(struct stage *s, const struct layer_weights *w, int laye
 
 static bool check_ragged(struct stage *s, const struct layer_weights *w, int layer, struct arena *arena) {
     static const size_t past[] = {0, 31, 32, 63, 100, 5}, n[] = {1, 1, 1, 2, 37, 20};
-    return check_batch(s, w, layer, "ragged batch", 6, past, n, true, arena);
+    return check_batch(s, w, layer, "ragged batch", 6, past, n, true, 1, arena);
 }
 
+// To 8,192 positions, on a device to 16,384.
 static bool check_long(struct stage *s, const struct layer_weights *w, int layer, struct arena *arena) {
-    size_t past[4] = {255, 2048, 4095, 8185}, n[4] = {1, 1, 3, 7}, n_seqs = 4;
+    size_t past[] = {255, 2048, 4095, 8185, 16377}, n[] = {1, 1, 3, 7, 7}, n_seqs = 4;
     size_t context = s->d->model->config.context;
-    for (size_t i = 0; i < 4; i++)
+    if (s->d->ops->device) n_seqs = s->d->options.budget < 10 ? 2 : 5;
+    size_t most = n_seqs;
+    for (size_t i = 0; i < most; i++)
         if (past[i] + n[i] > context)
             past[i] = context > n[i] ? context - n[i] : 0, n_seqs = i + 1 < n_seqs ? i + 1 : n_seqs;
     if (past[n_seqs - 1] + n[n_seqs - 1] > context) return true;
-    return check_batch(s, w, layer, "long contexts", n_seqs, past, n, false, arena);
+    return check_batch(s, w, layer, "long contexts", n_seqs, past, n, false, 1, arena);
+}
+
+// Only devices are worth these: a CPU's ops see rows, and the rows of a tile are all that lie next to each other.
+//
+// A token each for as many sequences as a step may have: what is streamed, recorded and split differs by their number.
+static bool check_neighbours(struct stage *s, const struct layer_weights *w, int layer, struct arena *arena) {
+    static const size_t counts[] = {2, 9, 33, 64, 256};
+    size_t past[MAX_SEQS], n[MAX_SEQS], context = s->d->model->config.context;
+    for (size_t i = 0; i < MAX_SEQS; i++) {
+        past[i] = i % 16 == 3 ? 255 + i : i * 37 % 131;
+        if (past[i] >= context) past[i] = context - 1;
+        n[i] = 1;
+    }
+    for (size_t i = 0; i < sizeof counts / sizeof counts[0]; i++) {
+        char name[32];
+        if (i > 1 && clock_seconds() > s->d->deadline) break;
+        snprintf(name, sizeof name, "%zu sequences", counts[i]);
+        bool ok = check_batch(s, w, layer, name, counts[i], past, n, i == 1, counts[i] / 8 + 1, arena);
+        arena_free(arena);
+        if (!ok) return false;
+        s->most_neighbours = counts[i];
+    }
+    return true;
+}
+
+// Whole chunks of a long prompt in one step; the last of their tokens, which see all others, are judged by T in a step
+// of their own.
+static bool check_chunks(struct stage *s, const struct layer_weights *w, int layer, struct arena *arena) {
+    enum { MOST = 2048, TAIL = 17 };
+    static const size_t counts[] = {512, 1024, 2048};
+    const struct model_config *m = &s->d->model->config;
+    float *x = make_rows(arena, MOST, m->hidden, (uint32_t)s->d->options.seed + 5, false);
+    struct capture plain, got;
+    size_t rows[TAIL];
+    if (!x) return error_set(s->err, "out of memory for %d tokens", MOST);
+    if (!capture_create(&plain, arena, m, MOST, false, s->err) || !capture_create(&got, arena, m, MOST, false, s->err))
+        return false;
+    for (size_t i = 0; i < sizeof counts / sizeof counts[0]; i++) {
+        char name[32];
+        if (counts[i] > m->context || clock_seconds() > s->d->deadline) break;
+        snprintf(name, sizeof name, "T=%zu", counts[i]);
+        struct op_sequence seq = {.n = counts[i]};
+        struct op_case c = {.name = name, .d = s->d, .weights = w, .layer = layer, .seqs = &seq, .n_seqs = 1, .x = x};
+        struct op_way way = plain_way(s);
+        if (!run_layer(&c, &way, &plain, s->err) || !fuse_case(s, &c, &plain, &got) ||
+            !vary_kernels(s, &c, &plain, &got))
+            return false;
+        struct op_sequence tail = {
+            .past = counts[i] - TAIL, .n = TAIL, .past_k = plain.seg[SEG_KV_K], .past_v = plain.seg[SEG_KV_V]};
+        struct op_case end = c;
+        end.seqs = &tail;
+        end.x = x + tail.past * m->hidden;
+        struct comparison how = {FAULT_VARIANT, "the number of tokens does not matter", "its last 17 tokens", false};
+        if (!run_layer(&end, &way, &got, s->err)) return false;
+        compare(s, &end, &plain, tail.past, &got, &how);
+        if (!judge_layer(&end, &got, rows, choose_rows(TAIL, TAIL, rows), s->r, &s->judged, s->err)) return false;
+        s->most_tokens = counts[i] > s->most_tokens ? counts[i] : s->most_tokens;
+        s->n_counts++;
+    }
+    return true;
 }
 
 // The same weights with norms that no training leaves behind.
@@ -395,12 +514,21 @@ static bool check_embed(struct stage *s) {
         ids[i] = (int32_t)(i == 0 ? 0 : i == 1 ? table->n_out - 1 : (rng >> 4) % table->n_out);
     }
     struct arena arena = {0};
-    float *x = arena_alloc(&arena, ROWS * table->n_in, sizeof *x);
+    struct device *device = s->d->ops->device;
+    size_t bytes = ROWS * table->n_in * sizeof(float);
+    float *x = arena_alloc(&arena, ROWS * table->n_in, sizeof *x), *own = x;
     double *t = arena_alloc(&arena, ROWS * table->n_in, sizeof *t);
+    const int32_t *rows = ids;
     struct op_ctx ctx = {.ops = s->d->ops, .pool = s->d->pool, .layer = -1};
     bool ok = x && t ? oracle_embed(ORACLE_T, t, table, ids, ROWS, s->err) : error_set(s->err, "out of memory");
+    if (ok && device) {
+        own = room_take(&s->room, bytes, s->err);
+        rows = room_put(&s->room, ids, sizeof ids, s->err);
+        ok = own && rows;
+    }
     if (ok) {
-        ctx.ops->embed(&ctx, x, table, ids, ROWS);
+        ctx.ops->embed(&ctx, own, device ? &s->d->weights->embed : table, rows, ROWS);
+        if (device) device->get(device, x, own, bytes);
         for (size_t i = 0; i < ROWS * table->n_in; i++) {
             if (i % table->n_in == 0) s->r->n_checks++;
             if ((double)x[i] == t[i]) continue;
@@ -473,11 +601,12 @@ static bool check_head(struct stage *s) {
 
 static bool open_stage(struct stage *s) {
     static const int thread_counts[MAX_POOLS] = {1, 2, 3, 5, 8};
-    for (size_t i = 0; i < N_ISAS; i++) {
+    for (size_t i = 0; i < N_ISAS && !s->d->ops->device; i++) {
         const struct ops *ops = ops_cpu(isa_names[i], NULL);
         if (ops && ops != s->d->ops && strcmp(ops->name, s->d->ops->name) != 0) s->variants[s->n_variants++] = ops;
     }
-    for (size_t i = 0; i < MAX_POOLS; i++) {
+    s->room.device = s->d->ops->device;
+    for (size_t i = 0; i < MAX_POOLS && !s->d->ops->device; i++) {
         if (thread_counts[i] == pool_size(s->d->pool)) continue;
         s->pools[s->n_pools] = pool_create(thread_counts[i], s->err);
         if (!s->pools[s->n_pools]) return false;
@@ -487,6 +616,7 @@ static bool open_stage(struct stage *s) {
 }
 
 static void close_stage(struct stage *s) {
+    room_close(&s->room);
     for (size_t i = 0; i < s->n_pools; i++) pool_free(s->pools[i]);
 }
 
@@ -494,8 +624,9 @@ static void close_stage(struct stage *s) {
 static size_t prompt_tokens(const struct stage *s) {
     const struct model_config *c = &s->d->model->config;
     size_t per_token = (2 * c->n_heads + 2 * c->n_kv_heads) * c->head_dim * c->hidden + 3 * c->n_ff * c->hidden;
-    bool few = per_token > ((size_t)1 << 27) || s->d->options.budget < 10;
+    bool hurry = s->d->options.budget<10, few = per_token>((size_t)1 << 27) || hurry;
     size_t n = few && !s->d->options.thorough ? 65 : MAX_TOKENS;
+    if (hurry && s->d->ops->device) n = 37; // a page and a part of one
     return n < c->context ? n : c->context;
 }
 
@@ -537,9 +668,13 @@ static void summarise(struct stage *s) {
     stage_figure(s->r, "worst_error_over_bound", s->judged.worst_of_bound);
     stage_figure(s->r, "int8_input_cost", s->judged.quantised_cost);
     size_t n = s->d->model->config.n_layers;
-    (void)buffer_printf(
-        b, "%zu of %zu layers, %zu token counts to %zu, contexts to %zu, %zu instruction set%s, threads 1-8",
-        s->n_layers, n, s->n_counts, s->most_tokens, s->longest, s->n_variants + 1, s->n_variants ? "s" : "");
+    struct device *device = s->d->ops->device;
+    (void)buffer_printf(b, "%zu of %zu layers, %zu token counts to %zu, contexts to %zu, ", s->n_layers, n, s->n_counts,
+                        s->most_tokens, s->longest);
+    if (device)
+        (void)buffer_printf(b, "%zu kernels with others in their place, %zu neighbours", device->n_variants,
+                            s->most_neighbours);
+    else (void)buffer_printf(b, "%zu instruction set%s, threads 1-8", s->n_variants + 1, s->n_variants ? "s" : "");
     if (s->judged.worst_of_h > 0)
         (void)buffer_printf(b, "; largest error %.2f of H's (%s)", s->judged.worst_of_h, s->judged.where);
     stage_note(s->r, "%.3g million values judged by T; the largest error is %.2f of what f32 rounding allows",
@@ -553,17 +688,18 @@ static void summarise(struct stage *s) {
 bool stage_ops(struct doctor *d, struct stage_report *r, struct error *err) {
     struct stage s = {.d = d, .r = r, .err = err};
     struct arena arena = {0};
-    if (d->ops->device) { // what this stage feeds to the ops is the host's memory
-        r->verdict = VERDICT_SKIPPED;
-        return buffer_printf(&r->summary, "not on a device: the model stage judges every op in its place") ||
-               error_set(err, "out of memory");
-    }
     bool ok = open_stage(&s) && check_embed(&s) && check_layers(&s);
     ok = ok && check_long(&s, &d->model->layers[0], 0, &arena);
     arena_free(&arena);
     doctor_progress(d, 0.93);
     ok = ok && check_adversarial(&s, &d->model->layers[0], 0, &arena);
     arena_free(&arena);
+    if (d->ops->device) {
+        ok = ok && check_neighbours(&s, &d->model->layers[0], 0, &arena);
+        arena_free(&arena);
+        ok = ok && (clock_seconds() > d->deadline || check_chunks(&s, &d->model->layers[0], 0, &arena));
+        arena_free(&arena);
+    }
     doctor_progress(d, 0.96);
     ok = ok && check_head(&s);
     if (ok) summarise(&s);

@@ -5,6 +5,7 @@
 
 #include "base/arena.h"
 #include "doctor/doctor.h"
+#include "doctor/room.h"
 
 // The results of a layer's ops, in the order in which they are computed; then the head's.
 enum segment {
@@ -80,7 +81,11 @@ struct op_way {
     struct pool *pool;
     uint32_t fusion;
     uint32_t page_order; // 0: ascending; else the seed of a permutation over more pages than are needed
-};
+    // On a device only.
+    struct room *room; // for the case's memory
+    uint32_t flipped;  // kernels (device.variants) that are used where they are not, or not where they are
+    bool unwatched;    // nothing is fetched before the last op is queued: of a layer, what it stores and the stream
+};                     // behind it are captured, and fused ops with parts that are shown run, too
 // Runs the case. Everything that it does not write first is NaN.
 bool run_layer(const struct op_case *c, const struct op_way *way, struct capture *out, struct error *err);
 

@@ -414,9 +414,12 @@ static bool judge_silu_mul(struct judge *g) {
     if (!gate || !up || !a.strict || !a.h || !a.bound) return false;
     oracle_silu_mul(ORACLE_T, g->pool, a.strict, gate, up, a.n_rows * a.columns);
     oracle_silu_mul(ORACLE_H, g->pool, a.h, gate, up, a.n_rows * a.columns);
-    // exp32's ulp, a sum, a division, a product; silu is 0 where exp(-g) leaves f32 (docs/NUMERICS.md).
-    for (size_t i = 0; i < a.n_rows * a.columns; i++)
-        a.bound[i] = 8 * unit * fabs(a.strict[i]) + 3e-37 * fabs(up[i]) + tiny;
+    // exp32's ulp, a sum, a division, a product; silu is 0 where exp(-g) leaves f32 (docs/NUMERICS.md). A GPU's e^x is
+    // 2^(x log2 e): the rounding of the constant and of the product is that of a number of x's size.
+    for (size_t i = 0; i < a.n_rows * a.columns; i++) {
+        double exponent = g->c->d->ops->device ? 3 * fabs(gate[i]) : 0;
+        a.bound[i] = (8 + exponent) * unit * fabs(a.strict[i]) + 3e-37 * fabs(up[i]) + tiny;
+    }
     judge_answers(g, &a);
     return true;
 }

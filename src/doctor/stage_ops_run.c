@@ -1,5 +1,6 @@
 // stage_ops_run.c: runs a layer's ops, or the head's, alone and keeps what each computes. It owns the memory around
-// them, all of which is NaN before the run, and judges nothing.
+// them, all of which is NaN before the run, and judges nothing. On a device it works on copies there; what the KV holds
+// before and after is the host's to look at.
 #include "doctor/stage_ops.h"
 
 #include "base/size.h"
@@ -89,40 +90,74 @@ static void capture_tap(void *user, const char *name, int layer, const float *da
     }
 }
 
-static void keep(struct capture *c, enum segment seg, const float *data, size_t columns) {
-    memcpy(c->seg[seg], data, c->n_rows * columns * sizeof *data);
-    c->present[seg] = true;
-}
-
 static float *poisoned(struct arena *arena, size_t rows, size_t columns) {
     float *p = floats(arena, rows, columns);
     for (size_t i = 0; p && i < rows * columns; i++) p[i] = NAN;
     return p;
 }
 
+// ---- The ops' memory -----------------------------------------------------------------------------------------------
+
+// Where the ops of one run work: on the host, or on a device.
+struct place {
+    struct device *device; // NULL: the host
+    struct room *room;
+    struct arena *arena;
+    struct error *err;
+};
+
+static float *fresh(const struct place *p, size_t rows, size_t columns) {
+    size_t n;
+    if (!p->device) return poisoned(p->arena, rows, columns);
+    return size_mul(rows, columns, &n) ? room_take(p->room, n * sizeof(float), p->err) : NULL;
+}
+
+// The host's array itself, or its copy.
+static const void *at_hand(const struct place *p, const void *data, size_t bytes) {
+    return p->device && data ? room_put(p->room, data, bytes, p->err) : data;
+}
+
+// A result, whether anybody watched it or not.
+static void keep(struct capture *c, const struct place *p, enum segment seg, const float *data, size_t columns) {
+    size_t bytes = c->n_rows * columns * sizeof *data;
+    if (p->device) p->device->get(p->device, c->seg[seg], data, bytes);
+    else memcpy(c->seg[seg], data, bytes);
+    c->present[seg] = true;
+}
+
 static const float canary = 1234.5f;
+enum { CANARIES = 16 };
 
 static bool open_ctx(struct op_ctx *ctx, const struct doctor *d, const struct op_way *way, size_t n_tokens,
-                     size_t n_positions, struct arena *arena, struct error *err) {
+                     size_t n_positions, const struct place *p) {
     const struct model_config *c = &d->model->config;
-    size_t q = c->n_heads * c->head_dim, width = c->hidden > c->n_ff ? c->hidden : c->n_ff;
+    size_t q = c->n_heads * c->head_dim, width = c->hidden > c->n_ff ? c->hidden : c->n_ff, own = 0;
     struct ops_limits limits = {.max_tokens = n_tokens,
                                 .max_positions = n_positions,
                                 .max_width = width > q ? width : q,
                                 .n_heads = c->n_heads,
                                 .head_dim = c->head_dim,
-                                .n_threads = pool_size(way->pool)};
+                                .n_threads = p->device ? 1 : pool_size(way->pool)};
     *ctx = (struct op_ctx){.ops = way->ops, .pool = way->pool, .fusion = way->fusion, .layer = -1};
-    if (!ops_scratch_floats(&limits, &ctx->scratch_floats)) return error_set(err, "the scratch size overflows");
-    ctx->scratch = poisoned(arena, ctx->scratch_floats + 16, 1);
-    if (!ctx->scratch) return error_set(err, "out of memory for scratch");
-    for (size_t i = 0; i < 16; i++) ctx->scratch[ctx->scratch_floats + i] = canary;
+    if (!ops_scratch_floats(&limits, &ctx->scratch_floats) ||
+        (way->ops->scratch_floats && !way->ops->scratch_floats(way->ops, &limits, &own)))
+        return error_set(p->err, "the scratch size overflows");
+    if (own > ctx->scratch_floats) ctx->scratch_floats = own;
+    ctx->scratch = fresh(p, ctx->scratch_floats + CANARIES, 1);
+    if (!ctx->scratch) return error_set(p->err, "out of memory for scratch");
+    float row[CANARIES];
+    for (size_t i = 0; i < CANARIES; i++) row[i] = canary;
+    if (p->device) p->device->put(p->device, ctx->scratch + ctx->scratch_floats, row, sizeof row);
+    else memcpy(ctx->scratch + ctx->scratch_floats, row, sizeof row);
     return true;
 }
 
-static bool overran(const struct op_ctx *ctx) {
-    for (size_t i = 0; i < 16; i++)
-        if (ctx->scratch[ctx->scratch_floats + i] != canary) return true;
+static bool overran(const struct op_ctx *ctx, const struct place *p) {
+    float row[CANARIES];
+    if (p->device) p->device->get(p->device, row, ctx->scratch + ctx->scratch_floats, sizeof row);
+    else memcpy(row, ctx->scratch + ctx->scratch_floats, sizeof row);
+    for (size_t i = 0; i < CANARIES; i++)
+        if (row[i] != canary) return true;
     return false;
 }
 
@@ -299,118 +334,171 @@ static void fill_cos_sin(const struct model *m, const struct batch *b, float *co
         }
 }
 
-// The buffers of one layer. [n_tokens, ...]
-struct buffers {
-    float *x, *normed, *q, *k, *v, *attn, *projected, *gate, *up, *cos_sin;
+// What the ops of one layer work on. Buffers: [n_tokens, ...]
+struct bench {
+    float *x, *normed, *q, *k, *v, *attn, *projected, *gate, *up;
+    const float *cos_sin;
+    const struct batch *batch;
+    struct batch placed;
+    struct kv_layer kv;
+    struct layer_weights w;
 };
 
-static bool open_buffers(struct buffers *b, const struct model_config *c, size_t n, struct arena *arena,
-                         struct error *err) {
-    size_t q = c->n_heads * c->head_dim, kv = c->n_kv_heads * c->head_dim;
-    *b = (struct buffers){.x = poisoned(arena, n, c->hidden),
-                          .normed = poisoned(arena, n, c->hidden),
-                          .q = poisoned(arena, n, q),
-                          .k = poisoned(arena, n, kv),
-                          .v = poisoned(arena, n, kv),
-                          .attn = poisoned(arena, n, q),
-                          .projected = poisoned(arena, n, c->hidden),
-                          .gate = poisoned(arena, n, c->n_ff),
-                          .up = poisoned(arena, n, c->n_ff),
-                          .cos_sin = poisoned(arena, n, c->head_dim)};
-    if (b->x && b->normed && b->q && b->k && b->v && b->attn && b->projected && b->gate && b->up && b->cos_sin)
-        return true;
-    return error_set(err, "out of memory for the activations of %zu tokens", n);
+// The layer's weights where the ops read them. The case's vectors may be others than the model's.
+static bool place_weights(struct layer_weights *w, const struct op_case *c, const struct place *p) {
+    const struct model_config *m = &c->d->model->config;
+    const struct layer_weights *usual = &c->d->model->layers[c->layer];
+    *w = *c->weights;
+    if (!p->device) return true;
+    *w = c->d->weights->layers[c->layer];
+    const struct {
+        const float *wanted, *usual, **to;
+        size_t n;
+    } vectors[] = {{c->weights->attn_norm, usual->attn_norm, &w->attn_norm, m->hidden},
+                   {c->weights->mlp_norm, usual->mlp_norm, &w->mlp_norm, m->hidden},
+                   {c->weights->q_norm, usual->q_norm, &w->q_norm, m->head_dim},
+                   {c->weights->k_norm, usual->k_norm, &w->k_norm, m->head_dim}};
+    for (size_t i = 0; i < sizeof vectors / sizeof vectors[0]; i++) {
+        if (vectors[i].wanted == vectors[i].usual) continue;
+        *vectors[i].to = at_hand(p, vectors[i].wanted, vectors[i].n * sizeof(float));
+        if (!*vectors[i].to) return false;
+    }
+    return true;
 }
 
-static void run_attention(const struct op_case *c, const struct op_ctx *ctx, struct step *s, struct buffers *b,
-                          struct capture *out) {
+static bool open_bench(struct bench *b, const struct op_case *c, const struct step *s, const struct place *p) {
     const struct model_config *m = s->config;
-    const struct layer_weights *w = c->weights;
+    size_t n = s->batch.n_tokens, q = m->n_heads * m->head_dim, kv = m->n_kv_heads * m->head_dim;
+    float *cos_sin = poisoned(p->arena, n, m->head_dim);
+    if (!cos_sin) return error_set(p->err, "out of memory for the angles of %zu tokens", n);
+    fill_cos_sin(c->d->model, &s->batch, cos_sin);
+    *b = (struct bench){.x = fresh(p, n, m->hidden),
+                        .normed = fresh(p, n, m->hidden),
+                        .q = fresh(p, n, q),
+                        .k = fresh(p, n, kv),
+                        .v = fresh(p, n, kv),
+                        .attn = fresh(p, n, q),
+                        .projected = fresh(p, n, m->hidden),
+                        .gate = fresh(p, n, m->n_ff),
+                        .up = fresh(p, n, m->n_ff),
+                        .cos_sin = at_hand(p, cos_sin, n * m->head_dim * sizeof *cos_sin),
+                        .batch = &s->batch,
+                        .kv = s->kv};
+    if (!b->x || !b->normed || !b->q || !b->k || !b->v || !b->attn || !b->projected || !b->gate || !b->up ||
+        !b->cos_sin)
+        return error_set(p->err, "out of memory for the activations of %zu tokens", n);
+    size_t bytes = n * m->hidden * sizeof *b->x;
+    if (!place_weights(&b->w, c, p)) return false;
+    if (!p->device) {
+        memcpy(b->x, c->x, bytes);
+        return true;
+    }
+    b->batch = &b->placed;
+    p->device->put(p->device, b->x, c->x, bytes);
+    return room_put_batch(p->room, &s->batch, &b->placed, p->err) && room_put_pages(p->room, &s->kv, &b->kv, p->err);
+}
+
+static void run_attention(const struct op_ctx *ctx, const struct model_config *m, struct bench *b) {
+    size_t n = b->batch->n_tokens;
     float eps = (float)m->rms_eps;
-    ops_norm_qkv(ctx, &(struct norm_qkv_args){.n_tokens = out->n_rows,
+    ops_norm_qkv(ctx, &(struct norm_qkv_args){.n_tokens = n,
                                               .x = b->x,
-                                              .norm = w->attn_norm,
+                                              .norm = b->w.attn_norm,
                                               .eps = eps,
-                                              .wq = &w->wq,
-                                              .wk = &w->wk,
-                                              .wv = &w->wv,
-                                              .bq = w->bq,
-                                              .bk = w->bk,
-                                              .bv = w->bv,
+                                              .wq = &b->w.wq,
+                                              .wk = &b->w.wk,
+                                              .wv = &b->w.wv,
+                                              .bq = b->w.bq,
+                                              .bk = b->w.bk,
+                                              .bv = b->w.bv,
                                               .normed = b->normed,
                                               .q = b->q,
                                               .k = b->k,
                                               .v = b->v});
-    struct qk_norm_rope_store_args store = {.batch = &s->batch,
+    struct qk_norm_rope_store_args store = {.batch = b->batch,
                                             .n_heads = m->n_heads,
                                             .n_kv_heads = m->n_kv_heads,
                                             .head_dim = m->head_dim,
-                                            .q_norm = w->q_norm,
-                                            .k_norm = w->k_norm,
+                                            .q_norm = b->w.q_norm,
+                                            .k_norm = b->w.k_norm,
                                             .eps = eps,
                                             .cos_sin = b->cos_sin,
                                             .q = b->q,
                                             .k = b->k,
                                             .v = b->v,
-                                            .kv = &s->kv};
-    struct attention_args attention = {.batch = &s->batch,
+                                            .kv = &b->kv};
+    struct attention_args attention = {.batch = b->batch,
                                        .n_heads = m->n_heads,
                                        .n_kv_heads = m->n_kv_heads,
                                        .head_dim = m->head_dim,
                                        .scale = (float)(1 / sqrt((double)m->head_dim)),
                                        .q = b->q,
-                                       .kv = &s->kv,
+                                       .kv = &b->kv,
                                        .out = b->attn};
     ops_rope_attention(ctx, &(struct rope_attention_args){&store, &attention});
-    read_stored(s, out);
-    ops_out_residual(ctx,
-                     &(struct proj_residual_args){
-                         .n_tokens = out->n_rows, .in = b->attn, .w = &w->wo, .projected = b->projected, .x = b->x});
-    keep(out, SEG_RESID_MID, b->x, m->hidden);
-    check_untouched(s, out);
+    ops_out_residual(ctx, &(struct proj_residual_args){
+                              .n_tokens = n, .in = b->attn, .w = &b->w.wo, .projected = b->projected, .x = b->x});
 }
 
-static void run_mlp(const struct op_case *c, const struct op_ctx *ctx, const struct model_config *m, struct buffers *b,
-                    struct capture *out) {
-    const struct layer_weights *w = c->weights;
-    ops_norm_gate_up(ctx, &(struct norm_gate_up_args){.n_tokens = out->n_rows,
+static void run_mlp(const struct op_ctx *ctx, const struct model_config *m, struct bench *b) {
+    size_t n = b->batch->n_tokens;
+    ops_norm_gate_up(ctx, &(struct norm_gate_up_args){.n_tokens = n,
                                                       .x = b->x,
-                                                      .norm = w->mlp_norm,
+                                                      .norm = b->w.mlp_norm,
                                                       .eps = (float)m->rms_eps,
-                                                      .w_gate = &w->w_gate,
-                                                      .w_up = &w->w_up,
+                                                      .w_gate = &b->w.w_gate,
+                                                      .w_up = &b->w.w_up,
                                                       .normed = b->normed,
                                                       .gate = b->gate,
                                                       .up = b->up,
                                                       .act = b->gate});
-    ops_down_residual(
-        ctx, &(struct proj_residual_args){
-                 .n_tokens = out->n_rows, .in = b->gate, .w = &w->w_down, .projected = b->projected, .x = b->x});
-    keep(out, SEG_RESID, b->x, m->hidden);
+    ops_down_residual(ctx, &(struct proj_residual_args){
+                               .n_tokens = n, .in = b->gate, .w = &b->w.w_down, .projected = b->projected, .x = b->x});
+}
+
+static struct place open_place(const struct op_way *way, struct arena *arena, struct error *err) {
+    struct place p = {.device = way->ops->device, .room = way->room, .arena = arena, .err = err};
+    if (p.device) p.device->variants ^= way->flipped;
+    if (p.device) room_empty(p.room);
+    return p;
+}
+
+// Ends a run on the place; false: the device has failed.
+static bool leave(const struct place *p, const struct op_way *way) {
+    if (!p->device) return true;
+    p->device->variants ^= way->flipped;
+    return p->device->sync(p->device, p->err);
 }
 
 bool run_layer(const struct op_case *c, const struct op_way *way, struct capture *out, struct error *err) {
     struct arena arena = {0};
     struct step s;
-    struct buffers b;
+    struct bench b;
     struct op_ctx ctx;
     size_t n = case_tokens(c), max_positions = 0;
     const struct model_config *m = &c->d->model->config;
-    bool ok = open_step(&s, c, way, &arena, &max_positions, err) && open_buffers(&b, m, n, &arena, err) &&
-              open_ctx(&ctx, c->d, way, n, max_positions, &arena, err);
+    struct place p = open_place(way, &arena, err);
+    bool ok = open_step(&s, c, way, &arena, &max_positions, err) && open_bench(&b, c, &s, &p) &&
+              open_ctx(&ctx, c->d, way, n, max_positions, &p);
     if (ok) {
         memset(out->present, 0, sizeof out->present);
         out->kv_touched = false;
         out->n_rows = n;
-        ctx.tap = capture_tap;
+        ctx.tap = way->unwatched ? NULL : capture_tap;
         ctx.tap_user = out;
         ctx.layer = c->layer;
-        memcpy(b.x, c->x, n * m->hidden * sizeof *b.x);
-        fill_cos_sin(c->d->model, &s.batch, b.cos_sin);
-        run_attention(c, &ctx, &s, &b, out);
-        run_mlp(c, &ctx, m, &b, out);
-        out->overran = overran(&ctx);
+        run_attention(&ctx, m, &b);
+        if (!way->unwatched) keep(out, &p, SEG_RESID_MID, b.x, m->hidden);
+        run_mlp(&ctx, m, &b);
+        keep(out, &p, SEG_RESID, b.x, m->hidden);
+        out->overran = overran(&ctx, &p);
+        ok = !p.device || room_get_pages(p.room, &b.kv, &s.kv, err);
     }
+    if (ok) {
+        read_stored(&s, out);
+        check_untouched(&s, out);
+    }
+    ok = leave(&p, way) && ok;
     arena_free(&arena);
     return ok;
 }
@@ -422,27 +510,31 @@ bool run_head(const struct head_case *c, const struct op_way *way, struct captur
     struct op_ctx ctx;
     const struct model *m = c->d->model;
     size_t hidden = m->config.hidden;
-    float *rows = poisoned(&arena, c->n_rows, hidden);
-    float *logits = poisoned(&arena, c->n_rows, m->config.n_vocab);
-    bool ok = (rows && logits) || error_set(err, "out of memory for %zu rows of logits", c->n_rows);
-    ok = ok && open_ctx(&ctx, c->d, way, c->n_tokens, 1, &arena, err);
+    struct place p = open_place(way, &arena, err);
+    float *rows = fresh(&p, c->n_rows, hidden);
+    float *logits = fresh(&p, c->n_rows, m->config.n_vocab);
+    const float *x = at_hand(&p, c->x, c->n_tokens * hidden * sizeof *x);
+    struct batch batch = {.n_tokens = c->n_tokens, .n_logit_rows = c->n_rows, .logit_rows = c->rows}, placed = batch;
+    bool ok = (rows && logits && x) || error_set(err, "out of memory for %zu rows of logits", c->n_rows);
+    ok = ok && open_ctx(&ctx, c->d, way, c->n_tokens, 1, &p);
+    if (ok && p.device) ok = room_put_batch(p.room, &batch, &placed, err);
     if (ok) {
         memset(out->present, 0, sizeof out->present);
         out->n_rows = c->n_rows;
-        ctx.tap = capture_tap;
+        ctx.tap = way->unwatched ? NULL : capture_tap;
         ctx.tap_user = out;
-        struct batch batch = {.n_tokens = c->n_tokens, .n_logit_rows = c->n_rows, .logit_rows = c->rows};
-        ops_norm_head(&ctx, &(struct norm_head_args){.batch = &batch,
-                                                     .x = c->x,
-                                                     .norm = m->final_norm,
+        ops_norm_head(&ctx, &(struct norm_head_args){.batch = &placed,
+                                                     .x = x,
+                                                     .norm = p.device ? c->d->weights->final_norm : m->final_norm,
                                                      .eps = (float)m->config.rms_eps,
-                                                     .head = &m->head,
+                                                     .head = p.device ? &c->d->weights->head : &m->head,
                                                      .rows = rows,
                                                      .normed = rows,
                                                      .logits = logits});
-        keep(out, SEG_LOGITS, logits, m->config.n_vocab);
-        out->overran = overran(&ctx);
+        keep(out, &p, SEG_LOGITS, logits, m->config.n_vocab);
+        out->overran = overran(&ctx, &p);
     }
+    ok = leave(&p, way) && ok;
     arena_free(&arena);
     return ok;
 }
