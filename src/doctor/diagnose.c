@@ -1,6 +1,7 @@
 // diagnose.c: from a fault to its place and its cause. It owns the workloads: steps with chunks, neighbours and pages
 // out of order, on KV full of NaN; then sessions and requests on an engine. Each runs under the walk
 // (diagnose_walk.h), which names the first thing that does not follow from what came before it.
+#include "doctor/bridge.h"
 #include "doctor/diagnose_walk.h"
 
 #include "base/size.h"
@@ -115,11 +116,14 @@ static bool run_steps(struct examination *x, struct walk *walk, struct run *run,
     return ok;
 }
 
-// All steps, on one path of one table of ops.
-static bool walk_path(struct examination *x, const struct ops *ops, uint32_t fusion, struct pool *pool,
+// All steps, on one path of one table of ops. on_device: the table is a bridge, for one thread.
+static bool walk_path(struct examination *x, const struct ops *ops, uint32_t fusion, struct pool *pool, bool on_device,
                       struct error *err) {
     struct doctor *d = x->d;
+    struct pool *own = on_device ? pool_create(1, err) : NULL;
+    if (on_device && !own) return false;
     struct walk_options o = {.ops = ops,
+                             .on_device = on_device,
                              .fusion = fusion,
                              .model = d->model,
                              .weights = &x->weights,
@@ -133,7 +137,7 @@ static bool walk_path(struct examination *x, const struct ops *ops, uint32_t fus
     if (ok) {
         memset(kv.memory, 0xFF, kv.bytes); // NaN
         struct run_options r = {.ops = walk_ops(walk),
-                                .pool = pool,
+                                .pool = own ? own : pool,
                                 .fusion = fusion,
                                 .max_tokens = STEP_TOKENS,
                                 .max_logit_rows = STEP_ROWS,
@@ -142,19 +146,62 @@ static bool walk_path(struct examination *x, const struct ops *ops, uint32_t fus
         ok = run && run_steps(x, walk, run, &kv, err);
     }
     if (x->finding->found && !x->finding->fault.variant[0])
-        snprintf(x->finding->fault.variant, sizeof x->finding->fault.variant, "%s, fusion %s, %d threads", ops->name,
-                 fusion ? "on" : "off", pool_size(pool));
+        snprintf(x->finding->fault.variant, sizeof x->finding->fault.variant,
+                 on_device ? "%s, fusion %s" : "%s, fusion %s, %d threads", ops->name, fusion ? "on" : "off",
+                 pool_size(pool));
     run_free(run);
     if (kv.memory) kv_store_free(&kv);
     walk_free(walk);
+    pool_free(own);
     return ok;
+}
+
+// ---- A device's ops ------------------------------------------------------------------------------------------------
+
+// The fused path and the standard one of a device's ops, each op alone on the host's inputs; then with each of its
+// kernels in another's place. What lies between ops (a recorded step, a kernel of all layers) is not walked through.
+static bool walk_device(struct examination *x, struct error *err) {
+    struct doctor *d = x->d;
+    struct device *device = d->ops->device;
+    struct bridge *bridge = bridge_create(d->ops, d->model, d->weights, err);
+    bool ok = bridge && walk_path(x, bridge_ops(bridge), d->fusion, d->pool, true, err);
+    if (ok && !x->finding->found && d->fusion) ok = walk_path(x, bridge_ops(bridge), 0, d->pool, true, err);
+    for (size_t i = 0; ok && i < device->n_variants && !x->finding->found; i++) {
+        bool used = device->variants >> i & 1;
+        device->variants ^= 1u << i;
+        ok = walk_path(x, bridge_ops(bridge), d->fusion, d->pool, true, err);
+        device->variants ^= 1u << i;
+        if (ok && x->finding->found)
+            snprintf(x->finding->fault.variant, sizeof x->finding->fault.variant, "%s, fusion on, %s %s", d->ops->name,
+                     used ? "without" : "with", device->variant_names[i]);
+    }
+    ok = ok && bridge_error(bridge, err); // else what was found may be the bridge's own doing
+    bridge_free(bridge);
+    return ok;
+}
+
+// Every op alone is right: what the stages found lies between them.
+static void name_between_ops(struct doctor_report *report) {
+    const struct fault *f = &report->first;
+    if (f->kind != FAULT_FUSED || (strcmp(f->op, fusion_info(FUSED_STEP)->name) != 0 &&
+                                   strcmp(f->op, fusion_info(FUSED_ROPE_ATTENTION)->name) != 0))
+        return;
+    bool step = strcmp(f->op, fusion_info(FUSED_STEP)->name) == 0;
+    struct diagnosis *d = &report->diagnoses[0];
+    *d = (struct diagnosis){.confidence = 0.8};
+    snprintf(d->name, sizeof d->name, "%s",
+             step ? "recorded step, or kernel of all layers" : "merged attention kernel");
+    snprintf(d->text, sizeof d->text, "every op alone is right, and so is the path without %s (--fusion leaves it out)",
+             f->op);
+    report->n_diagnoses = 1;
 }
 
 // The fused path, and the standard one.
 static bool walk_paths(struct examination *x, struct error *err) {
     struct doctor *d = x->d;
-    if (!walk_path(x, d->ops, d->fusion, d->pool, err)) return false;
-    return x->finding->found || d->fusion == 0 || walk_path(x, d->ops, 0, d->pool, err);
+    if (d->ops->device) return walk_device(x, err);
+    if (!walk_path(x, d->ops, d->fusion, d->pool, false, err)) return false;
+    return x->finding->found || d->fusion == 0 || walk_path(x, d->ops, 0, d->pool, false, err);
 }
 
 // What an ordinary run does not show: other numbers of threads, another instruction set.
@@ -170,7 +217,7 @@ static bool walk_variants(struct examination *x, struct error *err) {
     } paths[] = {{d->ops, d->fusion, three}, {d->ops, d->fusion, one}, {d->ops, 0, one}, {portable, 0, d->pool}};
     for (size_t i = 0; ok && i < sizeof paths / sizeof paths[0] && !x->finding->found; i++) {
         if (!paths[i].ops || (i == 3 && paths[i].ops == d->ops)) continue;
-        ok = walk_path(x, paths[i].ops, paths[i].fusion, paths[i].pool, err);
+        ok = walk_path(x, paths[i].ops, paths[i].fusion, paths[i].pool, false, err);
     }
     pool_free(three);
     pool_free(one);
@@ -364,6 +411,7 @@ static bool walk_engine(struct examination *x, struct error *err) {
     struct service v = {.x = x};
     size_t context = d->model->config.context;
     tandem_options options = {.model = d->options.model,
+                              .device = "cpu", // where the walk can read what ops leave
                               .threads = d->options.threads,
                               .context = context < ENGINE_CONTEXT ? context : ENGINE_CONTEXT,
                               .kv_tokens = 13 * KV_PAGE_TOKENS,
@@ -440,11 +488,11 @@ bool diagnose(struct doctor *d, struct doctor_report *report, struct error *err)
     x.max_rows = rows < 6 ? 6 : rows > STEP_TOKENS ? STEP_TOKENS : rows;
     bool ok = oracle_weights_bind(&x.weights, d->model, err);
     struct walk_options o = {.model = d->model, .weights = &x.weights};
-    // On a device the ops' memory is not the host's, and the place that the stages found stands.
-    if (ok && weights_check_model(&o, finding) && !broken_file(report) && !d->ops->device) {
+    if (ok && weights_check_model(&o, finding) && !broken_file(report)) {
         ok = walk_paths(&x, err);
-        if (ok && !finding->found) ok = walk_engine(&x, err);
-        if (ok && !finding->found) ok = walk_variants(&x, err);
+        if (ok && !finding->found) ok = walk_engine(&x, err); // on the CPU: what a step is made of is the host's work
+        if (ok && !finding->found && !d->ops->device) ok = walk_variants(&x, err);
+        if (ok && !finding->found && d->ops->device) name_between_ops(report);
     }
     if (ok && finding->found) {
         finding->fault.stage = report->first.stage;

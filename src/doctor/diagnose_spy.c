@@ -627,11 +627,12 @@ static bool settle_attention(struct walk *w, const struct op_ctx *ctx, const flo
     if (!judge_attention(w, e, found, q->copy, w->kv, "the formula on the op's own inputs")) {
         size_t t = 0;
         while (t + 1 < w->seen->n_tokens && w->seen->position[t] != w->finding->fault.position) t++;
-        const char *part = judge_parts(w, &real, w->kv, q->copy, t, w->finding->fault.head, 1, &head, out);
+        const char *part = NULL; // a device's parts have roundings and units of their own (docs/NUMERICS.md)
+        if (!w->o.on_device) part = judge_parts(w, &real, w->kv, q->copy, t, w->finding->fault.head, 1, &head, out);
         if (part) blame_part(w, part);
         return false;
     }
-    for (size_t t = w->seen->n_tokens > 2 ? w->seen->n_tokens - 2 : 0; t < w->seen->n_tokens; t++) {
+    for (size_t t = w->seen->n_tokens > 2 ? w->seen->n_tokens - 2 : 0; t < w->seen->n_tokens && !w->o.on_device; t++) {
         const char *part = judge_parts(w, &real, w->kv, q->copy, t, -1, 64, &head, out);
         if (!part) continue;
         finding_place(w->finding, part, e->layer, "the formula, on large inputs");
@@ -919,10 +920,43 @@ static void spy_norm_head(const struct op_ctx *ctx, const struct norm_head_args 
     if (run_call(ctx, e, &a, good)) walk_keep(w, SLOT_LOGITS, e, f->logits, f->batch->n_logit_rows * f->head->n_out);
 }
 
+// ---- Attention's parts, on threads: they stay as they are, and are judged together ---------------------------------
+
+static void spy_attn_scores(const struct op_ctx *ctx, float *s, const float *q, const struct kv_layer *kv,
+                            size_t kv_head, const int32_t *pages, size_t n_kv, float scale) {
+    struct op_ctx real = *ctx;
+    real.ops = walk_of(ctx)->o.ops;
+    real.ops->attn_scores(&real, s, q, kv, kv_head, pages, n_kv, scale);
+}
+
+static void spy_attn_softmax(const struct op_ctx *ctx, float *s, float *block_max, float *block_sum, size_t n_kv) {
+    struct op_ctx real = *ctx;
+    real.ops = walk_of(ctx)->o.ops;
+    real.ops->attn_softmax(&real, s, block_max, block_sum, n_kv);
+}
+
+static void spy_attn_values(const struct op_ctx *ctx, float *o, const float *p, const struct kv_layer *kv,
+                            size_t kv_head, const int32_t *pages, size_t n_kv) {
+    struct op_ctx real = *ctx;
+    real.ops = walk_of(ctx)->o.ops;
+    real.ops->attn_values(&real, o, p, kv, kv_head, pages, n_kv);
+}
+
+static void spy_attn_combine(const struct op_ctx *ctx, float *out, const float *block_max, const float *block_sum,
+                             const float *o, size_t n_blocks, size_t head_dim) {
+    struct op_ctx real = *ctx;
+    real.ops = walk_of(ctx)->o.ops;
+    real.ops->attn_combine(&real, out, block_max, block_sum, o, n_blocks, head_dim);
+}
+
 void spy_fill(struct walk *w) {
     const struct ops *real = w->o.ops;
-    w->ops = *real;               // attention's parts run on threads: they stay as they are, and are judged together
+    w->ops = *real;
     w->ops.rope_attention = NULL; // its two parts are watched
+    w->ops.attn_scores = spy_attn_scores;
+    w->ops.attn_softmax = spy_attn_softmax;
+    w->ops.attn_values = spy_attn_values;
+    w->ops.attn_combine = spy_attn_combine;
     w->ops.embed = spy_embed;
     w->ops.rmsnorm = spy_rmsnorm;
     w->ops.matmul = spy_matmul;

@@ -335,6 +335,7 @@ bool walk_judge(struct walk *w, const struct entry *e, struct call *c, enum weig
     if (w->finding->found) return false;
     c->op = walk_op_name(w, e);
     c->layer = e->layer;
+    c->on_device = w->o.on_device;
     c->model = w->o.model;
     c->pool = w->o.pool;
     if (!c->part) c->part = "";

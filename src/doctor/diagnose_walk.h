@@ -38,6 +38,7 @@ struct walk_options {
     struct pool *pool;
     size_t max_tokens; // of a step
     size_t max_rows;   // judged of each call
+    bool on_device;    // `ops` is a bridge to a device's, which round as docs/NUMERICS.md says of a GPU
 };
 struct walk *walk_create(const struct walk_options *options, struct finding *finding, struct error *err);
 void walk_free(struct walk *w); // NULL is fine

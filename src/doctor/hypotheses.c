@@ -104,10 +104,12 @@ static void round_int8(size_t n, double *v, double *slack) {
 }
 
 // A product's input as the weights' type asks for it.
-static void round_input(const struct matrix *w, const struct twist *t, size_t n, double *v, double *slack) {
+static void round_input(const struct call *c, const struct twist *t, size_t n, double *v, double *slack) {
+    const struct dtype_info *type = dtype_info(c->w->type);
     if (t->kind == TWIST_INPUT_UNROUNDED) return;
-    if (w->type == DTYPE_BF16 || t->kind == TWIST_INPUT_ROUNDED) round_bf16(n, v, slack);
-    else if (dtype_info(w->type)->is_quantised) round_int8(n, v, slack);
+    if (c->w->type == DTYPE_BF16 || t->kind == TWIST_INPUT_ROUNDED || (type->is_quantised && c->on_device))
+        round_bf16(n, v, slack);
+    else if (type->is_quantised) round_int8(n, v, slack);
 }
 
 // The prepared inputs of a grid's rows. [n_rows, n_in] each.
@@ -134,7 +136,7 @@ static bool inputs_open(const struct call *c, const struct twist *t, const struc
         if (c->norm) norm_row(c, t, x, v, slack);
         else
             for (size_t i = 0; i < c->n_in; i++) v[i] = (double)x[i];
-        if (c->w) round_input(c->w, t, c->n_in, v, slack);
+        if (c->w) round_input(c, t, c->n_in, v, slack);
     }
     return true;
 }
@@ -267,10 +269,11 @@ static double activation(const struct twist *t, double gate, double up) {
     }
 }
 
-// How far an activation may be off when gate and up are: |d silu| <= 1.1 |d gate|.
-static double activation_bound(double gate, double up, double d_gate, double d_up) {
-    double silu = fabs(gate / (1 + exp(-gate)));
-    return 1.1 * d_gate * (fabs(up) + d_up) + silu * d_up + 12 * silu * fabs(up) * U + 1e-36 * (1 + fabs(up));
+// How far an activation may be off when gate and up are: |d silu| <= 1.1 |d gate|. A GPU's e^x is 2^(x log2 e), rounded
+// as a number of x's size.
+static double activation_bound(const struct call *c, double gate, double up, double d_gate, double d_up) {
+    double silu = fabs(gate / (1 + exp(-gate))), roundings = c->on_device ? 12 + 3 * fabs(gate) : 12;
+    return 1.1 * d_gate * (fabs(up) + d_up) + silu * d_up + roundings * silu * fabs(up) * U + 1e-36 * (1 + fabs(up));
 }
 
 // Gate and up of channels 2i and 2i + 1 of [gate, up] (wrong half), or up of another half's channel.
@@ -290,7 +293,7 @@ static bool formula_silu(const struct call *c, const struct twist *t, const stru
             if (t->kind == TWIST_WRONG_HALF) a = element_of(gate, up, n, 2 * i), b = element_of(gate, up, n, 2 * i + 1);
             if (t->kind == TWIST_SHIFT_HALF) b = (double)up[(i + n / 2) % n];
             want[at] = activation(t, a, b);
-            if (bound) bound[at] = activation_bound(a, b, 0, 0);
+            if (bound) bound[at] = activation_bound(c, a, b, 0, 0);
         }
     }
     return true;
@@ -338,7 +341,7 @@ static bool formula_gate_up(const struct call *c, const struct twist *t, const s
              product(c, &up_twist, c->w_up, &in, &of_up, up, bound ? d_up : NULL);
     }
     for (size_t i = 0; ok && i < n; i++) {
-        if (bound) bound[i] = activation_bound(want[i], up[i], d_gate[i], d_up[i]);
+        if (bound) bound[i] = activation_bound(c, want[i], up[i], d_gate[i], d_up[i]);
         want[i] = activation(t, want[i], up[i]);
     }
     inputs_free(&in);

@@ -40,6 +40,7 @@ struct call {
     const struct model *model;
     struct pool *pool;         // NULL: one thread
     const struct batch *batch; // NULL: not known
+    bool on_device;            // the op rounds as a GPU's does (docs/NUMERICS.md)
     const float *found;        // [n_rows, n_columns]
     size_t n_rows, n_columns;
     size_t head_dim; // 0: the columns are no heads
