@@ -169,6 +169,11 @@ struct tokenizer *cli_open_tokenizer(const struct cli_options *o, enum template_
 bool cli_thinking(const struct cli_options *o, const tandem_engine *engine, bool *out) {
     int think;
     if (!cli_on_off(o, OPT_THINK, &think)) return false;
+    bool always = template_opens_thinking(engine->template_kind), never = !template_has_thinking(engine->template_kind);
+    if ((think == 0 && always) || (think == 1 && never))
+        show_message(NULL, TANDEM_LOG_WARN,
+                     always ? "--think off: by its template, this model always thinks first"
+                            : "--think on: by its template, this model never thinks first");
     *out = template_has_thinking(engine->template_kind) && (think != 0 || !template_can_hush(engine->template_kind));
     return true;
 }

@@ -64,6 +64,14 @@ def test_presets_follow_the_documents_mode(tmp_path):
         assert json.loads(out)["sampling"]["temperature"]["value"] == temperature, (mode, options)
 
 
+@pytest.mark.parametrize("template, think, warns", [
+    ("qwen3-thinking-2507", "off", True), ("qwen3-thinking-2507", "on", False), ("qwen2.5", "on", True),
+    ("qwen2.5", "off", False), ("qwen3", "off", False), ("qwen3", "on", False)])
+def test_a_switch_that_a_template_lacks_is_told(template, think, warns):
+    done = tandem("run", "-p", "Hi", "-n", "1", "--template", template, "--think", think)
+    assert ("warning: --think" in done.stderr) == warns, done.stderr
+
+
 @pytest.mark.parametrize("template, values", [
     ("qwen3", (0.6, 0.95, 20)), ("qwen3-instruct-2507", (0.7, 0.8, 20)), ("qwen3-instruct-reasoning", (0.7, 0.8, 20)),
     ("qwen3-thinking-2507", (0.6, 0.95, 20)), ("qwen2.5", (1, 1, 0))])
