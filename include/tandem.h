@@ -69,7 +69,7 @@ typedef struct tandem_options {
     const char *device;  /* "auto", "cpu", "cuda" or "cuda:N"; NULL: "auto", a GPU where one can run the model */
     const char *isa;     /* "auto", "portable", "avx2", "avx512", "avx512vnni", "avx512bf16"; NULL: "auto" */
     const char *kv_type; /* "bf16", "f16", "f32", "q8_0" or "fp8"; NULL: "bf16" */
-    const char *repack;  /* "on": a CPU multiplies a copy of quantised weights in an order of its own, which is kept in
+    const char *repack;  /* "on": a CPU multiplies a copy of the weights in an order of its own, which is kept in
                             ~/.cache/tandem for GGUF files of 32 MiB and more; "memory": it is kept nowhere; "off":
                             there is none; NULL: "on" */
     const char *chat_template; /* a name ("qwen3", "chatml", ...); NULL: recognised from the model's template */
