@@ -2,11 +2,11 @@
 // (so that weights come from memory, as in a step) and held to the bits of the standard composition. For measurements
 // and for the choice of tiles; `make gpu-check` is the test. The emulator runs it, too (--check).
 //
-//   speed_cuda [--tokens 32,256] [--shapes] [--check] [--small] [--depth 64] [--no-head]
+//   speed_cuda [--tokens 32,256] [--shapes] [--check] [--small] [--depth 64] [--no-head] [--warm]
 //
 // --shapes: every tile of the products by warp groups (src/ops/cuda/groups.cu), not only the chosen one. --check: bits
 // alone, no times. --small: an eighth of everything, and odd sizes. --depth: also attention of that many sequences, so
-// deep, and the choice of their tokens.
+// deep, and the choice of their tokens. --warm: one layer's weights again and again, which are in the cache then.
 #include "base/clock.h"
 #include "base/size.h"
 #include "ops/cuda/device.h"
@@ -17,7 +17,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { MAX_LAYERS = 28, MOST_TIMES = 8, N_SHAPES = 7 };
+enum { MAX_LAYERS = 28, MOST_TIMES = 8, N_SHAPES = 9 };
 
 struct layer {
     struct matrix wq, wk, wv, wo, gate, up, down;
@@ -37,7 +37,9 @@ struct bench {
     float *cos_sin;
     struct greedy_choice *choices;
     size_t depth, n_heads, n_kv_heads, head_dim;
-    bool check_only, shapes;
+    struct batch prompt; // one sequence
+    struct kv_layer prompt_cache;
+    bool check_only, shapes, warm;
     size_t different;
     uint64_t key;
 };
@@ -97,13 +99,30 @@ static void matrices(struct bench *b, size_t n_out, size_t n_in, size_t n, size_
     free(host);
 }
 
-enum op { QKV, OUT, GATE_UP, DOWN, MLP, HEAD, N_PRODUCTS, ATTENTION = N_PRODUCTS, CHOOSE, N_OPS };
-static const char *const op_names[] = {"qkv", "out", "gate_up", "down", "gate_up+down", "head", "attention", "choose"};
+// QKV_STORE: with the heads' norm, rotation and storing, of a prompt.
+enum op { QKV, OUT, GATE_UP, DOWN, MLP, QKV_STORE, HEAD, N_PRODUCTS, ATTENTION = N_PRODUCTS, CHOOSE, N_OPS };
+static const char *const op_names[] = {"qkv",       "out",  "gate_up",   "down",  "gate_up+down",
+                                       "qkv+store", "head", "attention", "choose"};
 
 static void run_op(struct bench *b, enum op op, size_t layer, size_t n_tokens) {
-    const struct layer *w = &b->layers[layer];
+    const struct layer *w = &b->layers[b->warm ? 0 : layer];
+    struct batch host = *(b->prompt.host ? b->prompt.host : &b->prompt), prompt = b->prompt;
+    host.n_tokens = prompt.n_tokens = n_tokens;
+    prompt.host = &host;
+    struct qk_norm_rope_store_args store = {.batch = &prompt,
+                                            .n_heads = b->n_heads,
+                                            .n_kv_heads = b->n_kv_heads,
+                                            .head_dim = b->head_dim,
+                                            .q_norm = b->norm,
+                                            .k_norm = b->norm,
+                                            .eps = 1e-6f,
+                                            .cos_sin = b->x0,
+                                            .q = b->qkv[0],
+                                            .k = b->qkv[1],
+                                            .v = b->qkv[2],
+                                            .kv = &b->prompt_cache};
     struct batch batch = {.n_tokens = n_tokens, .n_logit_rows = n_tokens, .logit_rows = b->rows};
-    if (op == QKV)
+    if (op == QKV || op == QKV_STORE)
         ops_norm_qkv(&b->ctx, &(struct norm_qkv_args){.n_tokens = n_tokens,
                                                       .x = b->x,
                                                       .norm = b->norm,
@@ -115,6 +134,7 @@ static void run_op(struct bench *b, enum op op, size_t layer, size_t n_tokens) {
                                                       .q = b->qkv[0],
                                                       .k = b->qkv[1],
                                                       .v = b->qkv[2]});
+    if (op == QKV_STORE) ops_qk_norm_rope_store(&b->ctx, &store);
     if (op == OUT)
         ops_out_residual(&b->ctx,
                          &(struct proj_residual_args){
@@ -218,6 +238,41 @@ static void create_batch(struct bench *b, size_t n) {
     b->choices = b->device->alloc_host(b->device, n * sizeof *b->choices);
 }
 
+// A prompt of at most n tokens.
+static void create_prompt(struct bench *b, size_t n) {
+    struct batch *host = size_alloc_zero(1, sizeof *host);
+    size_t n_pages = (n + KV_PAGE_TOKENS - 1) / KV_PAGE_TOKENS;
+    int32_t *arrays[4], *device[4];
+    for (size_t i = 0; i < 4; i++) {
+        size_t count = i == 3 ? n_pages : n + 2;
+        arrays[i] = size_alloc_zero(count, sizeof *arrays[i]);
+        for (size_t k = 0; k < count; k++) arrays[i][k] = (int32_t)(i == 0 || i == 3 ? k : i == 1 ? 0 : k == 1 ? n : 0);
+        device[i] = memory(b, count * sizeof *arrays[i]);
+        b->device->put(b->device, device[i], arrays[i], count * sizeof *arrays[i]);
+    }
+    *host = (struct batch){.n_tokens = n,
+                           .n_seqs = 1,
+                           .position = arrays[0],
+                           .seq = arrays[1],
+                           .seq_start = arrays[2],
+                           .page_start = arrays[1],
+                           .pages = arrays[3]};
+    b->prompt = *host;
+    b->prompt.host = host;
+    b->prompt.position = device[0];
+    b->prompt.seq = device[1];
+    b->prompt.seq_start = device[2];
+    b->prompt.page_start = device[1];
+    b->prompt.pages = device[3];
+    size_t bytes = n_pages * KV_PAGE_TOKENS * b->kv * 2;
+    b->prompt_cache = (struct kv_layer){.type = DTYPE_BF16,
+                                        .k = memory(b, bytes),
+                                        .v = memory(b, bytes),
+                                        .n_pages = n_pages,
+                                        .n_kv_heads = b->n_kv_heads,
+                                        .head_dim = b->head_dim};
+}
+
 static void free_batch(struct bench *b) {
     for (size_t i = 0; i < b->n_layers; i++) {
         b->device->free(b->device, b->cache[i].k);
@@ -226,6 +281,11 @@ static void free_batch(struct bench *b) {
 }
 
 static size_t results(const struct bench *b, enum op op, int part, const float **at) {
+    if (op == QKV_STORE && part > 0) {
+        *at = part == 1 ? b->prompt_cache.k : b->prompt_cache.v;
+        return b->kv / 2;
+    }
+    if (op == QKV_STORE) op = QKV;
     *at = op == QKV ? b->qkv[part] : op == GATE_UP ? b->act : op == HEAD ? b->logits : b->x;
     return op == QKV ? (part == 0 ? b->q : b->kv) : op == GATE_UP ? b->ff : op == HEAD ? b->vocab : b->hidden;
 }
@@ -233,14 +293,14 @@ static size_t results(const struct bench *b, enum op op, int part, const float *
 // What the op returns for layer 0, from the same x every time.
 static float *take_results(struct bench *b, enum op op, size_t n_tokens, size_t *n) {
     size_t total = 0, at = 0;
-    int parts = op == QKV ? 3 : 1;
+    int parts = op == QKV || op == QKV_STORE ? 3 : 1;
     const float *from;
     for (int i = 0; i < parts; i++) total += results(b, op, i, &from) * n_tokens;
     float *out = size_alloc(total, sizeof *out);
     b->device->move(b->device, b->x, b->x0, b->most * b->hidden * sizeof(float));
     for (int i = 0; i < parts; i++) {
         size_t count = results(b, op, i, &from) * n_tokens;
-        if (op == QKV || op == GATE_UP || op == HEAD)
+        if (op == QKV || op == QKV_STORE || op == GATE_UP || op == HEAD)
             b->device->fill(b->device, (void *)(uintptr_t)from, 0xFF, count * sizeof(float));
     }
     run_op(b, op, 0, n_tokens);
@@ -286,9 +346,13 @@ static double time_op(struct bench *b, enum op op, size_t n_tokens) {
 }
 
 static double op_flop(const struct bench *b, enum op op, size_t n_tokens) {
-    const size_t weights[] = {(b->q + 2 * b->kv) * b->hidden, b->q * b->hidden,
-                              2 * b->ff * b->hidden,          b->ff * b->hidden,
-                              3 * b->ff * b->hidden,          b->vocab * b->hidden};
+    const size_t weights[] = {(b->q + 2 * b->kv) * b->hidden,
+                              b->q * b->hidden,
+                              2 * b->ff * b->hidden,
+                              b->ff * b->hidden,
+                              3 * b->ff * b->hidden,
+                              (b->q + 2 * b->kv) * b->hidden,
+                              b->vocab * b->hidden};
     return 2.0 * (double)weights[op] * (double)n_tokens;
 }
 
@@ -302,11 +366,14 @@ static void measure(struct bench *b, enum op op, size_t n_tokens) {
     float *expected = take_results(b, op, n_tokens, &n);
     b->ctx.fusion = on;
     printf("%-12s T %4zu", op_names[op], n_tokens);
-    const uint32_t apart = ~(uint32_t)(VARIANT_WGMMA | VARIANT_CLUSTERS);
-    for (int way = 0; way < (b->shapes ? 3 + N_SHAPES : 3); way++) {
+    const uint32_t apart = ~(uint32_t)(VARIANT_WGMMA | VARIANT_CLUSTERS | VARIANT_STORE_HEADS);
+    const bool fuses = op == QKV_STORE;
+    for (int way = 0; way < (b->shapes ? 4 + N_SHAPES : 4); way++) {
         if (way == 2 && op != OUT && op != DOWN && op != MLP) continue;
-        b->device->variants = (proven & apart) | (way > 0 ? VARIANT_WGMMA : 0u) | (way == 2 ? VARIANT_CLUSTERS : 0u);
-        s->tile_shape = way < 2 ? 0 : way == 2 ? -1 : way - 2;
+        if (way == 3 && !fuses) continue;
+        b->device->variants = (proven & apart) | (way > 0 ? VARIANT_WGMMA : 0u) | (way == 2 ? VARIANT_CLUSTERS : 0u) |
+                              (way > 2 ? VARIANT_STORE_HEADS : 0u);
+        s->tile_shape = way < 2 || way == 3 ? 0 : way == 2 ? -1 : way - 3;
         size_t wrong = compare(b, op, n_tokens, expected);
         if (b->check_only) {
             printf("  %s", wrong ? "DIFFERS" : "same");
@@ -317,6 +384,7 @@ static void measure(struct bench *b, enum op op, size_t n_tokens) {
                way == 0   ? ""
                : way == 1 ? "| "
                : way == 2 ? "| clusters "
+               : way == 3 ? "| store-heads "
                           : " ",
                seconds * 1e6, op_flop(b, op, n_tokens) / seconds / 1e12, wrong ? " DIFFERS" : "");
     }
@@ -336,6 +404,7 @@ static void create(struct bench *b, bool small) {
                         .device = b->device,
                         .check_only = b->check_only,
                         .shapes = b->shapes,
+                        .warm = b->warm,
                         .most = b->most,
                         .depth = b->depth};
     b->n_heads = 16;
@@ -375,6 +444,7 @@ static void create(struct bench *b, bool small) {
     free(rows);
     struct ops_limits limits = {
         .max_tokens = t, .max_positions = 1, .max_width = width, .n_heads = 1, .head_dim = 32, .n_threads = 1};
+    create_prompt(b, t);
     size_t floats;
     if (!b->ops->scratch_floats(b->ops, &limits, &floats)) fail("scratch");
     b->ctx = (struct op_ctx){
@@ -390,6 +460,7 @@ int main(int argc, char **argv) {
         else if (strcmp(argv[i], "--shapes") == 0) b.shapes = true;
         else if (strcmp(argv[i], "--check") == 0) b.check_only = true;
         else if (strcmp(argv[i], "--small") == 0) small = true;
+        else if (strcmp(argv[i], "--warm") == 0) b.warm = true;
         else if (strcmp(argv[i], "--depth") == 0 && i + 1 < argc) b.depth = strtoul(argv[++i], NULL, 10);
         else if (strcmp(argv[i], "--no-head") == 0) head = false;
         else fail("an unknown option");
@@ -403,12 +474,15 @@ int main(int argc, char **argv) {
     }
     create(&b, small);
     printf("%s; without warp groups | with%s; us, TFLOP/s\n", b.device->name,
-           b.shapes ? ", then 64x32 64x64 64x128 128x64 128x128 128x192 128x256 (rows by tokens)" : "");
+           b.shapes
+               ? ", then 64x32 64x64 64x128 128x64 128x128 128x192 128x256, the last two in clusters (rows by tokens)"
+               : "");
     for (const char *at = tokens; *at;) {
         char *end;
         size_t n = strtoul(at, &end, 10);
         for (int op = 0; op < N_PRODUCTS; op++)
-            if (op != HEAD || (head && n <= 256)) measure(&b, (enum op)op, n);
+            if ((op != HEAD || (head && n <= 256)) && (op != QKV_STORE || (!small && n > 64)))
+                measure(&b, (enum op)op, n);
         if (b.depth && n <= 256) {
             create_batch(&b, n);
             for (int op = ATTENTION; op < N_OPS; op++)

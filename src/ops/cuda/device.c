@@ -16,8 +16,8 @@ enum {
     VARIANTS_PROVEN = VARIANT_WIDE_ATTENTION | VARIANT_WGMMA | VARIANT_PERSISTENT | VARIANT_STREAM_ATTENTION |
                       VARIANT_CLUSTERS | VARIANT_WGMMA_QUANTISED
 };
-static const char *const variant_names[N_VARIANTS] = {"wide-attention",   "persistent",       "wgmma",
-                                                      "stream-attention", "cluster-products", "wgmma-quantised"};
+static const char *const variant_names[N_VARIANTS] = {
+    "wide-attention", "persistent", "wgmma", "stream-attention", "cluster-products", "wgmma-quantised", "store-heads"};
 
 struct recording {
     uint64_t key;

@@ -26,7 +26,8 @@ enum {
     VARIANT_STREAM_ATTENTION = 1 << 3,
     VARIANT_CLUSTERS = 1 << 4,
     VARIANT_WGMMA_QUANTISED = 1 << 5,
-    N_VARIANTS = 6
+    VARIANT_STORE_HEADS = 1 << 6,
+    N_VARIANTS = 7
 };
 
 // One opened GPU. `ops` comes first: a table's address is its state's.

@@ -119,6 +119,115 @@ static __global__ void k_qk_norm_rope_store(kv_view kv, batch_view b, float *q, 
     }
 }
 
+// The same for heads of 64 or 128 channels, many at once: first all blocks of q and k, whose warps take HEADS_AT_ONCE
+// heads of a token, then those of v, of V_TOKENS tokens' head.
+enum { HEADS_AT_ONCE = 4, V_TOKENS = 32 };
+
+struct store_args {
+    kv_view kv;
+    batch_view b;
+    float *q, *k;
+    const float *v, *q_norm, *k_norm, *cos_sin;
+    float eps;
+    int n_heads, turning_blocks; // blocks of q and k
+};
+
+struct place_of_token {
+    int page, slot;
+};
+
+static __device__ __forceinline__ place_of_token place_of(const batch_view &b, int token) {
+    int position = b.position[token];
+    return {b.pages[b.page_start[b.seq[token]] + position / KV_PAGE_TOKENS], position % KV_PAGE_TOKENS};
+}
+
+template <int DIM> static __device__ __forceinline__ void turn_heads(const store_args &a, int i, int lane) {
+    constexpr int HALF = DIM / 2, PAIRS = head_registers<DIM>::PAIRS;
+    int n_kv = a.kv.n_kv_heads, n = a.n_heads + n_kv, per_token = (n + HEADS_AT_ONCE - 1) / HEADS_AT_ONCE;
+    int token = i / per_token, first = i % per_token * HEADS_AT_ONCE;
+    if (token >= a.b.n_tokens) return;
+    head_registers<DIM> h[HEADS_AT_ONCE], turn = read_head<DIM>(a.cos_sin + (size_t)token * DIM, lane);
+    head_registers<DIM> q_norm = read_head<DIM>(a.q_norm, lane), k_norm = read_head<DIM>(a.k_norm, lane);
+    float *at[HEADS_AT_ONCE];
+#pragma unroll
+    for (int e = 0; e < HEADS_AT_ONCE; e++) {
+        int head = first + e;
+        at[e] = head < a.n_heads ? a.q + ((size_t)token * a.n_heads + head) * DIM
+                                 : a.k + ((size_t)token * n_kv + head - a.n_heads) * DIM;
+        h[e] = read_head<DIM>(head < n ? at[e] : NULL, lane);
+    }
+    place_of_token place = place_of(a.b, token);
+#pragma unroll
+    for (int e = 0; e < HEADS_AT_ONCE; e++) {
+        int head = first + e;
+        if (a.q_norm) normalise_head<DIM>(h[e], head < a.n_heads ? q_norm : k_norm, a.eps);
+        rotate_head<DIM>(h[e], turn);
+        if (head >= n) continue;
+#pragma unroll
+        for (int k = 0; k < PAIRS; k++) {
+            int c = lane + 32 * k;
+            at[e][c] = h[e].lo[k];
+            at[e][c + HALF] = h[e].hi[k];
+            if (head < a.n_heads) continue;
+            kv_put(a.kv, false, place.page, head - a.n_heads, place.slot, c, h[e].lo[k]);
+            kv_put(a.kv, false, place.page, head - a.n_heads, place.slot, c + HALF, h[e].hi[k]);
+        }
+    }
+}
+
+// A page holds V with a channel's slots beside each other, two of which are written at once where tokens follow each
+// other.
+template <int DIM> static __device__ __forceinline__ void store_values(const store_args &a, int i, int thread) {
+    __shared__ float values[V_TOKENS][DIM + 1];
+    __shared__ place_of_token places[V_TOKENS];
+    constexpr int EACH = V_TOKENS * DIM / THREADS;
+    int n_kv = a.kv.n_kv_heads, head = i % n_kv, first = i / n_kv * V_TOKENS, n = min(a.b.n_tokens - first, V_TOKENS);
+    const float *from = a.v + ((size_t)first * n_kv + head) * DIM;
+    float v[EACH];
+#pragma unroll
+    for (int e = 0; e < EACH; e++) {
+        int at = e * THREADS + thread;
+        v[e] = at / DIM < n ? from[(size_t)(at / DIM) * n_kv * DIM + at % DIM] : 0.0f;
+    }
+    if (thread < n) places[thread] = place_of(a.b, first + thread);
+    if (!a.kv.is_fp8) {
+#pragma unroll
+        for (int e = 0; e < EACH; e++) values[(e * THREADS + thread) / DIM][(e * THREADS + thread) % DIM] = v[e];
+    }
+    __syncthreads();
+    if (a.kv.is_fp8) { // a warp has 32 channels of a token
+#pragma unroll
+        for (int e = 0; e < EACH; e++) {
+            int at = e * THREADS + thread, token = at / DIM;
+            if (token < n) kv_put(a.kv, true, places[token].page, head, places[token].slot, at % DIM, v[e]);
+        }
+        return;
+    }
+    for (int at = thread; at < V_TOKENS / 2 * DIM; at += THREADS) {
+        int token = at % (V_TOKENS / 2) * 2, c = at / (V_TOKENS / 2);
+        if (token >= n) continue;
+        place_of_token one = places[token], two = places[min(token + 1, n - 1)];
+        __nv_bfloat16 *to = reinterpret_cast<__nv_bfloat16 *>(head_page(a.kv, true, one.page, head));
+        if (token + 1 < n && two.page == one.page && one.slot % 2 == 0 && two.slot == one.slot + 1) {
+            *reinterpret_cast<uint32_t *>(to + kv_index(true, one.slot, c, DIM)) =
+                pack_bf16(values[token][c], values[token + 1][c]);
+            continue;
+        }
+        to[kv_index(true, one.slot, c, DIM)] = __float2bfloat16_rn(values[token][c]);
+        if (token + 1 < n)
+            reinterpret_cast<__nv_bfloat16 *>(head_page(a.kv, true, two.page, head))[kv_index(true, two.slot, c, DIM)] =
+                __float2bfloat16_rn(values[token + 1][c]);
+    }
+}
+
+template <int DIM> static __global__ void __launch_bounds__(THREADS) k_store_heads(store_args a) {
+    dependents_may_start();
+    dependency_wait();
+    int block = (int)blockIdx.x, thread = (int)threadIdx.x;
+    if (block < a.turning_blocks) turn_heads<DIM>(a, block * (THREADS / 32) + thread / 32, thread % 32);
+    else store_values<DIM>(a, block - a.turning_blocks, thread);
+}
+
 static __global__ void k_pack_rows(__nv_bfloat16 *out, const __nv_bfloat16 *rows, size_t first, size_t n, size_t n_in,
                                    size_t row_elements, size_t columns) {
     dependency_wait();
@@ -184,6 +293,18 @@ static void kv_store(const struct op_ctx *ctx, struct kv_layer *kv, const struct
 }
 
 static void qk_norm_rope_store(const struct op_ctx *ctx, const struct qk_norm_rope_store_args *a) {
+    struct cuda_state *s = cuda_of(ctx);
+    if (s->device.variants & VARIANT_STORE_HEADS && (a->head_dim == 64 || a->head_dim == 128)) {
+        size_t per_token = blocks(a->n_heads + a->n_kv_heads, HEADS_AT_ONCE);
+        size_t turning = blocks(a->batch->n_tokens * per_token, THREADS / 32);
+        size_t storing = blocks(a->batch->n_tokens, V_TOKENS) * a->n_kv_heads;
+        store_args args = {view(a->kv), view(a->batch),  a->q,        a->k, a->v, a->q_norm, a->k_norm, a->cos_sin,
+                           a->eps,      (int)a->n_heads, (int)turning};
+        struct launch l = {grid_for(turning + storing), THREADS, 0};
+        if (a->head_dim == 64) launch_kernel(s, "qk_norm_rope_store", k_store_heads<64>, l, args);
+        else launch_kernel(s, "qk_norm_rope_store", k_store_heads<128>, l, args);
+        return;
+    }
     size_t warps = a->batch->n_tokens * (a->n_heads + 2 * a->n_kv_heads);
     launch_kernel(cuda_of(ctx), "qk_norm_rope_store", k_qk_norm_rope_store,
                   {grid_for(blocks(warps, THREADS / 32)), THREADS, 0}, view(a->kv), view(a->batch), a->q, a->k, a->v,
