@@ -606,6 +606,24 @@ static void judge_ratio(struct stage *s, double ours, double theirs) {
         ours, s->n_positions, theirs, ratio);
 }
 
+// What rounding to int8 costs, with all the types of weights that ask for it.
+static void note_cost(struct stage *s, double kl) {
+    bool used[DTYPE_COUNT] = {0};
+    char names[128] = "";
+    for (size_t i = 0; i < s->d->model->config.n_layers; i++) {
+        const struct layer_weights *w = &s->d->model->layers[i];
+        const struct matrix *all[] = {&w->wq, &w->wk, &w->wv, &w->wo, &w->w_gate, &w->w_up, &w->w_down};
+        for (size_t k = 0; k < sizeof all / sizeof all[0]; k++)
+            used[all[k]->type] |= dtype_info(ops_input_rule(s->d->ops, all[k]->type))->is_quantised;
+    }
+    for (int type = 0; type < DTYPE_COUNT; type++) {
+        size_t n = strlen(names);
+        if (used[type])
+            snprintf(names + n, sizeof names - n, "%s%s", n ? ", " : "", dtype_info((enum dtype)type)->name);
+    }
+    stage_note(s->r, "%s weights: rounding the input of their products to int8 costs a KL of %.3g", names, kl);
+}
+
 static void judge_totals(struct stage *s) {
     size_t n = s->n_positions, values = n * s->d->model->config.n_vocab;
     if (n == 0) return;
@@ -634,9 +652,7 @@ static void judge_totals(struct stage *s) {
     stage_note(s->r, "logits: RMS error %.3g, H %.3g; KL(T || ours) p99.9 %.3g, KL(T || H) p99.9 %.3g", ours, theirs,
                p999, p999_h);
     if (s->n_ties > SHOWN_TIES) stage_note(s->r, "%zu more ties", s->n_ties - SHOWN_TIES);
-    if (s->to_int8)
-        stage_note(s->r, "%s weights: rounding the input of their products to int8 costs a KL of %.3g",
-                   dtype_info(s->d->model->layers[0].w_down.type)->name, mean_kl);
+    if (s->to_int8) note_cost(s, mean_kl);
     else if (s->rounds_more_than_h)
         stage_note(s->r, "K and V in %s: rounding them costs a KL of %.3g", dtype_info(s->d->kv_type)->name, mean_kl);
 }

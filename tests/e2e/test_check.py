@@ -7,6 +7,7 @@ import gguf
 import numpy as np
 import pytest
 
+from test_goldens import loud  # noqa: F401 (a fixture)
 from test_model_files import CONFIG, make_model, shapes, write_safetensors
 
 TANDEM = os.environ.get("TANDEM", "build/tandem")
@@ -52,6 +53,13 @@ def test_whole_tiny():
         assert any(line.split()[:2] == [name, "ok"] for line in lines), done.stdout
     assert lines[-1].startswith("verdict      ok")
     assert done.stderr == ""
+
+
+def test_loud_variant(loud):  # noqa: F811
+    """Norm weights far beyond the ordinary are told, and are no fault."""
+    out = report(loud, "--stage", "weights,ops,model")
+    figures = stage(out, "model")["figures"]
+    assert figures["logits_rms_error"] <= 0.5 * figures["logits_rms_error_h"]
 
 
 FAMILIES = {"qwen3": {}, "qwen2": {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]},
@@ -135,6 +143,11 @@ def test_gguf_types(tmp_path, name):
 def test_k_quants(kind):
     out = report("--synthetic", "tiny-qwen2", "--type", kind, "--stage", "model")
     assert any("int8" in note for note in stage(out, "model")["notes"])
+
+
+def test_mixed_types_are_told():
+    notes = stage(report("--synthetic", "tiny-qwen3", "--type", "q4_k_m", "--stage", "model"), "model")["notes"]
+    assert any(note.startswith("Q4_K, Q6_K weights: ") for note in notes)
 
 
 def test_nan_weight_is_a_fault(tmp_path):
