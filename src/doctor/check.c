@@ -178,7 +178,8 @@ static void open_tokenizer(struct doctor *d) {
 static bool place_model(struct doctor *d, struct error *err) {
     struct device *device = d->ops->device;
     if (!device && d->ops->takes_octets)
-        model_pack(d->model, &(struct pack_options){.pool = d->pool, .log = &d->options.log});
+        model_pack(d->model, &(struct pack_options){
+                                 .pool = d->pool, .log = &d->options.log, .bf16_in_memory = d->kind != MODEL_FOLDER});
     if (!device) return true;
     if (!model_runs_on(d->model, device, err)) return false;
     d->weights = weights_upload(d->model, device, &d->options.log, err);
