@@ -206,7 +206,7 @@ static bool scores(const struct call *c, const struct view *v, const float *q, d
         s[j - v->begin] = sum * scale;
         double off = fabs(scale) * ((double)n / 16 + 8) * U * sqrt(q_norm * k_norm) + 2 * U * fabs(sum * scale);
         off += fabs(scale) * kv_score_slack(c->on_device ? DTYPE_BF16 : v->kv->type, q_most, k_sum);
-        if (c->on_device) off += fabs(scale) * 0x1p-17 * sqrt(q_norm * k_norm); // q as two bf16s
+        if (c->on_device) off += fabs(scale) * kv_device_score_slack(n, sqrt(q_norm), sqrt(k_norm));
         if (!(off <= *slack)) *slack = off;
     }
     return true;
@@ -264,7 +264,7 @@ static bool attend(const struct call *c, const struct twist *t, size_t row, size
     if (t->kind == TWIST_NO_MAXIMUM && l > (double)FLT_MAX) l = INFINITY;
     if (t->kind == TWIST_NO_DIVISION) l = 1;
     double relative = 2 * (2 * slack + (48 + 2 * (double)n_blocks) * U);
-    if (c->on_device) relative = expm1(relative) + 2 * 0x1p-9; // each probability as one bf16
+    if (c->on_device) relative = expm1(relative) + KV_DEVICE_ROUNDED_P;
     for (size_t i = 0; i < n; i++) {
         out[i] = o[i] / l;
         double largest = 0; // of the channels that share a scale

@@ -307,14 +307,13 @@ static double sum_of_sizes(const double *v, size_t n) {
 }
 
 // The bound of one sequence's results. A score's error d moves every probability by a factor of at most exp(2 d); then
-// come the sums over blocks of positions and their combination. A GPU rounds q to two bf16s, and each probability to
-// one (docs/NUMERICS.md), which counts for the values and for their sum. With K and V of Q8_0 the CPU rounds q and
-// probabilities to integers, whose error goes by the largest of them (kv_page.h).
+// come the sums over blocks of positions and their combination. A GPU rounds q and probabilities to bf16s, and
+// with K and V of Q8_0 the CPU rounds them to integers, whose error goes by the largest of them (kv_page.h).
 static void attention_bound(const struct judge *g, const struct oracle_attention *o, double *bound) {
     size_t hd = o->head_dim, group = o->n_heads / o->n_kv_heads, kv = o->n_kv_heads * hd;
     bool on_device = g->c->d->ops->device != NULL;
     enum dtype type = on_device ? DTYPE_BF16 : g->c->d->kv_type;
-    double rounded_q = on_device ? ldexp(1, -17) : 0, rounded_p = on_device ? 2 * ldexp(1, -9) : 0;
+    double rounded_p = on_device ? KV_DEVICE_ROUNDED_P : 0;
     for (size_t t = 0; t < o->n_tokens; t++)
         for (size_t h = 0; h < o->n_heads; h++) {
             size_t from = h / group * hd;
@@ -329,7 +328,8 @@ static void attention_bound(const struct judge *g, const struct oracle_attention
                 most_sum = fmax(most_sum, sum_of_sizes(o->k + (size_t)j * kv + from, hd));
                 for (size_t c = 0; c < hd; c++) out[c] = fabs(v[c]) > out[c] ? fabs(v[c]) : out[c];
             }
-            double score = (((double)hd / 16 + 8) * unit + rounded_q) * q * longest / sqrt((double)hd);
+            double score = ((double)hd / 16 + 8) * unit * q * longest / sqrt((double)hd);
+            if (on_device) score += kv_device_score_slack(hd, q, longest) / sqrt((double)hd);
             score += kv_score_slack(type, most_q, most_sum) / sqrt((double)hd);
             double n_blocks = (double)(o->position[t] / ATTN_BLOCK + 1);
             double relative =
