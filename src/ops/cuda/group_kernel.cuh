@@ -2,8 +2,8 @@
 // weights (products.cuh); how a slice of them is multiplied is the consumer's, which groups.cu has for bf16 and
 // group_quantised.cu for the others.
 //
-// Four warps of a block (the producers) have copies run ahead through a ring of stages, a slice or half a slice of the
-// tile's rows and tokens each; groups of four warps (the consumers) multiply. Weights go from shared memory to
+// Four warps of a block (the producers) have copies run ahead through a ring of stages, a slice of the tile's rows and
+// tokens each; groups of four warps (the consumers) multiply. Weights go from shared memory to
 // registers, in whose order they are stored; tokens are read from shared memory by the instruction itself, and are
 // packed for it.
 #ifndef TANDEM_OPS_CUDA_GROUP_KERNEL_CUH
@@ -21,13 +21,13 @@ enum { BEYOND = 32 * 1024 };
 
 // WM groups of 64 rows times WN groups of C chains of N tokens. The producer is a group, too, which gives registers
 // away: consumers need more than all threads can have alike.
-// A stage holds one half of a slice, or both: copies of less than 2 KB take the time of longer ones.
-template <typename W_, int WM_, int WN_, int C_, int N_, int HALVES_, int STAGES_> struct group_shape {
+// A stage holds a slice: copies of less than 2 KB take the time of longer ones.
+template <typename W_, int WM_, int WN_, int C_, int N_, int STAGES_> struct group_shape {
     using W = W_;
-    static constexpr int WM = WM_, WN = WN_, C = C_, N = N_, HALVES = HALVES_, STAGES = STAGES_;
+    static constexpr int WM = WM_, WN = WN_, C = C_, N = N_, STAGES = STAGES_;
     static constexpr int UNITS = 8 * WM, ROWS = 64 * WM, TOKENS = WN * C * N, TOKEN_UNITS = TOKENS / 8;
-    static constexpr int UNIT_BYTES = W::RECORD * HALVES / 2, TOKEN_BYTES = TOKEN_UNITS * HALF_BYTES; // of a half
-    static constexpr int STAGE = UNITS * UNIT_BYTES + HALVES * TOKEN_BYTES, WARPS = 4 * WM * WN;
+    static constexpr int UNIT_BYTES = W::RECORD, TOKEN_BYTES = TOKEN_UNITS * HALF_BYTES; // of a half
+    static constexpr int STAGE = UNITS * UNIT_BYTES + 2 * TOKEN_BYTES, WARPS = 4 * WM * WN;
     static constexpr int THREADS = WARPS * 32 + 128;
     static constexpr int BLOCKS = WARPS == 4 ? 2 : 1; // an SM shall hold
     static constexpr int REGISTERS = WARPS == 4 ? 208 : 232, PRODUCER_REGISTERS = 40;
@@ -81,8 +81,8 @@ static __device__ __forceinline__ const unsigned char *unit_of(const group_args 
 // has ended.
 template <class S>
 static __device__ __forceinline__ void produce(const group_args &a, const ring<S> &r, int quarter, int lane) {
-    constexpr int UNITS = S::UNITS / PRODUCERS, PIECE = S::TOKEN_BYTES * S::HALVES / PRODUCERS;
-    int steps = a.p.columns / (HALF * S::HALVES), n_tiles = a.row_tiles * a.token_tiles;
+    constexpr int UNITS = S::UNITS / PRODUCERS, PIECE = S::TOKEN_BYTES * 2 / PRODUCERS;
+    int steps = a.p.columns / SLICE, n_tiles = a.row_tiles * a.token_tiles;
     int stage = 0, round = 0, filled = 0, ahead = min((int)S::STAGES, steps), mine = quarter * UNITS + lane;
     int piece = quarter * PIECE; // of a stage's tokens, whose halves lie apart in memory
     size_t half_bytes = (size_t)a.token_units * HALF_BYTES;
@@ -110,14 +110,13 @@ static __device__ __forceinline__ void produce(const group_args &a, const ring<S
                     bulk_copy(weights_to + stage * S::STAGE, unit + h * S::UNIT_BYTES, S::UNIT_BYTES, &r.full[stage]);
             }
             if (lane == 31)
-                bulk_copy(tokens_to + stage * S::STAGE, tokens + (size_t)h * S::HALVES * half_bytes, PIECE,
-                          &r.full[stage]);
+                bulk_copy(tokens_to + stage * S::STAGE, tokens + (size_t)h * 2 * half_bytes, PIECE, &r.full[stage]);
             if (++stage == S::STAGES) stage = 0, round++;
         }
     }
 }
 
-// A consumer's view of its ring: the next half slice to be waited for, and the next to be given back.
+// A consumer's view of its ring: the next stage to be waited for, and the next to be given back.
 struct position {
     int stage, round;
 };

@@ -5,8 +5,8 @@
 #include "ops/cuda/quantised.cuh"
 
 // A stage is a whole slice: of 64 rows by 64 tokens on half an SM, and of 128 by 128.
-template <typename W> using small_shape = group_shape<W, 1, 1, 1, 64, 2, 3>;
-template <typename W> using large_shape = group_shape<W, 2, 1, 2, 64, 2, 3>;
+template <typename W> using small_shape = group_shape<W, 1, 1, 1, 64, 3>;
+template <typename W> using large_shape = group_shape<W, 2, 1, 2, 64, 3>;
 
 // A slice's weights of a warp's 16 rows, as the instructions take them: steps of 16 columns.
 template <typename Q> struct quantised_slice {
@@ -105,7 +105,6 @@ static __device__ __forceinline__ void sum_slice(float (&d)[S::N / 2], const qua
 
 template <typename Q> struct quantised_consumer {
     template <class S> static __device__ __forceinline__ void run(const group_args &a, const ring<S> &r, int thread) {
-        static_assert(S::HALVES == 2, "a stage is a slice");
         int group = thread / 128, lane = thread % 32;
         part at = {group % S::WM, group / S::WM, thread / 32 % 4, lane};
         int n_slices = a.p.columns / SLICE, n_tiles = a.row_tiles * a.token_tiles;

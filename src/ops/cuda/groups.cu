@@ -3,13 +3,13 @@
 // while the next one runs. It also packs tokens and chooses among tiles. The bits are those of products.cu's kernels.
 #include "ops/cuda/group_kernel.cuh"
 
-typedef group_shape<bf16_weights, 1, 1, 1, 32, 2, 4> shape_64x32;
-typedef group_shape<bf16_weights, 1, 1, 1, 64, 2, 3> shape_64x64;
-typedef group_shape<bf16_weights, 1, 2, 1, 64, 2, 4> shape_64x128;
-typedef group_shape<bf16_weights, 2, 1, 1, 64, 2, 4> shape_128x64;
-typedef group_shape<bf16_weights, 2, 1, 2, 64, 2, 3> shape_128x128;
-typedef group_shape<bf16_weights, 2, 1, 3, 64, 1, 4> shape_128x192;
-typedef group_shape<bf16_weights, 2, 1, 4, 64, 1, 4> shape_128x256;
+typedef group_shape<bf16_weights, 1, 1, 1, 32, 4> shape_64x32;
+typedef group_shape<bf16_weights, 1, 1, 1, 64, 3> shape_64x64;
+typedef group_shape<bf16_weights, 1, 2, 1, 64, 4> shape_64x128;
+typedef group_shape<bf16_weights, 2, 1, 1, 64, 4> shape_128x64;
+typedef group_shape<bf16_weights, 2, 1, 2, 64, 3> shape_128x128;
+typedef group_shape<bf16_weights, 2, 1, 3, 64, 2> shape_128x192;
+typedef group_shape<bf16_weights, 2, 1, 4, 64, 2> shape_128x256;
 
 // ---- Packing
 // ---------------------------------------------------------------------------------------------------------
@@ -111,48 +111,49 @@ static void pack(struct cuda_state *s, const char *what, const product_args &p, 
 // A slice's weights of this warp's 16 rows, as the instructions take them, and where its tokens are.
 struct slice {
     uint32_t a[8][4];
-    uint64_t tokens[2];
+    uint64_t tokens;
 };
 
+// Which part of a stage is a warp's, in bytes.
+struct share {
+    int weights, tokens;
+};
+
+template <class S> static __device__ __forceinline__ share share_of(int thread) {
+    int group = thread / 128;
+    return {(group % S::WM * 8 + thread / 32 % 4 * 2) * S::UNIT_BYTES + thread % 32 * 16,
+            S::UNITS * S::UNIT_BYTES + group / S::WM * S::C * S::N / 8 * HALF_BYTES};
+}
+
 template <class S>
-static __device__ __forceinline__ void load_slice(slice &s, const ring<S> &r, position &at, const part &part) {
+static __device__ __forceinline__ void load_slice(slice &s, const ring<S> &r, position &at, const share &own) {
+    const unsigned char *stage = r.stages + at.stage * S::STAGE;
+    const uint4 *weights = reinterpret_cast<const uint4 *>(stage + own.weights);
+    barrier_wait(&r.full[at.stage], (uint32_t)at.round & 1);
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        const int within = half % S::HALVES;
-        const unsigned char *stage = r.stages + at.stage * S::STAGE;
-        const uint4 *weights = reinterpret_cast<const uint4 *>(stage + (part.wm * 8 + part.warp * 2) * S::UNIT_BYTES +
-                                                               within * HALF_BYTES) +
-                               part.lane;
-        if (within == 0) barrier_wait(&r.full[at.stage], (uint32_t)at.round & 1);
-#pragma unroll
-        for (int c = 0; c < 2; c++) {
-            uint4 u = weights[c * CHUNK_LANES], v = weights[c * CHUNK_LANES + S::UNIT_BYTES / 16];
-            uint32_t *a = s.a[half * 4 + c * 2];
-            a[0] = u.x, a[1] = v.x, a[2] = u.y, a[3] = v.y;
-            a[4] = u.z, a[5] = v.z, a[6] = u.w, a[7] = v.w;
-        }
-        s.tokens[half] = group_operand(stage + S::UNITS * S::UNIT_BYTES + within * S::TOKEN_BYTES +
-                                           part.wn * S::C * S::N / 8 * HALF_BYTES,
-                                       K_STEP, COLUMN_STEP);
-        if (within == S::HALVES - 1) advance<S>(at);
+    for (int c = 0; c < SLICE / 32; c++) {
+        uint4 u = weights[c * CHUNK_LANES], v = weights[c * CHUNK_LANES + S::UNIT_BYTES / 16];
+        uint32_t *a = s.a[c * 2];
+        a[0] = u.x, a[1] = v.x, a[2] = u.y, a[3] = v.y;
+        a[4] = u.z, a[5] = v.z, a[6] = u.w, a[7] = v.w;
     }
+    s.tokens = group_operand(stage + own.tokens, K_STEP, COLUMN_STEP);
+    advance<S>(at);
 }
 
 template <class S> static __device__ __forceinline__ void give_back(const ring<S> &r, position &at, int lane) {
-#pragma unroll
-    for (int i = 0; i < 2 / S::HALVES; i++) {
-        if (lane == 0) barrier_arrive(&r.empty[at.stage]);
-        advance<S>(at);
-    }
+    if (lane == 0) barrier_arrive(&r.empty[at.stage]);
+    advance<S>(at);
 }
 
 // One chain: a slice of one of the group's chains of tokens.
 template <class S> static __device__ __forceinline__ void multiply(float (&d)[S::N / 2], const slice &s, int chain) {
     group_fence();
 #pragma unroll
-    for (int k = 0; k < 8; k++)
-        group_mma(d, s.a[k][0], s.a[k][1], s.a[k][2], s.a[k][3],
-                  s.tokens[k / 4] + (uint64_t)((chain * (S::N / 8) * COLUMN_STEP + k % 4 * 2 * K_STEP) >> 4), k > 0);
+    for (int k = 0; k < 8; k++) {
+        int at = chain * (S::N / 8) * COLUMN_STEP + k / 4 * S::TOKEN_BYTES + k % 4 * 2 * K_STEP;
+        group_mma(d, s.a[k][0], s.a[k][1], s.a[k][2], s.a[k][3], s.tokens + (uint64_t)(at >> 4), k > 0);
+    }
     group_commit();
 }
 
@@ -166,27 +167,27 @@ static __device__ __forceinline__ void add_chain(float (&total)[S::N / 2], float
 // One slice; meanwhile the next one's weights are loaded. With a single chain a slice, it stays under way while the
 // slice before is added.
 template <class S>
-static __device__ __forceinline__ void step(const ring<S> &r, float (&total)[S::C][S::N / 2], float (&d)[S::N / 2],
-                                            float (&other)[S::N / 2], const slice &now, slice &following,
-                                            position &next, position &last, bool more, bool is_first, const part &at) {
+static __device__ __forceinline__ void
+step(const ring<S> &r, float (&total)[S::C][S::N / 2], float (&d)[S::N / 2], float (&other)[S::N / 2], const slice &now,
+     slice &following, position &next, position &last, bool more, bool is_first, const share &own, int lane) {
     multiply<S>(d, now, 0);
     if constexpr (S::C == 1) {
         add_chain<S, 1>(total[0], other);
-        if (!is_first) give_back<S>(r, last, at.lane);
-        if (more) load_slice<S>(following, r, next, at);
+        if (!is_first) give_back<S>(r, last, lane);
+        if (more) load_slice<S>(following, r, next, own);
     } else {
         multiply<S>(other, now, 1);
-        if (more) load_slice<S>(following, r, next, at);
+        if (more) load_slice<S>(following, r, next, own);
         add_chain<S, 1>(total[0], d);
         add_chain<S, 0>(total[1], other);
-        give_back<S>(r, last, at.lane);
+        give_back<S>(r, last, lane);
     }
 }
 
 struct bf16_consumer {
     template <class S> static __device__ __forceinline__ void run(const group_args &a, const ring<S> &r, int thread) {
-        int group = thread / 128, lane = thread % 32;
-        part at = {group % S::WM, group / S::WM, thread / 32 % 4, lane};
+        int lane = thread % 32;
+        share own = share_of<S>(thread);
         int n_slices = a.p.columns / SLICE, n_tiles = a.row_tiles * a.token_tiles;
         position next = {0, 0}, last = {0, 0};
         for (int tile = (int)blockIdx.x; tile < n_tiles; tile += (int)gridDim.x) {
@@ -198,33 +199,27 @@ struct bf16_consumer {
                 for (int c = 0; c < S::C; c++) total[c][i] = -0.0f; // -0 + x is x, also for -0
             }
             if constexpr (S::C > 2) {
+                // No register is left for a second chain: the other group's runs while this one adds.
                 slice now;
                 for (int s = 0; s < n_slices; s++) {
-                    load_slice<S>(now, r, next, at);
-                    multiply<S>(d0, now, 0);
-                    multiply<S>(d1, now, 1);
-                    add_chain<S, 1>(total[0], d0);
-                    multiply<S>(d0, now, 2);
-                    add_chain<S, 1>(total[1], d1);
-                    if constexpr (S::C == 4) {
-                        multiply<S>(d1, now, 3);
-                        add_chain<S, 1>(total[2], d0);
-                        add_chain<S, 0>(total[3], d1);
-                    } else {
-                        add_chain<S, 0>(total[2], d0);
+                    load_slice<S>(now, r, next, own);
+#pragma unroll
+                    for (int c = 0; c < S::C; c++) {
+                        multiply<S>(d0, now, c);
+                        add_chain<S, 0>(total[c], d0);
                     }
                     give_back<S>(r, last, lane);
                 }
             } else {
                 slice even, odd;
-                load_slice<S>(even, r, next, at);
+                load_slice<S>(even, r, next, own);
                 for (int s = 0; s < n_slices; s += 2) {
                     bool more = s + 1 < n_slices;
-                    step<S>(r, total, d0, d1, even, odd, next, last, more, s == 0, at);
+                    step<S>(r, total, d0, d1, even, odd, next, last, more, s == 0, own, lane);
                     if (!more) break;
                     if constexpr (S::C == 2)
-                        step<S>(r, total, d0, d1, odd, even, next, last, s + 2 < n_slices, false, at);
-                    else step<S>(r, total, d1, d0, odd, even, next, last, s + 2 < n_slices, false, at);
+                        step<S>(r, total, d0, d1, odd, even, next, last, s + 2 < n_slices, false, own, lane);
+                    else step<S>(r, total, d1, d0, odd, even, next, last, s + 2 < n_slices, false, own, lane);
                 }
                 if constexpr (S::C == 1) {
                     if (n_slices % 2 == 0) add_chain<S, 0>(total[0], d1);
@@ -247,8 +242,8 @@ struct shape_info {
     float slice, once;
 };
 static const shape_info shapes[] = {
-    {64, 32, 2, 0.5f, 0.75f},   {64, 64, 2, 0.75f, 1.5f},    {64, 128, 1, 0.35f, 3.5f},   {128, 64, 1, 0.4f, 3.0f},
-    {128, 128, 1, 0.7f, 4.25f}, {128, 192, 1, 1.15f, 4.75f}, {128, 256, 1, 1.65f, 5.75f},
+    {64, 32, 2, 0.5f, 0.75f},   {64, 64, 2, 0.75f, 1.5f},    {64, 128, 1, 0.35f, 3.5f},  {128, 64, 1, 0.4f, 3.0f},
+    {128, 128, 1, 0.7f, 4.25f}, {128, 192, 1, 1.15f, 4.75f}, {128, 256, 1, 1.5f, 5.75f},
 };
 enum { N_SHAPES = sizeof shapes / sizeof shapes[0] };
 

@@ -119,7 +119,7 @@ static __global__ void k_qk_norm_rope_store(kv_view kv, batch_view b, float *q, 
     }
 }
 
-// The same for heads of 64 or 128 channels, many at once: first all blocks of q and k, whose warps take HEADS_AT_ONCE
+// The same for many heads of 64 or 128 channels, in bf16: first all blocks of q and k, whose warps take HEADS_AT_ONCE
 // heads of a token, then those of v, of V_TOKENS tokens' head.
 enum { HEADS_AT_ONCE = 4, V_TOKENS = 32 };
 
@@ -190,19 +190,9 @@ template <int DIM> static __device__ __forceinline__ void store_values(const sto
         v[e] = at / DIM < n ? from[(size_t)(at / DIM) * n_kv * DIM + at % DIM] : 0.0f;
     }
     if (thread < n) places[thread] = place_of(a.b, first + thread);
-    if (!a.kv.is_fp8) {
 #pragma unroll
-        for (int e = 0; e < EACH; e++) values[(e * THREADS + thread) / DIM][(e * THREADS + thread) % DIM] = v[e];
-    }
+    for (int e = 0; e < EACH; e++) values[(e * THREADS + thread) / DIM][(e * THREADS + thread) % DIM] = v[e];
     __syncthreads();
-    if (a.kv.is_fp8) { // a warp has 32 channels of a token
-#pragma unroll
-        for (int e = 0; e < EACH; e++) {
-            int at = e * THREADS + thread, token = at / DIM;
-            if (token < n) kv_put(a.kv, true, places[token].page, head, places[token].slot, at % DIM, v[e]);
-        }
-        return;
-    }
     for (int at = thread; at < V_TOKENS / 2 * DIM; at += THREADS) {
         int token = at % (V_TOKENS / 2) * 2, c = at / (V_TOKENS / 2);
         if (token >= n) continue;
@@ -294,10 +284,12 @@ static void kv_store(const struct op_ctx *ctx, struct kv_layer *kv, const struct
 
 static void qk_norm_rope_store(const struct op_ctx *ctx, const struct qk_norm_rope_store_args *a) {
     struct cuda_state *s = cuda_of(ctx);
-    if (s->device.variants & VARIANT_STORE_HEADS && (a->head_dim == 64 || a->head_dim == 128)) {
-        size_t per_token = blocks(a->n_heads + a->n_kv_heads, HEADS_AT_ONCE);
-        size_t turning = blocks(a->batch->n_tokens * per_token, THREADS / 32);
-        size_t storing = blocks(a->batch->n_tokens, V_TOKENS) * a->n_kv_heads;
+    size_t per_token = blocks(a->n_heads + a->n_kv_heads, HEADS_AT_ONCE);
+    size_t turning = blocks(a->batch->n_tokens * per_token, THREADS / 32);
+    size_t storing = blocks(a->batch->n_tokens, V_TOKENS) * a->n_kv_heads;
+    bool fills = turning + storing >= 4 * (size_t)s->n_sms; // measured at 2,048 tokens and more
+    if (s->device.variants & VARIANT_STORE_HEADS && fills && !is_fp8(a->kv) &&
+        (a->head_dim == 64 || a->head_dim == 128)) {
         store_args args = {view(a->kv), view(a->batch),  a->q,        a->k, a->v, a->q_norm, a->k_norm, a->cos_sin,
                            a->eps,      (int)a->n_heads, (int)turning};
         struct launch l = {grid_for(turning + storing), THREADS, 0};
