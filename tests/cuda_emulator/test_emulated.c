@@ -347,8 +347,20 @@ static void test_persistent(void **state) {
     }
 }
 
-// ---- The host's sampler, on the device
+// ---- The most probable token, and the host's sampler, on the device
 // ----------------------------------------------------------------------------------------------
+
+// Rows shorter than a block's threads, longer than its registers hold.
+static void test_choices(void **state) {
+    (void)state;
+    static const size_t sizes[] = {31, 203, 4099, 200003}, rows[] = {5, 16, 4, 2};
+    for (size_t i = 0; i < 4; i++) {
+        open_gpu(30 + i, 8);
+        size_t different = compare_choices(cuda, sizes[i], rows[i], (unsigned)i);
+        ops_close(cuda);
+        assert_int_equal(different, 0);
+    }
+}
 
 static void test_sampling(void **state) {
     (void)state;
@@ -445,19 +457,13 @@ static int say_counts(void **state) {
 
 int main(int argc, char **argv) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_qwen3),
-        cmocka_unit_test(test_company),
-        cmocka_unit_test(test_split),
-        cmocka_unit_test(test_tiles),
-        cmocka_unit_test(test_heads),
-        cmocka_unit_test(test_persistent),
-        cmocka_unit_test(test_oracle),
-        cmocka_unit_test(test_doctor),
-        cmocka_unit_test(test_quantised),
-        cmocka_unit_test(test_quantised_tiles),
-        cmocka_unit_test(test_quantised_values),
-        cmocka_unit_test(test_groups),
-        cmocka_unit_test(test_sampling),
+        cmocka_unit_test(test_qwen3),           cmocka_unit_test(test_company),
+        cmocka_unit_test(test_split),           cmocka_unit_test(test_tiles),
+        cmocka_unit_test(test_heads),           cmocka_unit_test(test_persistent),
+        cmocka_unit_test(test_choices),         cmocka_unit_test(test_oracle),
+        cmocka_unit_test(test_doctor),          cmocka_unit_test(test_quantised),
+        cmocka_unit_test(test_quantised_tiles), cmocka_unit_test(test_quantised_values),
+        cmocka_unit_test(test_groups),          cmocka_unit_test(test_sampling),
         cmocka_unit_test(test_clusters),
     };
     if (argc > 1) cmocka_set_test_filter(argv[1]);

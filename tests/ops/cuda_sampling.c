@@ -185,3 +185,46 @@ size_t compare_sampling(const struct ops *cuda, const struct sampling_plan *plan
     sampler_free(&sampler);
     return different;
 }
+
+static struct greedy_choice choice_of(const float *x, size_t n) {
+    struct greedy_choice c = {.ok = 1};
+    double sum = 0;
+    for (size_t i = 0; i < n; i++) {
+        if (!isfinite(x[i])) return (struct greedy_choice){0};
+        if (x[i] > x[c.id]) c.id = (int32_t)i;
+    }
+    for (size_t i = 0; i < n; i++) sum += exp((double)x[i] - (double)x[c.id]);
+    c.logprob = (float)-log(sum);
+    return c;
+}
+
+size_t compare_choices(const struct ops *cuda, size_t n_vocab, size_t n_rows, unsigned seed) {
+    struct device *d = cuda->device;
+    struct error err = {0};
+    struct twin logits = twin(cuda, n_rows * n_vocab * sizeof(float));
+    struct greedy_choice *out = d->alloc_host(d, n_rows * sizeof *out);
+    size_t different = 0;
+    float *x = logits.host;
+    if (!out) fail_msg("out of memory");
+    state = seed * 2654435761u + 1;
+    for (size_t i = 0; i < n_rows; i++, x += n_vocab) {
+        fill_row(x, n_vocab);
+        int32_t best = choice_of(x, n_vocab).id;
+        if (i % 2) x[next_random() % n_vocab] = x[best];
+        if (i % 4 == 3) x[next_random() % n_vocab] = next_random() % 2 ? NAN : -INFINITY;
+    }
+    send(cuda, &logits);
+    cuda->choose(&(struct op_ctx){.ops = cuda}, out, logits.device, n_rows, n_vocab);
+    if (!d->sync(d, &err)) fail_msg("%s", err.text);
+    for (size_t i = 0; i < n_rows; i++) {
+        struct greedy_choice want = choice_of((float *)logits.host + i * n_vocab, n_vocab), got = out[i];
+        if (got.ok == want.ok && (!want.ok || (got.id == want.id && fabsf(got.logprob - want.logprob) < 1e-5f)))
+            continue;
+        if (different++ < 4)
+            print_message("row %zu of %zu: token %d, %.7f, ok %d; f64 has %d, %.7f, ok %d\n", i, n_vocab, got.id,
+                          (double)got.logprob, got.ok, want.id, (double)want.logprob, want.ok);
+    }
+    untwin(cuda, &logits);
+    d->free_host(d, out);
+    return different;
+}

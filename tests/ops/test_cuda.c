@@ -180,6 +180,13 @@ static void test_sampling(void **state) {
     }
 }
 
+static void test_choices(void **state) {
+    (void)state;
+    if (!cuda) skip();
+    static const size_t sizes[] = {31, 8192, 151936, 200003}, rows[] = {5, 64, 16, 4};
+    for (size_t i = 0; i < 4; i++) assert_int_equal(compare_choices(cuda, sizes[i], rows[i], (unsigned)i), 0);
+}
+
 // ---- Opening, and what cannot be opened
 // ------------------------------------------------------------------------------
 
@@ -235,6 +242,7 @@ int main(int argc, char **argv) {
         cmocka_unit_test(test_sampling),        cmocka_unit_test(test_fp8),
         cmocka_unit_test(test_large_fp8),       cmocka_unit_test(test_large_quantised),
         cmocka_unit_test(test_company),         cmocka_unit_test(test_rare_types),
+        cmocka_unit_test(test_choices),
     };
     if (argc > 1) cmocka_set_test_filter(argv[1]);
     return cmocka_run_group_tests(tests, open_gpu, close_gpu);

@@ -1,7 +1,12 @@
 // choose.cu: the most probable token of each row of logits, so that rows need not travel to the host.
 #include "ops/cuda/common.cuh"
 
-enum { THREADS = 256, PARTS = 32 };
+enum {
+    THREADS = 256,
+    PARTS = 32,
+    HELD = 19, // logits that a thread holds, asked for at once: of 155,648 in a row
+};
+static_assert(PARTS == 32, "a part a lane");
 
 // What a block found in its part of a row.
 struct part {
@@ -28,15 +33,20 @@ static __global__ void k_choose(struct greedy_choice *out, const float *logits, 
     dependents_may_start();
     dependency_wait();
     int thread = (int)threadIdx.x, row = (int)blockIdx.y, length = (n + PARTS - 1) / PARTS;
-    int first = (int)blockIdx.x * length, end = min(n, first + length);
+    int first = (int)blockIdx.x * length + thread, end = min(n, first - thread + length), rest = first + HELD * THREADS;
     const float *x = logits + (size_t)row * n;
-    float max = __int_as_float((int)0xFF800000);
+    float held[HELD], max = __int_as_float((int)0xFF800000);
     int32_t id = 0x7FFFFFFF, wrong = 0;
-    for (int i = first + thread; i < end; i += THREADS) {
-        float v = x[i];
+    auto look = [&](float v, int i) {
         wrong |= !isfinite(v);
         better(max, id, v, i);
-    }
+    };
+#pragma unroll
+    for (int k = 0; k < HELD; k++) held[k] = first + k * THREADS < end ? x[first + k * THREADS] : 0.0f;
+#pragma unroll
+    for (int k = 0; k < HELD; k++)
+        if (first + k * THREADS < end) look(held[k], first + k * THREADS);
+    for (int i = rest; i < end; i += THREADS) look(x[i], i);
     for (int o = 16; o; o >>= 1) {
         better(max, id, __shfl_xor_sync(~0u, max, o), __shfl_xor_sync(~0u, id, o));
         wrong |= __shfl_xor_sync(~0u, wrong, o);
@@ -52,7 +62,10 @@ static __global__ void k_choose(struct greedy_choice *out, const float *logits, 
         wrong |= bad[w];
     }
     float sum = 0;
-    for (int i = first + thread; i < end; i += THREADS) sum += exp2_fast((x[i] - max) * LOG2_E);
+#pragma unroll
+    for (int k = 0; k < HELD; k++)
+        if (first + k * THREADS < end) sum += exp2_fast((held[k] - max) * LOG2_E);
+    for (int i = rest; i < end; i += THREADS) sum += exp2_fast((x[i] - max) * LOG2_E);
     sum = warp_sum(sum);
     if (thread % 32 == 0) sums[thread / 32] = sum;
     __syncthreads();
@@ -62,23 +75,26 @@ static __global__ void k_choose(struct greedy_choice *out, const float *logits, 
         parts[row * PARTS + blockIdx.x] = {max, sum, id, wrong};
         __threadfence();
         last = atomicAdd(arrivals + row, 1u) == PARTS - 1;
-        if (last) {
-            __threadfence();
-            arrivals[row] = 0;
-            const volatile part *all = parts + row * PARTS;
-            float m = all[0].max;
-            int32_t best = all[0].id;
-            wrong = 0;
-            for (int i = 0; i < PARTS; i++) {
-                better(m, best, all[i].max, all[i].id);
-                wrong |= all[i].bad;
-            }
-            float total = 0;
-            for (int i = 0; i < PARTS; i++)
-                if (all[i].sum > 0) total = fmaf(all[i].sum, exp2_fast((all[i].max - m) * LOG2_E), total);
-            out[row] = {best, wrong ? 0.0f : -logf(total), !wrong};
-        }
+        if (last) arrivals[row] = 0;
+        __threadfence();
     }
+    __syncthreads();
+    if (!last || thread >= PARTS) return;
+    const volatile part *mine = parts + row * PARTS + thread;
+    float own_max = mine->max, best_max = own_max, own_sum = mine->sum, total = 0;
+    int32_t best = mine->id;
+    wrong = mine->bad;
+    for (int o = 16; o; o >>= 1) {
+        better(best_max, best, __shfl_xor_sync(~0u, best_max, o), __shfl_xor_sync(~0u, best, o));
+        wrong |= __shfl_xor_sync(~0u, wrong, o);
+    }
+    float weight = exp2_fast((own_max - best_max) * LOG2_E);
+#pragma unroll
+    for (int i = 0; i < PARTS; i++) {
+        float s = __shfl_sync(~0u, own_sum, i), w = __shfl_sync(~0u, weight, i);
+        if (s > 0) total = fmaf(s, w, total);
+    }
+    if (thread == 0) out[row] = {best, wrong ? 0.0f : -logf(total), !wrong};
 }
 
 static void choose(const struct op_ctx *ctx, struct greedy_choice *out, const float *logits, size_t n_rows, size_t n) {
