@@ -9,7 +9,7 @@ import re
 import sys
 
 # name, what finds it (PAGES: chunks and pages; SPLIT: contexts of two chunks;
-# TILES: many tokens; LAYERS: all layers in one kernel), then file, before, after; M is its number.
+# TILES: many tokens; LAYERS: all layers in one kernel; DEEP: with many chunks), then file, before, after; M is its number.
 MISTAKES = [
     ("no barrier before a product's inputs are read", "PAGES",
      ("small.cuh", "    __syncthreads();\n    barrier_wait(&arrived, 0);",
@@ -69,15 +69,21 @@ MISTAKES = [
     ("a wide tile counted from the first token of all", "PAGES",
      ("wide.cu", "            token = start + tile * size;", "            token = (M ? 0 : start) + tile * size;")),
     ("no barrier before slices of q, k and v are added", "LAYERS",
-     ("persistent.cu", "        sync_some(1, WORKERS);\n        int n = mlp ?",
-      "        if (!M) sync_some(1, WORKERS);\n        int n = mlp ?")),
+     ("persistent.cu", "            sync_some(1, WORKERS);\n        }\n        int n = mlp ?",
+      "            if (!M) sync_some(1, WORKERS);\n        }\n        int n = mlp ?")),
     ("the board's other half not emptied", "LAYERS",
      ("persistent.cu", "if (k * 8 + lane / 4 < n_rows) row[other_half +", "if (k * 8 + lane / 4 < n_rows && !M) row[other_half +")),
     ("slots of the ring filled again while they are read", "LAYERS",
-     ("persistent.cu", "if (wrapped) wait_for(p, &sh->empty[at.slot], at.parity ^ 1);",
-      "if (wrapped && !M) wait_for(p, &sh->empty[at.slot], at.parity ^ 1);")),
+     ("persistent.cu", "if (wrapped) wait_for(p, &sh->empty[at.slot], at.parity() ^ 1);",
+      "if (wrapped && !M) wait_for(p, &sh->empty[at.slot], at.parity() ^ 1);")),
     ("this token's k not in the page in shared memory", "LAYERS",
-     ("persistent.cu", "to[i * KV_STEP] = memory[i * KV_STEP] =", "(M ? memory : to)[i * KV_STEP] = memory[i * KV_STEP] =")),
+     ("persistent_attention.cuh", "to[i * KV_STEP] = memory[i * KV_STEP] =", "(M ? memory : to)[i * KV_STEP] = memory[i * KV_STEP] =")),
+    ("a deep context's pages combined before all are there", "DEEP",
+     ("persistent_attention.cuh", "wait_for(p, &sh->o_full[turn ^ 1], (done - 1) / 2 % 2);",
+      "if (!M) wait_for(p, &sh->o_full[turn ^ 1], (done - 1) / 2 % 2);")),
+    ("what was noted of the layer before taken for this one's", "DEEP",
+     ("persistent_attention.cuh", "if (v >> 32 == number) return", "if (M ? v >> 32 != 0xFFFFFFFFu : v >> 32 == number) return"),
+     ("persistent_attention.cuh", "complete &= v[i] >> 32 == number;", "complete &= M || v[i] >> 32 == number;")),
     ("this step's K and V of a stream read from their page", "COMPANY",
      ("stream.cu", "int slot = n <= ATTN_BLOCK ? n - 1 : -1;", "int slot = n <= ATTN_BLOCK && !M ? n - 1 : -1;")),
     ("a stream's chunks counted as one", "COMPANY",

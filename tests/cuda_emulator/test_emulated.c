@@ -313,7 +313,8 @@ static void test_quantised_values(void **state) {
 }
 
 // All layers in one kernel, whose blocks run side by side: two clusters, each with a KV head; three, one without;
-// across the ends of a page and of chunks, and beyond one and two chunks for every block of a cluster.
+// across the ends of a page and of chunks, beyond one and two chunks for every block of a cluster, and beyond those
+// that are collected at once, some of them others' than the cluster's with the KV head.
 static void test_persistent(void **state) {
     (void)state;
     static const struct {
@@ -325,9 +326,13 @@ static void test_persistent(void **state) {
         {8, {.n_layers = 2, .n_vocab = 96, .n_ff = 128, .n_heads = 2, .n_kv_heads = 1, .head_dim = 128}},
         {24, {.n_layers = 2, .n_vocab = 96, .n_ff = 416}},
         {8, {.n_layers = 1, .n_vocab = 96, .n_ff = 128, .n_heads = 1, .n_kv_heads = 1, .head_dim = 128}},
+        {16, {.n_layers = 1, .n_vocab = 96, .n_ff = 256, .n_heads = 1, .n_kv_heads = 1, .head_dim = 128}},
+        {24, {.n_layers = 2, .n_vocab = 96, .n_ff = 416}},
     };
-    static const enum dtype types[] = {DTYPE_BF16, DTYPE_BF16, DTYPE_BF16, DTYPE_Q8_0, DTYPE_Q4_0};
-    static const size_t depths[] = {0, 30, 254, 510, 2046, 2303, 4094};
+    static const enum dtype types[] = {DTYPE_BF16, DTYPE_BF16, DTYPE_BF16, DTYPE_Q8_0,
+                                       DTYPE_Q4_0, DTYPE_BF16, DTYPE_Q8_0};
+    static const size_t depths[] = {0, 30, 254, 510, 2046, 2303, 4094, 16638};
+    static const struct { size_t first, n; } range[] = {{0, 7}, {0, 5}, {0, 7}, {0, 3}, {0, 3}, {7, 1}, {6, 1}};
     for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; i++) {
         double start = clock_seconds();
         struct subject s;
@@ -336,14 +341,15 @@ static void test_persistent(void **state) {
         uint32_t variant = 0;
         for (size_t k = 0; k < cuda->device->n_variants; k++)
             if (strcmp(cuda->device->variant_names[k], "persistent") == 0) variant = 1u << k;
-        size_t before = emulator_counts().together, n = i > 2 ? 3 : sizeof depths / sizeof depths[0] - (i == 1 ? 2 : 0);
-        size_t different = compare_depths(&s, variant, depths, n), ran = emulator_counts().together - before;
+        size_t before = emulator_counts().together, n = range[i].n;
+        size_t different = compare_depths(&s, variant, depths + range[i].first, n);
+        size_t ran = emulator_counts().together - before;
         print_message("shape %zu: %zu steps in one kernel, %zu differ, %.1f s\n", i, ran, different,
                       clock_seconds() - start);
         close_subject(&s);
         ops_close(cuda);
         assert_int_equal(different, 0);
-        assert_int_equal(ran, i > 2 ? 9 : i == 1 ? 15 : 21);
+        assert_int_equal(ran, 3 * n);
     }
 }
 

@@ -19,7 +19,7 @@
 
 #include <cmocka.h>
 
-enum place { PAGES, SPLIT, TILES, LAYERS, COMPANY };
+enum place { PAGES, SPLIT, TILES, LAYERS, DEEP, COMPANY };
 struct mistake {
     const char *name;
     enum place place; // of the examinations below, the one that shows it
@@ -69,16 +69,16 @@ static uint32_t variant_named(const char *name) {
     return 0;
 }
 
-// All layers in one kernel, against the others.
-static bool is_found_in_layers(uint64_t seed) {
-    static const size_t depths[] = {30, 254};
+// All layers in one kernel, against the others; deep: several chunks a block.
+static bool is_found_in_layers(uint64_t seed, bool deep) {
+    static const size_t depths[] = {30, 254}, deep_one[] = {4350};
     static const struct part part = {
-        .n_layers = 2, .n_vocab = 64, .n_ff = 200, .n_heads = 2, .n_kv_heads = 1, .head_dim = 128};
+        .n_layers = 2, .n_vocab = 64, .n_ff = 224, .n_heads = 2, .n_kv_heads = 1, .head_dim = 128};
     struct subject s;
     emulator_set(&(struct emulator_options){.seed = seed, .n_sms = 8});
     open_gpu();
-    open_part(&s, "models/tandem-tiny", &part);
-    size_t different = compare_depths(&s, variant_named("persistent"), depths, 2);
+    open_part_as(&s, "models/tandem-tiny", &part, deep ? DTYPE_Q8_0 : DTYPE_BF16);
+    size_t different = compare_depths(&s, variant_named("persistent"), deep ? deep_one : depths, deep ? 1 : 2);
     close_subject(&s);
     ops_close(cuda);
     return different > 0;
@@ -100,7 +100,7 @@ static bool is_found_in_company(uint64_t seed) {
 }
 
 static bool is_found_in_part(enum place place, uint64_t seed) {
-    if (place == LAYERS) return is_found_in_layers(seed);
+    if (place == LAYERS || place == DEEP) return is_found_in_layers(seed, place == DEEP);
     if (place == COMPANY) return is_found_in_company(seed);
     static const size_t chunks[] = {9, 33}, neighbours[] = {3};
     const struct plan plans[] = {
@@ -132,7 +132,7 @@ static bool is_found_in_part(enum place place, uint64_t seed) {
 
 // In whole models, which fill a real GPU.
 static bool is_found_at_large(enum place place) {
-    static const size_t depths[] = {0, 30, 254, 510, 1022};
+    static const size_t depths[] = {0, 30, 254, 510, 1022}, deep[] = {2046, 2303, 4350, 8190, 16638};
     static const char *const models[] = {"synthetic:tiny-qwen3", "synthetic:tiny-llama", "models/tandem-tiny"};
     size_t different = 0, company[97];
     for (size_t q = 0; q < 97; q++) company[q] = q * q % 300;
@@ -143,7 +143,8 @@ static bool is_found_at_large(enum place place) {
         plan.length = place == SPLIT ? 601 : 290;
         open_subject(&s, models[i]);
         uint32_t variants = cuda->device->variants;
-        if (place == LAYERS) different = compare_depths(&s, variant_named("persistent"), depths, 5);
+        if (place == LAYERS || place == DEEP)
+            different = compare_depths(&s, variant_named("persistent"), place == DEEP ? deep : depths, 5);
         else if (place == COMPANY)
             different = compare_company(&s, variant_named("stream-attention"), company, 97, false);
         else different = compare_ways(&s, models[i], &plan, NULL);

@@ -4,7 +4,6 @@
 // reason, where there is no GPU.
 #include "cuda_sampling.h"
 #include "cuda_ways.h"
-
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -100,13 +99,14 @@ static void test_depths(void **state) {
     (void)state;
     if (!cuda) skip();
     static const char *const models[] = {"models/tandem-tiny", "synthetic:qwen3-0.6b"};
-    static const size_t depths[] = {0, 30, 254, 510, 1022, 2046, 2303, 3000, 4094};
+    static const size_t depths[] = {0, 30, 254, 510, 1022, 2046, 2303, 3000, 4094, 8190, 16600, 32700};
     for (size_t k = 0; k < cuda->device->n_variants; k++) {
         if (strcmp(cuda->device->variant_names[k], "persistent") != 0) continue;
         for (size_t i = 0; i < 2; i++) {
             struct subject s;
             open_subject(&s, models[i]);
-            size_t different = compare_depths(&s, 1u << k, depths, sizeof depths / sizeof depths[0]);
+            size_t n = sizeof depths / sizeof depths[0] - i; // a large model's K and V are filled by the host
+            size_t different = compare_depths(&s, 1u << k, depths, n);
             print_message("%s: %zu steps differ\n", models[i], different);
             close_subject(&s);
             assert_int_equal(different, 0);

@@ -3,7 +3,8 @@
 // norm, the same pages and chunks, added in the same order.
 //
 // Clusters of eight blocks, one block an SM. A KV head belongs to one cluster: its rows of q, k and v, its pages, and
-// the columns of the out product that its heads make. The columns of n_ff are dealt out to the clusters by slices of
+// the columns of the out product that its heads make; of a deep context the blocks of other clusters take some chunks.
+// The columns of n_ff are dealt out to the clusters by slices of
 // 128, gate, up and down alike. So a layer has two exchanges between clusters, of the sums of slices of out and of
 // down; all others stay inside a cluster, whose blocks push into each other's shared memory. A block's last warp
 // fetches all that the block will need of weights and pages, in the order of use, as far ahead as the ring in shared
@@ -14,95 +15,10 @@
 #include "ops/cuda/persistent.cuh"
 
 #include "ops/cuda/held.cuh"
+#include "ops/cuda/persistent_attention.cuh"
 
 static const uint32_t EMPTY = 0xFFFFFFFFu;   // on the board: a NaN that no sum is
 static const uint32_t NOTHING = 0x80000000u; // there: -0, which changes no sum
-
-// ---- Waiting
-// ---------------------------------------------------------------------------------------------------------
-
-// A kernel that waits for what will never come must end all the same: after a second it raises the alarm, and dies.
-static const unsigned long long PATIENCE = 1000 * 1000 * 1000; // nanoseconds
-
-static __device__ __noinline__ unsigned long long waiting_since(unsigned *alarm, unsigned long long since) {
-    unsigned long long now = nanoseconds();
-    if (since == 0) return now;
-    if (now - since >= PATIENCE) raise_alarm(alarm);
-    return since;
-}
-
-struct patience {
-    unsigned looks;
-    unsigned long long since;
-    __device__ __forceinline__ void look(const persistent_args &p) {
-        if ((++looks & 0xFFF) == 0) since = waiting_since(p.alarm, since);
-    }
-};
-
-static __device__ __forceinline__ void wait_for(const persistent_args &p, uint64_t *bar, uint32_t parity) {
-    patience w = {};
-    while (!barrier_try(bar, parity)) w.look(p);
-}
-
-// The same number, of which the compiler knows nothing: what follows from it is computed where it is used, not kept in
-// registers from layer to layer, of which there are too few.
-static __device__ __forceinline__ int afresh(int v) {
-    asm volatile("" : "+r"(v));
-    static_assert(PERSISTENT_THREADS < 512, "the number of a thread");
-    return v & 511;
-}
-
-// ---- The ring
-// --------------------------------------------------------------------------------------------------------
-
-// A place in the ring; all warps of a block count alike.
-struct ring_place {
-    unsigned slot;
-    uint32_t parity;
-    __device__ __forceinline__ ring_place ahead(unsigned n) const {
-        ring_place r = {slot + n, parity};
-        if (r.slot >= N_SLOTS) {
-            r.slot -= N_SLOTS;
-            r.parity ^= 1;
-        }
-        return r;
-    }
-};
-
-// By a whole warp: until the next n slots have come, a lane each.
-static __device__ __forceinline__ void await_slots(const persistent_args &p, persistent_shared *sh, ring_place at,
-                                                   int n, int lane) {
-    if (lane < n) {
-        ring_place mine = at.ahead((unsigned)lane);
-        wait_for(p, &sh->full[mine.slot], mine.parity);
-    }
-    __syncwarp();
-}
-
-// This warp needs the next n slots no longer, or never did.
-static __device__ __forceinline__ void pass(persistent_shared *sh, ring_place &at, int n, int lane) {
-    __syncwarp();
-    if (lane < n) barrier_arrive(&sh->empty[at.ahead((unsigned)lane).slot]);
-    at = at.ahead((unsigned)n);
-}
-
-// ---- Where everything is
-// ---------------------------------------------------------------------------------------------
-
-// What a block is.
-struct block_place {
-    int cluster, rank, kv_head; // kv_head -1: none
-    int slice, n_slices;        // of n_ff
-    int n_chunks, last_page;
-};
-
-static __host__ __device__ __forceinline__ int whole_slices(int columns) {
-    return (columns + SLICE - 1) / SLICE;
-}
-
-static __host__ __device__ __forceinline__ int board_rows(int n) {
-    return (n + BOARD_ROWS - 1) / BOARD_ROWS * BOARD_ROWS;
-}
 
 // ---- Fetching
 // --------------------------------------------------------------------------------------------------------
@@ -150,13 +66,16 @@ struct fetcher {
     // bytes have come, too. Returns where they are to be counted.
     __device__ __forceinline__ uint64_t *fill(const unsigned char *from, int n, uint32_t bytes, uint32_t beside,
                                               uint32_t pace, int lane) {
-        if (wrapped) wait_for(p, &sh->empty[at.slot], at.parity ^ 1);
+        if (wrapped) wait_for(p, &sh->empty[at.slot], at.parity() ^ 1);
         // What all blocks ask for at once stands in the way of what they tell each other.
         while (cycles() - last < pace) {
         }
         last = cycles();
         uint64_t *full = &sh->full[at.slot];
-        if (lane == 0) barrier_expect(full, (uint32_t)n * bytes + beside);
+        if (lane == 0) {
+            barrier_expect(full, (uint32_t)n * bytes + beside);
+            *(volatile uint32_t *)&sh->laps[at.slot] = at.lap + 1;
+        }
         __syncwarp();
         if (lane < n) bulk_copy(sh->ring[at.slot] + (uint32_t)lane * bytes, from, bytes, full);
         at = at.ahead(1);
@@ -169,11 +88,11 @@ template <int GROUP>
 static __device__ __forceinline__ void fetch_all(const persistent_args &p, persistent_shared *sh, const block_place &me,
                                                  int lane) {
     fetcher f = {p, sh, {0, 0}, false, cycles()};
-    int before_pages = me.kv_head >= 0 ? 2 * GROUP + 4 : -1;
+    int before_pages = me.kv_head >= 0 ? 2 * GROUP + 4 : 0;
     int first_of_mlp = me.kv_head >= 0 ? 4 * GROUP + 4 : 0, n_steps = first_of_mlp + 6 * me.n_slices;
     unsigned turn = 0;
     uint32_t pace = LAYER_CYCLES / (uint32_t)max(1, n_steps);
-    size_t page_bytes = SLOT_BYTES / 2, head = (size_t)me.kv_head * page_bytes, stride = p.n_kv_heads * page_bytes;
+    size_t page_bytes = SLOT_BYTES / 2, head = (size_t)sh->share.head * page_bytes, stride = p.n_kv_heads * page_bytes;
 #pragma unroll 1
     for (int l = 0; l < p.n_layers; l++) {
         const persistent_layer &w = p.layer[l];
@@ -181,14 +100,12 @@ static __device__ __forceinline__ void fetch_all(const persistent_args &p, persi
         for (int i = 0; i < n_steps; i++) {
             if (i == before_pages) {
                 const unsigned char *kv = w.kv[lane % 2] + head;
-                int mine = 0;
+                const int *page = sh->page;
 #pragma unroll 1
-                for (int chunk = me.rank; chunk < me.n_chunks; chunk += CLUSTER) {
-                    int end = min((chunk + 1) * (int)CHUNK_PAGES, me.last_page + 1) - chunk * (int)CHUNK_PAGES;
+                for (int chunk = sh->share.first; chunk < sh->share.end; chunk += sh->share.step, page += CHUNK_PAGES) {
+                    int n = pages_of(me, chunk);
 #pragma unroll 1
-                    for (int k = 0; k < end; k++)
-                        f.fill(kv + (size_t)sh->page[mine + k] * stride, 2, SLOT_BYTES / 2, 0, 0, lane);
-                    mine += CHUNK_PAGES;
+                    for (int k = 0; k < n; k++) f.fill(kv + (size_t)page[k] * stride, 2, SLOT_BYTES / 2, 0, 0, lane);
                 }
             }
             fetch_step s = sh->steps[i];
@@ -429,258 +346,6 @@ static __device__ __forceinline__ void push_qkv(const persistent_args &p, persis
     for (int i = lane / 8; i < n_blocks; i += 4) push16(sh->qkv + to, v, &sh->qkv_arrived, (unsigned)i);
 }
 
-// ---- Attention
-// -------------------------------------------------------------------------------------------------------
-
-// q's row or k, normed and rotated: kv.cuh's load_head of what was pushed.
-static __device__ __forceinline__ void load_rotated(float (&v)[4], const float *from, const float *norm,
-                                                    const float (&cos_sin)[4], float eps, int lane) {
-#pragma unroll
-    for (int i = 0; i < 4; i++) v[i] = from[lane + 32 * i];
-    if (norm) {
-        float s = 0;
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            s = fmaf(v[i], v[i], s);
-            s = fmaf(v[i + 2], v[i + 2], s);
-        }
-        float r = 1.0f / sqrtf(warp_sum(s) / (float)HEAD + eps);
-#pragma unroll
-        for (int i = 0; i < 4; i++) v[i] = v[i] * r * norm[lane + 32 * i];
-    }
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        float lo = v[i], hi = v[i + 2], cosine = cos_sin[i], sine = cos_sin[i + 2];
-        v[i] = fmaf(lo, cosine, -(hi * sine));
-        v[i + 2] = fmaf(hi, cosine, lo * sine);
-    }
-}
-
-enum { KV_STEP = 256 }; // elements of a page from channel c of K to c + 32, of V to c + 8
-
-// This token's k, by a warp: into its page, in memory and where it stands in the ring.
-static __device__ __forceinline__ void put_k(const float (&v)[4], unsigned char *here, unsigned char *there, int slot,
-                                             int lane) {
-    size_t first = kv_index(false, slot, lane, HEAD);
-    __nv_bfloat16 *to = reinterpret_cast<__nv_bfloat16 *>(here) + first;
-    __nv_bfloat16 *memory = reinterpret_cast<__nv_bfloat16 *>(there) + first;
-#pragma unroll
-    for (int i = 0; i < 4; i++) to[i * KV_STEP] = memory[i * KV_STEP] = __float2bfloat16_rn(v[i]);
-}
-
-// The same of v, by the last four warps; and the slots behind it are cleared: what they hold may be no number.
-static __device__ __forceinline__ void put_v(const float *v, unsigned char *here, unsigned char *there, int slot,
-                                             int warp, int lane) {
-    v_slots slots = slots_in_use(slot + 1, slot, lane % 4);
-    int unit = (warp - 4) * 4, c = unit * 8 + lane / 4;
-    uint4 *at = reinterpret_cast<uint4 *>(here) + unit * CHUNK_LANES + lane;
-    __nv_bfloat16 *memory = reinterpret_cast<__nv_bfloat16 *>(there) + kv_index(true, slot, c, HEAD);
-    bool mine = lane % 4 == slot % 8 / 2;
-#pragma unroll 1
-    for (int i = 0; i < 4; i++, c += 8, at += CHUNK_LANES, memory += KV_STEP) {
-        __nv_bfloat16 rounded = __float2bfloat16_rn(v[c]);
-        *at = real_slots(*at, slots, pack_bf16(v[c], v[c]));
-        if (mine) *memory = rounded;
-    }
-}
-
-// What attention needs that this token brings: q's rows before the first round, by a warp each; k and v before the
-// round in which this block attends to them.
-template <int GROUP>
-static __device__ __forceinline__ void prepare(const persistent_args &p, persistent_shared *sh, const block_place &me,
-                                               const persistent_layer &w, const float (&cos_sin)[4], int layer,
-                                               ring_place at, bool first, bool own, int position, int page, int warp,
-                                               int lane) {
-    int slot = position % KV_PAGE_TOKENS;
-    size_t there = ((size_t)page * p.n_kv_heads + me.kv_head) * (SLOT_BYTES / 2);
-    at = at.ahead((unsigned)(me.last_page % CHUNK_PAGES));
-    if (own && warp >= GROUP) wait_for(p, &sh->full[at.slot], at.parity);
-    if (warp < GROUP ? first : own && warp == GROUP) {
-        float v[4];
-        load_rotated(v, sh->qkv + warp * HEAD, w.head_norm[0] ? sh->head_norm[layer % 2][warp == GROUP] : NULL, cos_sin,
-                     p.eps, lane);
-        if (warp == GROUP) {
-            put_k(v, sh->ring[at.slot], w.kv[0] + there, slot, lane);
-        } else {
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                // Channel 8 e + 2 t + k of these 32: place 2 (e % 2), and the low part's one further, of the uint4.
-                __nv_bfloat16 *to = reinterpret_cast<__nv_bfloat16 *>(&sh->q[warp][i][lane / 16][lane % 8 / 2]) +
-                                    lane / 8 % 2 * 4 + lane % 2;
-                __nv_bfloat16 high = __float2bfloat16_rn(v[i]);
-                to[0] = high;
-                to[2] = __float2bfloat16_rn(v[i] - __bfloat162float(high));
-            }
-        }
-    } else if (own && warp >= 4) {
-        put_v(sh->qkv + (GROUP + 1) * HEAD, sh->ring[at.slot] + SLOT_BYTES / 2, w.kv[1] + there, slot, warp, lane);
-    }
-}
-
-// A warp's page, of which n positions are seen: o, maximum and sum of each row. As attention.cuh's scores, with q in
-// the order in which the matrix instruction takes it: its high part in rows 0 to 7, its low part in rows 8 to 15.
-template <int GROUP>
-static __device__ __forceinline__ void attend_page(const persistent_args &p, persistent_shared *sh, ring_place at,
-                                                   int n, int warp, int lane) {
-    const uint4 *k = reinterpret_cast<const uint4 *>(sh->ring[at.slot]) + lane;
-    float s[4][4] = {}, m, l;
-    uint32_t pairs[4], none[4] = {0, 0, 0, 0};
-    bool real = lane < 4 * GROUP;
-    wait_for(p, &sh->full[at.slot], at.parity);
-#pragma unroll
-    for (int i = 0; i < HEAD / 32; i++) {
-        uint4 first = make_uint4(0, 0, 0, 0), second = first;
-        if (real) {
-            first = sh->q[lane / 4][i][0][lane % 4];
-            second = sh->q[lane / 4][i][1][lane % 4];
-        }
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            uint4 x = k[(j * (HEAD / 32) + i) * CHUNK_LANES];
-            mma(s[j], first.x, first.y, first.z, first.w, x.x, x.y);
-            mma(s[j], second.x, second.y, second.z, second.w, x.z, x.w);
-        }
-    }
-#pragma unroll
-    for (int j = 0; j < 4; j++)
-#pragma unroll
-        for (int e = 0; e < 2; e++) s[j][e] = (s[j][e] + s[j][2 + e]) * p.scale;
-    softmax_row(pairs, m, l, s, 0, n, lane % 4);
-    if (real && lane % 4 == 0) sh->state[warp][lane / 4] = make_float2(m, l);
-    float *o = sh->o[warp] + lane / 4 * HEAD + 2 * (lane % 4);
-#pragma unroll
-    for (int i = 0; i < HEAD / 8; i++) {
-        float d[4];
-        values(d, pairs, none, k[(SLOT_BYTES / 2 / 16) + i * CHUNK_LANES]);
-        if (real) *reinterpret_cast<float2 *>(o + i * 8) = make_float2(d[0], d[1]);
-    }
-}
-
-// The channels of a row's `quad`, a quarter of an eighth: 16 h + 2 t, + 1, + 8, + 9 of 32, which are eight bytes of
-// inputs as put_inputs has them.
-static __device__ __forceinline__ int first_of_quad(int quad) {
-    return quad / 8 * 32 + quad / 4 % 2 * 16 + quad % 4 * 2;
-}
-
-static __device__ __forceinline__ int bytes_before_quad(int quad) {
-    return quad / 8 * 64 + quad % 4 * 16 + quad / 4 % 2 * 8;
-}
-
-// A chunk's n pages in order, to all blocks of the cluster; the only chunk as inputs of the next product.
-template <int GROUP>
-static __device__ __forceinline__ void push_chunk(persistent_shared *sh, unsigned turn, int rank, int n, bool only,
-                                                  int thread) {
-    constexpr int QUADS = GROUP * HEAD / 4, AT_ONCE = WORKERS / QUADS; // blocks pushed to at once
-    int quad = thread % QUADS, row = quad / (HEAD / 4), from = first_of_quad(quad);
-    chain s = CHAIN_START;
-    float4 of = make_float4(0, 0, 0, 0);
-#pragma unroll
-    for (int i = 0; i < CHUNK_PAGES; i++) {
-        float a, c;
-        if (i >= n) break;
-        float2 low = *reinterpret_cast<const float2 *>(sh->o[i] + from);
-        float2 high = *reinterpret_cast<const float2 *>(sh->o[i] + from + 8), state = sh->state[i][row];
-        chain_add(s, state.x, state.y, a, c);
-        of.x = chain_value(of.x, a, low.x, c);
-        of.y = chain_value(of.y, a, low.y, c);
-        of.z = chain_value(of.z, a, high.x, c);
-        of.w = chain_value(of.w, a, high.y, c);
-    }
-    unsigned there = (unsigned)(thread / QUADS);
-    if (only) {
-        // What chaining one chunk does: -0 becomes +0.
-        float r = s.l;
-        uint2 rounded = make_uint2(pack_bf16((of.x + 0.0f) / r, (of.y + 0.0f) / r),
-                                   pack_bf16((of.z + 0.0f) / r, (of.w + 0.0f) / r));
-#pragma unroll
-        for (unsigned i = 0; i < CLUSTER; i += AT_ONCE)
-            push8(sh->inputs + bytes_before_quad(quad), rounded, &sh->chunks_arrived[turn], there + i);
-        return;
-    }
-    chunk_result *to = &sh->chunk[turn][rank];
-#pragma unroll
-    for (unsigned i = 0; i < CLUSTER; i += AT_ONCE) {
-        push16(to->o + 4 * quad, of, &sh->chunks_arrived[turn], there + i);
-        if (quad % (HEAD / 4) == 0)
-            push16(&to->state[row], make_float4(s.m, s.l, 0, 0), &sh->chunks_arrived[turn], there + i);
-    }
-}
-
-// One channel of a row, in the order of quads: its chunks so far.
-struct chunk_chain {
-    chain s;
-    float sum;
-};
-
-// A round's n chunks in ascending order, when they have come.
-template <int GROUP>
-static __device__ __forceinline__ void chain_round(const persistent_args &p, persistent_shared *sh, chunk_chain &of,
-                                                   unsigned round, int n, int thread) {
-    unsigned turn = round % 2;
-    if (thread == 0) barrier_expect(&sh->chunks_arrived[turn], (uint32_t)n * GROUP * (HEAD * 4 + 16));
-    wait_for(p, &sh->chunks_arrived[turn], round / 2 % 2);
-    if (thread >= GROUP * HEAD) return;
-#pragma unroll 2
-    for (int i = 0; i < n; i++) {
-        const chunk_result *next = &sh->chunk[turn][i];
-        float2 state = *reinterpret_cast<const float2 *>(&next->state[thread / HEAD]);
-        float a, c;
-        chain_add(of.s, state.x, state.y, a, c);
-        of.sum = chain_value(of.sum, a, next->o[thread], c);
-    }
-}
-
-// Attention of the cluster's heads, but for the last round's chain. Chunks are dealt out to the blocks one by one, in
-// rounds; rounds counts those of all layers. A round's results are pushed to where the last but one's stood: who has
-// chained the last one's knows that all blocks have pushed it, and so have chained the one before.
-template <int GROUP>
-static __device__ __forceinline__ void attend(const persistent_args &p, persistent_shared *sh, const block_place &me,
-                                              const persistent_layer &w, ring_place &at, const float (&cos_sin)[4],
-                                              int layer, chunk_chain &of, unsigned &rounds, int position,
-                                              int token_page, int thread) {
-    thread = afresh(thread);
-    int warp = thread / 32, lane = thread % 32;
-    if (me.rank < me.n_chunks) {
-        if (thread == 0) barrier_expect(&sh->qkv_arrived, (GROUP + 2) * HEAD * 4);
-        wait_for(p, &sh->qkv_arrived, layer % 2);
-    }
-#pragma unroll 1
-    for (int first = 0; first < me.n_chunks; first += CLUSTER) {
-        int chunk = first + me.rank, n = min((int)CHUNK_PAGES, me.last_page + 1 - chunk * (int)CHUNK_PAGES);
-        if (n > 0) {
-            prepare<GROUP>(p, sh, me, w, cos_sin, layer, at, first == 0, chunk == me.n_chunks - 1, position, token_page,
-                           warp, lane);
-            sync_some(1, WORKERS);
-            if (warp < n)
-                attend_page<GROUP>(p, sh, at.ahead((unsigned)warp),
-                                   position + 1 - (chunk * (int)CHUNK_PAGES + warp) * ATTN_BLOCK, warp, lane);
-            if (chunk == me.n_chunks - 1) stores_before_copies(); // prepare's
-            pass(sh, at, n, lane);
-            sync_some(1, WORKERS);
-        }
-        if (first > 0) chain_round<GROUP>(p, sh, of, rounds++, CLUSTER, thread);
-        if (n > 0) push_chunk<GROUP>(sh, rounds % 2, me.rank, n, me.n_chunks == 1, thread);
-    }
-}
-
-// Its result, rounded, as inputs of the next product.
-template <int GROUP>
-static __device__ __forceinline__ void finish_attention(const persistent_args &p, persistent_shared *sh,
-                                                        chunk_chain &of, unsigned &rounds, int n_chunks, int thread) {
-    if (n_chunks == 1) {
-        uint64_t *arrived = &sh->chunks_arrived[rounds % 2];
-        if (thread == 0) barrier_expect(arrived, GROUP * HEAD * 2);
-        wait_for(p, arrived, rounds / 2 % 2);
-        rounds++;
-        return;
-    }
-    chain_round<GROUP>(p, sh, of, rounds++, (n_chunks - 1) % CLUSTER + 1, thread);
-    if (thread < GROUP * HEAD)
-        *reinterpret_cast<__nv_bfloat16 *>(sh->inputs + bytes_before_quad(thread / 4) + thread % 4 * 2) =
-            __float2bfloat16_rn(of.sum / of.s.l);
-    sync_some(1, WORKERS);
-}
-
 // ---- Gate and up
 // -----------------------------------------------------------------------------------------------------
 
@@ -705,14 +370,17 @@ static __device__ __forceinline__ void push_act(const persistent_args &p, persis
 // ---- The kernel
 // ------------------------------------------------------------------------------------------------------
 
-template <typename W, int GROUP>
+template <typename W, int GROUP, enum pace PACE>
 static __device__ __forceinline__ void work(const persistent_args &p, persistent_shared *sh, const block_place &me,
                                             int position, int token_page, int thread) {
     int warp = thread / 32, lane = thread % 32, row = me.rank * OWN_ROWS + thread;
     int n_heads = p.n_kv_heads * GROUP, heads_rows = board_rows(n_heads), ff_rows = board_rows(whole_slices(p.n_ff));
     int n_rows = p.hidden - me.rank * OWN_ROWS - warp * 16; // of by_rows
     bool has_row = thread < OWN_ROWS && row < p.hidden;
-    unsigned half = load_relaxed(p.launches) & 1, rounds = 0;
+    uint32_t launch = load_relaxed(p.launches), half = launch & 1;
+    if (thread == 0) sh->first_number = launch * NUMBERED_LAYERS;
+    if (PACE == OWN_PACE) sync_some(1, WORKERS);
+    unsigned rounds = 0;
     ptrdiff_t other_half = (ptrdiff_t)p.n_layers * (heads_rows + ff_rows) * MOST_HIDDEN;
     // This half-layer's rows on the board, in this block's columns.
     uint32_t *board = p.board + (half ? other_half : 0) + me.rank * OWN_ROWS;
@@ -747,27 +415,37 @@ static __device__ __forceinline__ void work(const persistent_args &p, persistent
             board += (size_t)rows_before * MOST_HIDDEN;
             if (i == 2 * p.n_layers) break;
         }
-        if (!takes_part) continue;
-        if (thread == 0) barrier_expect(&sh->x_arrived, CLUSTER * (OWN_ROWS + 1) * 4);
-        if (thread < OWN_ROWS) push_x(sh, me.rank, x, warp, lane);
-        norm_inputs(p, sh, turn, warp, lane);
-        turn ^= 1;
-        by_slices<W>(p, sh, held, at, n_pairs, warp, lane);
-        sync_some(1, WORKERS);
-        int n = mlp ? me.n_slices : GROUP, first = mlp ? me.slice : me.kv_head * GROUP;
+        bool helps = PACE == OWN_PACE && !mlp && me.kv_head < 0 && sh->share.n > 0;
+        if (!takes_part && !helps) continue;
+        if (takes_part) {
+            if (thread == 0) barrier_expect(&sh->x_arrived, CLUSTER * (OWN_ROWS + 1) * 4);
+            if (thread < OWN_ROWS) push_x(sh, me.rank, x, warp, lane);
+            norm_inputs(p, sh, turn, warp, lane);
+            turn ^= 1;
+            by_slices<W>(p, sh, held, at, n_pairs, warp, lane);
+            sync_some(1, WORKERS);
+        }
         chunk_chain of = {CHAIN_START, 0};
+        int n = mlp ? me.n_slices : GROUP, first = mlp ? me.slice : me.kv_head * GROUP;
         if (mlp) {
             if (thread == 0) barrier_expect(&sh->act_arrived, (uint32_t)n * SLICE * 2);
             push_act(p, sh, me, warp, lane);
         } else {
             const persistent_layer &w = p.layer[i / 2];
-            if (warp < (16 * GROUP + 32 + 31) / 32)
+            if (takes_part && warp < (16 * GROUP + 32 + 31) / 32)
                 push_qkv<GROUP>(p, sh, me, w, min(me.n_chunks, (int)CLUSTER), thread);
-            attend<GROUP>(p, sh, me, w, at, cos_sin, i / 2, of, rounds, position, token_page, thread);
+            if constexpr (PACE == ONE_CHUNK)
+                attend<GROUP>(p, sh, me, w, at, cos_sin, i / 2, position, token_page, thread);
+            else if constexpr (PACE == IN_ROUNDS)
+                attend_in_rounds<GROUP>(p, sh, me, w, at, cos_sin, i / 2, of, rounds, position, token_page, thread);
+            else attend_deep<GROUP>(p, sh, me, w, at, cos_sin, i / 2, position, token_page, thread);
+            if (helps) continue;
         }
+        if (PACE == OWN_PACE && !mlp) collect_chunks<GROUP>(p, sh, me, i / 2, thread);
         hold_rows<W>(p, sh, held, at, n, n_rows, warp, lane);
         if (mlp) wait_for(p, &sh->act_arrived, i / 2 % 2);
-        else finish_attention<GROUP>(p, sh, of, rounds, me.n_chunks, thread);
+        else if constexpr (PACE == IN_ROUNDS) finish_rounds<GROUP>(p, sh, of, rounds, me.n_chunks, thread);
+        else finish_attention<GROUP, PACE>(p, sh, me, i / 2, thread);
         const unsigned char *inputs = mlp ? sh->act[0] : sh->inputs;
         by_rows<W>(p, sh, held, at, n, inputs, board + (size_t)first * MOST_HIDDEN, other_half, n_rows, warp, lane);
     }
@@ -776,7 +454,7 @@ static __device__ __forceinline__ void work(const persistent_args &p, persistent
     if (me.rank == 0 && thread == 0) *p.launches += 1;
 }
 
-template <typename W, int GROUP>
+template <typename W, int GROUP, enum pace PACE>
 static __global__ void __launch_bounds__(PERSISTENT_THREADS, 1) k_layers(const __grid_constant__ persistent_args p) {
     DYNAMIC_SHARED(raw);
     persistent_shared *sh = reinterpret_cast<persistent_shared *>(raw);
@@ -789,22 +467,29 @@ static __global__ void __launch_bounds__(PERSISTENT_THREADS, 1) k_layers(const _
     me.n_slices = p.first_slice[me.cluster + 1] - me.slice;
     me.last_page = position / ATTN_BLOCK;
     me.n_chunks = me.last_page / CHUNK_PAGES + 1;
+    chunk_share share = deal_chunks(p, me, PACE == OWN_PACE ? p.n_helpers : 0);
     dependents_may_start();
     if (thread == 0) {
+        sh->share = share;
         for (int i = 0; i < N_SLOTS; i++) {
+            sh->laps[i] = 0;
             barrier_init_for(&sh->full[i], 1);
             barrier_init_for(&sh->empty[i], WORKER_WARPS);
         }
         barrier_init_for(&sh->x_arrived, 1);
         barrier_init_for(&sh->qkv_arrived, 1);
-        for (int i = 0; i < 2; i++) barrier_init_for(&sh->chunks_arrived[i], 1);
         barrier_init_for(&sh->act_arrived, 1);
+        for (int i = 0; i < 2; i++) {
+            barrier_init_for(&sh->chunks_arrived[i], 1);
+            barrier_init_for(&sh->o_full[i], WORKER_WARPS);
+            barrier_init_for(&sh->o_empty[i], WORKER_WARPS);
+        }
         barrier_fence();
     }
-    // The pages of chunks rank, rank + 8, in order.
+    // The pages of its chunks, in order.
     for (int i = thread; i < MOST_PAGES; i += PERSISTENT_THREADS) {
-        int index = (me.rank + i / CHUNK_PAGES * CLUSTER) * CHUNK_PAGES + i % CHUNK_PAGES;
-        if (index <= me.last_page) sh->page[i] = __ldcg(p.b.pages + first_page + index);
+        int chunk = share.first + i / CHUNK_PAGES * share.step, index = chunk * CHUNK_PAGES + i % CHUNK_PAGES;
+        if (chunk < share.end && index <= me.last_page) sh->page[i] = __ldcg(p.b.pages + first_page + index);
     }
     for (int i = thread; i < MOST_STEPS; i += PERSISTENT_THREADS) sh->steps[i] = plan_step<W, GROUP>(p, me, i);
     cluster_sync();
@@ -814,7 +499,7 @@ static __global__ void __launch_bounds__(PERSISTENT_THREADS, 1) k_layers(const _
         dependency_wait();
     } else if (!idle) {
         dependency_wait();
-        work<W, GROUP>(p, sh, me, position, __ldcg(p.b.pages + first_page + me.last_page), thread);
+        work<W, GROUP, PACE>(p, sh, me, position, __ldcg(p.b.pages + first_page + me.last_page), thread);
     } else {
         dependency_wait();
     }
@@ -855,11 +540,23 @@ static bool fits(const struct cuda_state *s, const struct layers_shape *l, short
            l->hidden % 4 == 0 && l->n_kv_heads <= (size_t)s->n_clusters && deal_slices(first, l, s->n_clusters);
 }
 
-// The board, and the number of launches.
+static size_t board_words(const struct layers_shape *l) {
+    return 2 * l->n_layers * rows_of(l) * MOST_HIDDEN;
+}
+
+// The board, the notes, and the number of launches.
 static size_t board_floats(const struct ops *ops, const struct layers_shape *l) {
     short first[MOST_CLUSTERS + 1];
     const struct cuda_state *s = (const struct cuda_state *)ops;
-    return fits(s, l, first) ? 2 * l->n_layers * rows_of(l) * MOST_HIDDEN + 1 : 0;
+    return fits(s, l, first) ? board_words(l) + 2 * l->n_kv_heads * HEAD_NOTES + 1 : 0;
+}
+
+// The blocks that have no KV head, for each that there is. Who has no weights to fetch fetches no pages.
+static int helpers_of(const short *first, const struct layers_shape *l, int n_clusters) {
+    int n_kv_heads = (int)l->n_kv_heads;
+    for (int c = n_kv_heads; c < n_clusters; c++)
+        if (first[c] == first[c + 1]) return 0;
+    return (n_clusters - n_kv_heads) * CLUSTER / n_kv_heads;
 }
 
 // All matrices have one type, and the kernel is made for it.
@@ -893,7 +590,9 @@ static bool layers(const struct op_ctx *ctx, const struct layers_args *a) {
     p.x = a->x;
     p.cos_sin = a->cos_sin;
     p.board = (uint32_t *)a->board;
-    p.launches = p.board + 2 * a->shape.n_layers * rows_of(&a->shape) * MOST_HIDDEN;
+    p.notes = (uint64_t *)(p.board + board_words(&a->shape));
+    p.launches = (uint32_t *)(p.notes + a->shape.n_kv_heads * HEAD_NOTES);
+    p.n_helpers = helpers_of(p.first_slice, &a->shape, s->n_clusters);
     p.alarm = s->alarm;
     p.n_layers = (int)a->shape.n_layers;
     p.hidden = (int)a->shape.hidden;
@@ -914,22 +613,29 @@ static bool layers(const struct op_ctx *ctx, const struct layers_args *a) {
     struct launch l = {grid_for((size_t)s->n_clusters * CLUSTER), PERSISTENT_THREADS, sizeof(persistent_shared),
                        CLUSTER};
     return with_weights(a->layers[0].wq->type, [&](auto w) {
-        if (a->shape.n_heads == a->shape.n_kv_heads) launch_kernel(s, "all layers", k_layers<decltype(w), 1>, l, p);
-        else launch_kernel(s, "all layers", k_layers<decltype(w), 2>, l, p);
+        using W = decltype(w);
+        bool alone = a->shape.n_heads == a->shape.n_kv_heads;
+        // From where on the third is the faster was measured (docs/SPEED.md).
+        size_t in_rounds = W::RECORD == bf16_weights::RECORD ? 16384 : 4096;
+        if (longest <= CLUSTER * ATTN_CHUNK)
+            launch_kernel(s, "all layers", alone ? k_layers<W, 1, ONE_CHUNK> : k_layers<W, 2, ONE_CHUNK>, l, p);
+        else if (longest <= in_rounds)
+            launch_kernel(s, "all layers", alone ? k_layers<W, 1, IN_ROUNDS> : k_layers<W, 2, IN_ROUNDS>, l, p);
+        else launch_kernel(s, "all layers", alone ? k_layers<W, 1, OWN_PACE> : k_layers<W, 2, OWN_PACE>, l, p);
     });
 }
 
 // All blocks must be on the GPU at once, since they wait for each other: as many clusters as it holds.
-template <typename W, int GROUP> static int clusters_that_fit(struct cuda_state *s) {
+template <typename W, int GROUP, enum pace PACE> static int clusters_that_fit(struct cuda_state *s) {
     int n = 0;
     cuda_check(s,
-               cudaFuncSetAttribute(k_layers<W, GROUP>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+               cudaFuncSetAttribute(k_layers<W, GROUP, PACE>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     (int)sizeof(persistent_shared)),
                "preparing the kernel of all layers");
     struct launch l = {grid_for(CLUSTER), PERSISTENT_THREADS, sizeof(persistent_shared), CLUSTER};
     cudaLaunchAttribute attributes[MOST_ATTRIBUTES] = {};
     cudaLaunchConfig_t config = launch_config(s, l, attributes);
-    cuda_check(s, cudaOccupancyMaxActiveClusters(&n, k_layers<W, GROUP>, &config),
+    cuda_check(s, cudaOccupancyMaxActiveClusters(&n, k_layers<W, GROUP, PACE>, &config),
                "preparing the kernel of all layers");
     return n;
 }
@@ -942,8 +648,11 @@ extern "C" bool cuda_persistent_setup(struct cuda_state *s) {
     s->n_clusters = MOST_CLUSTERS;
     for (int type = 0; type < DTYPE_COUNT; type++)
         with_weights((enum dtype)type, [&](auto w) {
-            s->n_clusters = min(s->n_clusters, clusters_that_fit<decltype(w), 1>(s));
-            s->n_clusters = min(s->n_clusters, clusters_that_fit<decltype(w), 2>(s));
+            using W = decltype(w);
+            int fit[] = {clusters_that_fit<W, 1, ONE_CHUNK>(s), clusters_that_fit<W, 2, ONE_CHUNK>(s),
+                         clusters_that_fit<W, 1, IN_ROUNDS>(s), clusters_that_fit<W, 2, IN_ROUNDS>(s),
+                         clusters_that_fit<W, 1, OWN_PACE>(s),  clusters_that_fit<W, 2, OWN_PACE>(s)};
+            for (int n : fit) s->n_clusters = min(s->n_clusters, n);
         });
     return s->failed == cudaSuccess;
 }

@@ -17,8 +17,13 @@ enum {
     HEAD = 128, // head_dim
     MOST_GROUP = 2,
     MOST_LAYERS = 40,
-    MOST_PAGES = 64,                                       // of a block: every eighth chunk's
-    MOST_CHUNKS = MOST_PAGES / (int)CHUNK_PAGES * CLUSTER, // of a context: 16,384 positions; beyond, others are as fast
+    NUMBERED_LAYERS = 64,                                       // of a launch
+    MOST_PAGES = 128,                                           // of a block: every eighth chunk's
+    MOST_CHUNKS = MOST_PAGES / (int)CHUNK_PAGES * CLUSTER,      // of a context: 32,768 positions
+    WINDOW = 72,                                                // chunks that are collected at once
+    COLLECTED = 32,                                             // channels that a block collects of every chunk
+    CHUNK_NOTES = MOST_GROUP * (HEAD + 2),                      // what is noted of a chunk: o, maxima and sums
+    HEAD_NOTES = MOST_GROUP * HEAD + MOST_CHUNKS * CHUNK_NOTES, // of a KV head: q, the chunks
     LAYER_CYCLES = 13000, // over which a block's copies of a layer's weights are spread
     MOST_SHARE = 4,       // slices of n_ff of one cluster
     SLOT_BYTES = 16 * 1024,
@@ -30,6 +35,10 @@ static_assert((int)NORM_WARPS == (int)WORKER_WARPS && (int)NORM_WARPS == (int)CL
               "a warp of the norm's order is a rank's columns");
 
 enum weight { W_Q, W_K, W_V, W_OUT, W_GATE, W_UP, W_DOWN, N_WEIGHTS };
+
+// How blocks attend to a context: a chunk each; several, in rounds; or several, each at its own pace, and with others'
+// help. A kernel for each: instructions that a layer skips cost time, too.
+enum pace { ONE_CHUNK, IN_ROUNDS, OWN_PACE };
 
 // In half-layers' order, attention's first.
 struct persistent_layer {
@@ -48,9 +57,13 @@ struct persistent_args {
     // out's or down's columns; both numbers of rows are rounded up to BOARD_ROWS, with rows of -0. A word is EMPTY
     // until it is written: a launch writes one half, and empties what the launch before wrote in the other.
     uint32_t *board;
+    // [n_kv_heads][HEAD_NOTES] what blocks tell each other about a deep context: a word each, and above it the number
+    // of the launch and the layer.
+    uint64_t *notes;
     uint32_t *launches; // whose last bit is the half
     unsigned *alarm;    // on the host: set when a wait took too long
     int n_layers, hidden, n_ff, n_kv_heads;
+    int n_helpers;                        // blocks of clusters without a KV head that attend, too, for each KV head
     float eps, scale;                     // scale: times log2 e
     short first_slice[MOST_CLUSTERS + 1]; // of n_ff: each cluster's first; the next one's
     persistent_layer layer[MOST_LAYERS];
@@ -62,10 +75,22 @@ struct chunk_result {
     float4 state[MOST_GROUP];   // maximum, sum
 };
 
+// Some channels of many chunks.
+struct collection {
+    float o[WINDOW][COLLECTED];
+    float2 state[WINDOW]; // of their row
+};
+
 // A slot of weights: n pieces of `bytes`, `stride` bytes apart, from `from` on.
 struct fetch_step {
     uint32_t from, stride, bytes;
     uint16_t n, weight;
+};
+
+// The chunks that a block attends to: n, chunks first, first + step, ... before end, of KV head `head`, whose first
+// `helped` ones are dealt to others than the blocks of its cluster.
+struct chunk_share {
+    int head, first, step, end, n, helped;
 };
 
 struct persistent_shared {
@@ -73,10 +98,16 @@ struct persistent_shared {
     float x[MOST_HIDDEN];                     // pushed by all ranks
     float qkv[(MOST_GROUP + 2) * HEAD];       // pushed: q of the group's heads, k, v
     unsigned char act[MOST_SHARE][SLICE * 2]; // pushed: in put_inputs' order
-    chunk_result chunk[2][CLUSTER];           // pushed, by rounds in turns
-    alignas(16) float norm[2][MOST_HIDDEN];   // the weights of half-layers in turns
-    float head_norm[2][2][HEAD];              // of layers in turns; q's and k's
-    unsigned char inputs[MOST_HIDDEN * 2];    // of a product, rounded, in put_inputs' order
+    union {
+        chunk_result chunk[2][CLUSTER]; // pushed, by rounds in turns
+        struct {
+            collection window;
+            alignas(16) float o[CHUNK_PAGES][MOST_GROUP * HEAD]; // of every second chunk
+        } deep;
+    };
+    alignas(16) float norm[2][MOST_HIDDEN]; // the weights of half-layers in turns
+    float head_norm[2][2][HEAD];            // of layers in turns; q's and k's
+    unsigned char inputs[MOST_HIDDEN * 2];  // of a product, rounded, in put_inputs' order
     alignas(16) float own[OWN_ROWS];
     // q's rows as the matrix instruction takes them: of every 16 channels, lane t has 2t, 2t + 1's high parts, their
     // low parts, 2t + 8, 2t + 9's high parts, their low parts.
@@ -85,12 +116,19 @@ struct persistent_shared {
         alignas(16) float o[CHUNK_PAGES][MOST_GROUP * HEAD];
         float part[NORM_WARPS][MOST_SHARE * 32]; // sums of slices of inputs: no page is under way then
     };
-    float2 state[CHUNK_PAGES][MOST_GROUP];    // maximum, sum
+    float2 state[2][CHUNK_PAGES][MOST_GROUP]; // maximum, sum
     alignas(16) float norm_sums[NORM_WARPS];  // pushed with x
     alignas(16) fetch_step steps[MOST_STEPS]; // of a layer
     int page[MOST_PAGES];                     // the ids of this rank's pages
+    chunk_share share;
+    uint32_t first_number;  // of this launch's notes
+    uint32_t laps[N_SLOTS]; // how often each slot was asked for
     uint64_t full[N_SLOTS], empty[N_SLOTS];
     uint64_t x_arrived, qkv_arrived, chunks_arrived[2], act_arrived;
+    uint64_t o_full[2], o_empty[2];
 };
+
+static_assert(sizeof(persistent_shared) <= MAX_SHARED, "an SM's shared memory");
+static_assert((int)MOST_LAYERS < (int)NUMBERED_LAYERS, "what notes are numbered by, all bits set at first");
 
 #endif
