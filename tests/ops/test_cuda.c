@@ -2,12 +2,20 @@
 // fused op alone, any chunking, next to neighbours, other pages, recorded or not) gives the same bytes of logits, over
 // poisoned pages; and every intermediate result is as close to the f64 oracle as the contract asks. Skipped, with the
 // reason, where there is no GPU.
+#include "base/clock.h"
 #include "cuda_sampling.h"
 #include "cuda_ways.h"
+#ifdef TANDEM_CUDA
+#include "ops/cuda/device.h"
+#endif
+
+#include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <cmocka.h>
 
@@ -113,6 +121,79 @@ static void test_depths(void **state) {
         }
     }
 }
+
+#ifdef TANDEM_CUDA
+// One step of a kernel whose blocks wait for others that never come, since it has one cluster more than the GPU holds
+// at once: an error that says so, soon; and the next step fails at once. The GPU is lost to this process.
+static void test_stuck(void **state) {
+    (void)state;
+    struct cuda_state *gpu = (struct cuda_state *)(void *)(uintptr_t)cuda;
+    enum { MOST_CLUSTERS = 16 }; // of the kernel: where the GPU holds all of them, none is kept waiting
+    if (!cuda || gpu->n_clusters == 0 || gpu->n_clusters >= MOST_CLUSTERS) skip();
+    struct subject s;
+    struct error err = {0};
+    open_subject(&s, "synthetic:qwen3-0.6b"); // which has weights for every cluster
+    gpu->n_clusters++;
+    struct run_options o = {.ops = cuda,
+                            .pool = pool,
+                            .max_tokens = 1,
+                            .max_logit_rows = 1,
+                            .max_positions = KV_PAGE_TOKENS,
+                            .weights = s.weights,
+                            .max_pages = 1};
+    assert_true(fusion_parse("on", &o.fusion, NULL));
+    struct run *run = run_create(s.model, &o, &err);
+    struct kv_store kv;
+    if (!run || !kv_store_create_on(cuda->device, &kv, &s.model->config, DTYPE_BF16, 1, &err)) fail_msg("%s", err.text);
+    int32_t zero = 0, one = 1, starts[] = {0, 1};
+    struct batch b = {.n_tokens = 1,
+                      .n_seqs = 1,
+                      .n_logit_rows = 1,
+                      .token = &zero,
+                      .position = &zero,
+                      .seq = &zero,
+                      .seq_start = starts,
+                      .page_start = starts,
+                      .pages = &zero,
+                      .kv_len = &one,
+                      .logit_rows = &zero};
+    for (int i = 0; i < 2; i++) {
+        double start = clock_seconds(), took;
+        const float *logits = model_forward(s.model, run, &kv, &b);
+        assert_true(isnan(logits[0]));
+        assert_false(run_error(run, &err));
+        took = clock_seconds() - start;
+        print_message("step %d: %.2f s, %s\n", i, took, err.text);
+        assert_non_null(strstr(err.text, "whose blocks waited for each other"));
+        assert_true(i == 0 ? took > 0.5 && took < 10 : took < 0.5);
+    }
+    kv_store_free(&kv);
+    run_free(run);
+    close_subject(&s);
+}
+
+// In a process of its own.
+static void test_stuck_apart(void **state) {
+    (void)state;
+    if (!cuda) skip();
+    char path[4096], *const arguments[] = {path, (char *)(uintptr_t) "--stuck", NULL};
+    ssize_t n = readlink("/proc/self/exe", path, sizeof path - 1);
+    assert_true(n > 0);
+    path[n] = '\0';
+    fflush(NULL);
+    pid_t child = fork();
+    assert_true(child >= 0);
+    if (child == 0) {
+        alarm(60);
+        execv(path, arguments);
+        _exit(2);
+    }
+    int status;
+    assert_int_equal(waitpid(child, &status, 0), child);
+    assert_true(WIFEXITED(status));
+    assert_int_equal(WEXITSTATUS(status), 0);
+}
+#endif
 
 // Many sequences of all depths side by side: streamed, and not.
 static void test_company(void **state) {
@@ -243,7 +324,14 @@ int main(int argc, char **argv) {
         cmocka_unit_test(test_large_fp8),       cmocka_unit_test(test_large_quantised),
         cmocka_unit_test(test_company),         cmocka_unit_test(test_rare_types),
         cmocka_unit_test(test_choices),
+#ifdef TANDEM_CUDA
+        cmocka_unit_test(test_stuck_apart),
+#endif
     };
+#ifdef TANDEM_CUDA
+    const struct CMUnitTest stuck[] = {cmocka_unit_test(test_stuck)};
+    if (argc > 1 && strcmp(argv[1], "--stuck") == 0) return cmocka_run_group_tests(stuck, open_gpu, close_gpu);
+#endif
     if (argc > 1) cmocka_set_test_filter(argv[1]);
     return cmocka_run_group_tests(tests, open_gpu, close_gpu);
 }
