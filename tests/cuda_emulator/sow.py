@@ -88,6 +88,8 @@ MISTAKES = [
      ("stream.cu", "int slot = n <= ATTN_BLOCK ? n - 1 : -1;", "int slot = n <= ATTN_BLOCK && !M ? n - 1 : -1;")),
     ("a stream's chunks counted as one", "COMPANY",
      ("stream.cu", "count_arrival(arrived, (unsigned)(last - first))", "count_arrival(arrived, M ? 1 : (unsigned)(last - first))")),
+    ("attention's results packed for another token", "COMPANY",
+     ("attention.cuh", "packed_at(token, column,", "packed_at(M ? token ^ 1 : token, column,")),
     ("a stream's pages waited for in the wrong phase", "COMPANY",
      ("stream.cu", "stage = 0, parity ^= 1;", "stage = 0, parity ^= !M;")),
     ("the first of a stream's pages' numbers taken for all", "COMPANY",

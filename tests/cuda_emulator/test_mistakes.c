@@ -86,7 +86,7 @@ static bool is_found_in_layers(uint64_t seed, bool deep) {
 
 // Sequences side by side, streamed and not.
 static bool is_found_in_company(uint64_t seed) {
-    static const size_t depths[] = {40, 1300, 3, 255, 31, 290};
+    static const size_t depths[] = {40, 1300, 3, 255, 31, 290, 64, 7, 33};
     static const struct part part = {.n_layers = 1, .n_vocab = 64, .n_ff = 64};
     struct subject s;
     emulator_set(&(struct emulator_options){.seed = seed, .n_sms = 1});

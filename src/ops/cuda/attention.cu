@@ -374,8 +374,12 @@ static __global__ void __launch_bounds__(ATTN_THREADS, 1) k_attention(attention_
         p.out + ((size_t)(token + mine.row / group) * p.n_heads + (size_t)kv_head * group + mine.row % group) * HD;
 #pragma unroll
     for (int i = 0; i < own::N; i++) {
-        int c = mine.first + i * own::THREADS_A_ROW;
-        if (c < HD) out[c] = mine.sum[i] / mine.state.l;
+        int c = mine.first + i * own::THREADS_A_ROW, column = (kv_head * group + mine.row % group) * HD + c;
+        if (c >= HD) continue;
+        out[c] = mine.sum[i] / mine.state.l;
+        if (p.packed)
+            *reinterpret_cast<__nv_bfloat16 *>(p.packed + packed_at(token + mine.row / group, column, p.token_units)) =
+                __float2bfloat16_rn(mine.sum[i] / mine.state.l);
     }
 }
 
@@ -420,6 +424,32 @@ static size_t most_chunks(const struct batch *b) {
     return longest / ATTN_CHUNK;
 }
 
+// Whether the results shall be packed for the next product. Products in clusters, of up to some 64 tokens on an H200,
+// round their inputs themselves; and of many sequences of one token each the scattered stores cost more than a kernel
+// that packs (docs/SPEED.md).
+static void pack_results(attention_params *p, const struct op_ctx *ctx, size_t n_tokens, bool one_each) {
+    enum { MOST_ONE_EACH = 192 };
+    struct cuda_state *s = cuda_of(ctx);
+    if (one_each && n_tokens > MOST_ONE_EACH) return;
+    size_t width = (size_t)p->n_heads * (size_t)p->kv.head_dim, units = packed_units(n_tokens);
+    size_t bytes = width / PACKED_COLUMNS * units * PACKED_BYTES + BEYOND;
+    size_t partial =
+        p->split ? n_tokens * (size_t)(p->kv.n_kv_heads * p->max_chunks) * part_floats(p->rows, p->kv.head_dim) : 0;
+    if (!HOPPER || !(s->device.variants & VARIANT_WGMMA) || n_tokens <= SMALL_TOKENS ||
+        n_tokens <= 5 * (size_t)s->n_clusters || width % SLICE != 0 || partial > ctx->scratch_floats / 8 * 4 ||
+        bytes > (ctx->scratch_floats - ctx->scratch_floats / 8 * 4) * sizeof(float))
+        return;
+    p->packed = second_half(ctx);
+    p->token_units = (int)units;
+}
+
+// To be called when attention has been queued.
+static void say_packed(struct cuda_state *s, const attention_params &p) {
+    if (!p.packed) return;
+    s->packed = p.out;
+    s->packed_tokens = p.b.n_tokens;
+}
+
 static attention_params params_for(const struct op_ctx *ctx, const struct attention_args *a, bool one_each) {
     struct cuda_state *s = cuda_of(ctx);
     int group = (int)(a->n_heads / a->n_kv_heads);
@@ -437,6 +467,7 @@ static attention_params params_for(const struct op_ctx *ctx, const struct attent
     p.max_chunks = (int)most_chunks(a->batch);
     p.split = one_each && a->batch->n_tokens * a->n_heads <= SPLIT_ROWS && most_chunks(a->batch) > 1 &&
               a->batch->n_tokens * a->n_kv_heads < 3 * (size_t)s->n_sms;
+    pack_results(&p, ctx, a->batch->n_tokens, one_each);
     return p;
 }
 
@@ -459,9 +490,10 @@ static void attention(const struct op_ctx *ctx, const struct attention_args *a) 
     struct cuda_state *s = cuda_of(ctx);
     bool one_each = a->batch->n_tokens == a->batch->n_seqs;
     attention_params p = params_for(ctx, a, one_each);
-    if (!one_each && cuda_wide_attention(s, p, a->batch->host ? a->batch->host : a->batch, (int)a->head_dim)) return;
 #define ATTENTION(KV) launch_attention<KV, false>(s, p, a->batch->n_tokens, most_chunks(a->batch))
-    BY_KV(p.kv.is_fp8, a->head_dim, ATTENTION);
+    if (one_each || !cuda_wide_attention(s, p, a->batch->host ? a->batch->host : a->batch, (int)a->head_dim))
+        BY_KV(p.kv.is_fp8, a->head_dim, ATTENTION);
+    say_packed(s, p);
 }
 
 // For a batch of one token a sequence; else its parts.
@@ -480,22 +512,18 @@ static void rope_attention(const struct op_ctx *ctx, const struct rope_attention
     p.k_norm = r->store->k_norm;
     p.cos_sin = r->store->cos_sin;
     p.eps = r->store->eps;
-    if (cuda_stream_attention(s, p, a->batch->n_tokens, ctx->scratch_floats, (int)a->head_dim)) return;
 #define ROPE_ATTENTION(KV) launch_attention<KV, true>(s, p, a->batch->n_tokens, most_chunks(a->batch))
-    BY_KV(p.kv.is_fp8, a->head_dim, ROPE_ATTENTION);
+    if (!cuda_stream_attention(s, p, a->batch->n_tokens, ctx->scratch_floats, (int)a->head_dim))
+        BY_KV(p.kv.is_fp8, a->head_dim, ROPE_ATTENTION);
+    say_packed(s, p);
 }
 
 size_t cuda_split_floats(const struct ops *ops, const struct ops_limits *l) {
-    (void)ops;
-    size_t rows = l->max_tokens * l->n_heads, chunks = 1;
+    size_t rows = l->max_tokens * l->n_heads, most = rows < SPLIT_ROWS ? rows : SPLIT_ROWS, chunks = 1;
     while (chunks * ATTN_CHUNK < l->max_positions) chunks *= 2;
-    size_t most = rows < SPLIT_ROWS ? rows : SPLIT_ROWS, floats = most * chunks * (l->head_dim + 4);
-    // More for stream.cu, within bounds: what does not fit is not split.
-    while (most < rows && floats < MOST_PARTIAL) {
-        most = 2 * most < rows ? 2 * most : rows;
-        floats = most * chunks * (l->head_dim + 4);
-    }
-    return floats;
+    size_t floats = most * chunks * (l->head_dim + 4);
+    size_t stream = cuda_stream_floats(((const struct cuda_state *)(const void *)ops)->n_sms, l);
+    return floats > stream ? floats : stream;
 }
 
 template <typename KV, bool FUSED, int RT> static void allow(struct cuda_state *s) {

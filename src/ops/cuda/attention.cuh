@@ -11,7 +11,7 @@
 
 #include "ops/cuda/common.cuh"
 #include "ops/cuda/kv.cuh"
-#include "ops/cuda/matrix.cuh"
+#include "ops/cuda/packed.cuh"
 
 enum { ATTN_THREADS = 256, ATTN_WARPS = ATTN_THREADS / 32, ROWS = 16, CHUNK_PAGES = ATTN_CHUNK / ATTN_BLOCK };
 static_assert(CHUNK_PAGES == ATTN_WARPS && KV_PAGE_TOKENS == ATTN_BLOCK, "a warp a page of the chunk");
@@ -31,6 +31,8 @@ struct attention_params {
     int max_chunks;
     float *partial; // [tile, kv_head][max_chunks][part_floats]; stream.cu: [tile][max_chunks][kv_head][part_floats]
     unsigned *arrivals;
+    unsigned char *packed; // where the results go, too, rounded, for the next product (packed.cuh); or NULL
+    int token_units;       // of that
     // With the norms, the rotation and the store of one token a sequence.
     const float *k, *v, *q_norm, *k_norm, *cos_sin;
     float eps;
@@ -39,6 +41,17 @@ struct attention_params {
 // Floats of a chunk's part of a tile: values, maxima, sums; a multiple of four.
 static __host__ __device__ __forceinline__ size_t part_floats(int rows, int head_dim) {
     return (size_t)(rows * (head_dim + 2) + 3) / 4 * 4;
+}
+
+// Results of a token's channels from `column` on (a multiple of 8; of all heads), to memory.
+static __device__ __forceinline__ void put_results(const attention_params &p, int token, int column, float4 a,
+                                                   float4 b) {
+    float4 *out = reinterpret_cast<float4 *>(p.out + (size_t)token * p.n_heads * p.kv.head_dim + column);
+    out[0] = a;
+    out[1] = b;
+    if (p.packed)
+        *reinterpret_cast<uint4 *>(p.packed + packed_at(token, column, p.token_units)) =
+            make_uint4(pack_bf16(a.x, a.y), pack_bf16(a.z, a.w), pack_bf16(b.x, b.y), pack_bf16(b.z, b.w));
 }
 
 // Blocks of a row's chunk that hold positions up to its own.
@@ -243,5 +256,6 @@ bool cuda_wide_attention(struct cuda_state *s, const attention_params &p, const 
 // for it.
 bool cuda_stream_attention(struct cuda_state *s, const attention_params &p, size_t n_tokens, size_t scratch_floats,
                            int head_dim);
+size_t cuda_stream_floats(int n_sms, const struct ops_limits *l);
 
 #endif

@@ -10,14 +10,11 @@
 #define TANDEM_OPS_CUDA_GROUP_KERNEL_CUH
 
 #include "ops/cuda/groups.cuh"
+#include "ops/cuda/packed.cuh"
 #include "ops/cuda/products.cuh"
 
-enum { HALF = SLICE / 2, HALF_BYTES = 8 * HALF * 2, K_STEP = 128, COLUMN_STEP = HALF_BYTES, MOST_TOKENS = 256 };
-
+enum { HALF = PACKED_COLUMNS, HALF_BYTES = PACKED_BYTES, K_STEP = MATRIX_BYTES, COLUMN_STEP = HALF_BYTES };
 enum { PRODUCERS = 4 }; // warps
-
-// Bytes that a last tile of tokens may read behind what is packed.
-enum { BEYOND = 32 * 1024 };
 
 // WM groups of 64 rows times WN groups of C chains of N tokens. The producer is a group, too, which gives registers
 // away: consumers need more than all threads can have alike.
@@ -38,7 +35,7 @@ template <typename W_, int WM_, int WN_, int C_, int N_, int STAGES_> struct gro
 struct group_args {
     product_args p;
     enum product_mode mode;
-    const unsigned char *tokens; // packed: [columns / 64][token_units][8 matrices of 8 tokens by 8 columns]
+    const unsigned char *tokens; // packed (packed.cuh)
     unsigned char *act;          // GATE_UP: where the result goes too, so packed and rounded; or NULL
     int token_units, row_tiles, token_tiles;
 };
@@ -46,11 +43,6 @@ struct group_args {
 // With weights of such a type (group_quantised.cu); whether it is one.
 void cuda_group_quantised(struct cuda_state *s, const char *what, group_args &a, int rows, enum dtype type);
 bool cuda_has_group_quantised(enum dtype type);
-
-static __host__ __device__ __forceinline__ size_t packed_at(int token, int column, int token_units) {
-    return ((size_t)(column / HALF) * token_units + token / 8) * HALF_BYTES + column % HALF / 8 * K_STEP +
-           token % 8 * 16 + column % 8 * 2;
-}
 
 // ---- The product
 // -----------------------------------------------------------------------------------------------------

@@ -284,8 +284,8 @@ bool cuda_group_product(const struct op_ctx *ctx, const char *what, enum product
                         enum dtype type, size_t pairs) {
     struct cuda_state *s = cuda_of(ctx);
     if (!HOPPER || !has_type(s, type)) return false;
-    size_t token_units = ((size_t)p.n_tokens + MOST_TOKENS - 1) / MOST_TOKENS * (MOST_TOKENS / 8);
-    unsigned char *first = (unsigned char *)ctx->scratch, *second = first + ctx->scratch_floats / 8 * 16;
+    size_t token_units = packed_units((size_t)p.n_tokens);
+    unsigned char *first = (unsigned char *)ctx->scratch, *second = second_half(ctx);
     int rows = (int)pairs * 16,
         shape = s->tile_shape > 0 ? s->tile_shape - 1 : choose_shape(rows, p.n_tokens, p.columns, s->n_sms);
     group_args a = {p, mode, first, NULL, (int)token_units, 0, 0};

@@ -259,10 +259,10 @@ template <int HD> struct stream_sums {
     }
 };
 
-// The rows' values to [p.rows][HD] at `to`, divided by their sums where DIVIDE.
-template <typename KV, int R, bool DIVIDE>
-static __device__ __forceinline__ void put_rows(stream_warp<KV, R> *sh, const stream_sums<KV::HD> &sums, float *to,
-                                                int n_rows, int lane) {
+// The rows' values to shared memory, divided by their sums where DIVIDE; then eight after the other to `take`.
+template <typename KV, int R, bool DIVIDE, typename TAKE>
+static __device__ __forceinline__ void put_rows(stream_warp<KV, R> *sh, const stream_sums<KV::HD> &sums, int n_rows,
+                                                int lane, const TAKE &take) {
     constexpr int HD = KV::HD;
     int g = lane / 4, t = lane % 4;
     float *rows = sh->rows();
@@ -279,8 +279,10 @@ static __device__ __forceinline__ void put_rows(stream_warp<KV, R> *sh, const st
     }
     __syncwarp();
 #pragma unroll 1
-    for (int i = lane; i < n_rows * HD / 4; i += 32)
-        reinterpret_cast<float4 *>(to)[i] = reinterpret_cast<const float4 *>(rows)[i];
+    for (int i = lane; i < n_rows * HD / 8; i += 32) {
+        const float4 *from = reinterpret_cast<const float4 *>(rows) + 2 * i;
+        take(8 * i, from[0], from[1]);
+    }
 }
 
 static __device__ __forceinline__ float *part_of(const attention_params &p, int token, int chunk, int head, int dim) {
@@ -293,7 +295,10 @@ static __device__ __forceinline__ void put_part(stream_warp<KV, R> *sh, const at
                                                 int lane) {
     constexpr int HD = KV::HD;
     float *part = part_of(p, at.token, at.chunk, head, HD);
-    put_rows<KV, R, false>(sh, sums, part, p.rows, lane);
+    put_rows<KV, R, false>(sh, sums, p.rows, lane, [&](int i, float4 a, float4 b) {
+        reinterpret_cast<float4 *>(part + i)[0] = a;
+        reinterpret_cast<float4 *>(part + i)[1] = b;
+    });
 #pragma unroll
     for (int e = 0; e < 2; e++) {
         int row = columns<HD, R>::row(lane % 4, e);
@@ -334,9 +339,15 @@ static __device__ __forceinline__ void combine_parts(const attention_params &p, 
                 for (int c = 0; c < N; c++) sum[c] = chain_value(sum[c], a, of[i][c], b);
             }
         }
-        float *out = p.out + ((size_t)token * p.n_heads + (size_t)head * p.rows + row) * HD;
 #pragma unroll
-        for (int c = 0; c < N; c++) out[lane + 32 * c] = sum[c] / s.l;
+        for (int c = 0; c < N; c++) {
+            int column = (head * p.rows + row) * HD + lane + 32 * c;
+            float v = sum[c] / s.l;
+            p.out[(size_t)token * p.n_heads * HD + column] = v;
+            if (p.packed)
+                *reinterpret_cast<__nv_bfloat16 *>(p.packed + packed_at(token, column, p.token_units)) =
+                    __float2bfloat16_rn(v);
+        }
     }
 }
 
@@ -435,8 +446,9 @@ static __global__ void __launch_bounds__(ATTN_THREADS, 1) k_stream_attention(att
             else put_part<KV, R>(&sh->warp[warp], p, chunk, at, head, lane);
         }
         if (alone) {
-            float *out = p.out + ((size_t)at.token * p.n_heads + (size_t)head * p.rows) * HD;
-            put_rows<KV, R, true>(&sh->warp[warp], sums, out, p.rows, lane);
+            put_rows<KV, R, true>(&sh->warp[warp], sums, p.rows, lane, [&](int i, float4 a, float4 b) {
+                put_results(p, at.token, head * p.rows * HD + i, a, b);
+            });
         } else {
             unsigned *arrived = p.arrivals + (size_t)at.token * p.kv.n_kv_heads + head, before = 0;
             __syncwarp();
@@ -474,10 +486,20 @@ bool cuda_stream_attention(struct cuda_state *s, const attention_params &params,
     if (!(s->device.variants & VARIANT_STREAM_ATTENTION) || tiles <= (size_t)s->n_sms || n_tokens > STREAM_TOKENS ||
         p.rows > STREAM_ROWS || (!p.kv.is_fp8 && p.max_chunks > MOST_CHUNKS))
         return false;
-    p.split = tiles <= MOST_ARRIVALS && tiles * (size_t)p.max_chunks * part_floats(p.rows, head_dim) <= scratch_floats;
+    p.split =
+        tiles <= MOST_ARRIVALS && tiles * (size_t)p.max_chunks * part_floats(p.rows, head_dim) <= scratch_floats / 2;
 #define LAUNCH(KV) launch<KV>(s, p)
     BY_KV(p.kv.is_fp8, head_dim, LAUNCH);
     return true;
+}
+
+// Scratch, of which partial results may take one half: within bounds, what does not fit is not split.
+size_t cuda_stream_floats(int n_sms, const struct ops_limits *l) {
+    (void)n_sms;
+    size_t rows = l->max_tokens * l->n_heads, most = rows < SPLIT_ROWS ? rows : SPLIT_ROWS, chunks = 1;
+    while (chunks * ATTN_CHUNK < l->max_positions) chunks *= 2;
+    while (most < rows && most * chunks * (l->head_dim + 4) < MOST_PARTIAL) most = 2 * most < rows ? 2 * most : rows;
+    return 2 * most * chunks * (l->head_dim + 4);
 }
 
 template <typename KV, int R> static void allow_rows(struct cuda_state *s) {

@@ -227,8 +227,8 @@ template <typename KV> static __global__ void __launch_bounds__(ATTN_THREADS, 1)
     for (int i = 0; i < n_groups; i++) {
 #pragma unroll 1
         for (int page = i * GROUP; page < (i + 1) * GROUP && page <= rows.last_page; page++) {
-            wide_page<KV>(sums, sh, q, rows, page, limit - page * ATTN_BLOCK, page % (2 * GROUP),
-                          (uint32_t)i / 2 & 1, p.scale, lane);
+            wide_page<KV>(sums, sh, q, rows, page, limit - page * ATTN_BLOCK, page % (2 * GROUP), (uint32_t)i / 2 & 1,
+                          p.scale, lane);
             if (page % CHUNK_PAGES == CHUNK_PAGES - 1 || page == rows.last_page)
                 sums.end_chunk(rows.position, page / CHUNK_PAGES * ATTN_CHUNK);
         }
@@ -241,14 +241,17 @@ template <typename KV> static __global__ void __launch_bounds__(ATTN_THREADS, 1)
     for (int half = 0; half < 2; half++) {
         int row = g + 8 * half;
         if (rows.position[half] < 0) continue;
-        float *out =
-            p.out + ((size_t)(rows.token + row / group) * p.n_heads + (size_t)kv_head * group + row % group) * HD;
+        int to = rows.token + row / group, first = (kv_head * group + row % group) * HD + 2 * t;
+        float *out = p.out + (size_t)to * p.n_heads * HD + first;
 #pragma unroll
         for (int i = 0; i < HD / 8; i++) {
             float4 v = sums.sum[i * 32];
             float l = sums.all[half].l;
-            *reinterpret_cast<float2 *>(out + i * 8 + 2 * t) =
-                half ? make_float2(v.z / l, v.w / l) : make_float2(v.x / l, v.y / l);
+            float2 x = half ? make_float2(v.z / l, v.w / l) : make_float2(v.x / l, v.y / l);
+            *reinterpret_cast<float2 *>(out + i * 8) = x;
+            if (p.packed)
+                *reinterpret_cast<uint32_t *>(p.packed + packed_at(to, first + i * 8, p.token_units)) =
+                    pack_bf16(x.x, x.y);
         }
     }
 }
