@@ -185,6 +185,8 @@ struct run *run_create(const struct model *model, const struct run_options *o, s
     }
     run->ctx = (struct op_ctx){.ops = o->ops, .pool = o->pool, .fusion = o->fusion, .layer = -1};
     run->bytes = bytes;
+    // NaN, for no kernel to compute with: some copy the padding of a tile along.
+    if (d) d->fill(d, run->memory, 0xFF, bytes);
     run->max_tokens = o->max_tokens;
     run->max_logit_rows = o->max_logit_rows;
     run->host = (struct device_weights){

@@ -134,13 +134,21 @@ static bool is_found_in_part(enum place place, uint64_t seed) {
 static bool is_found_at_large(enum place place) {
     static const size_t depths[] = {0, 30, 254, 510, 1022}, deep[] = {2046, 2303, 4350, 8190, 16638};
     static const char *const models[] = {"synthetic:tiny-qwen3", "synthetic:tiny-llama", "models/tandem-tiny"};
+    static const size_t chunks[] = {5, 33, 128}, neighbours[] = {3, 40};
+    static const struct plan plan = {.length = 290,
+                                     .standard_chunk = 97,
+                                     .whole = true,
+                                     .chunks = chunks,
+                                     .n_chunks = 3,
+                                     .neighbours = neighbours,
+                                     .n_neighbours = 2,
+                                     .n_ragged = 7,
+                                     .n_crowd = 32};
     size_t different = 0, company[97];
     for (size_t q = 0; q < 97; q++) company[q] = q * q % 300;
     open_gpu();
     for (size_t i = place < LAYERS ? 0 : 2; i < 3 && different == 0; i++) {
         struct subject s;
-        struct plan plan = long_plan;
-        plan.length = place == SPLIT ? 601 : 290;
         open_subject(&s, models[i]);
         uint32_t variants = cuda->device->variants;
         if (place == LAYERS || place == DEEP)

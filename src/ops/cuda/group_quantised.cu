@@ -129,6 +129,7 @@ template <typename Q> struct quantised_consumer {
 #pragma unroll
                     for (int i = 0; i < S::N / 2; i++) total[c][i] += d[i];
                 }
+                __syncwarp(); // all lanes have read it
                 if (lane == 0) barrier_arrive(&r.empty[next.stage]);
                 advance<S>(next);
             }

@@ -142,6 +142,7 @@ static __device__ __forceinline__ void load_slice(slice &s, const ring<S> &r, po
 }
 
 template <class S> static __device__ __forceinline__ void give_back(const ring<S> &r, position &at, int lane) {
+    __syncwarp(); // all lanes have read it
     if (lane == 0) barrier_arrive(&r.empty[at.stage]);
     advance<S>(at);
 }
