@@ -148,20 +148,20 @@ INLINE __m256 add_columns(enum dtype type, __m256 acc, const uint8_t *const *row
     const int16_t *lanes16 = x->lanes16 + k / ACT_GROUP * 2, *lanes32 = x->lanes32 + k / ACT_BLOCK * 2;
     const float *scale = x->scale + k / ACT_BLOCK, *weighted = x->weighted + k / ACT_BLOCK;
     if (type == DTYPE_Q6_K) {
-        __m256i sums[16];
-#pragma GCC unroll 4
-        for (size_t i = 0; i < 4; i++) { // half i / 2, groups i % 2, ...
-            __m256i words[4];
-            fetch_ahead(type, next);
-            fetch_ahead(type, next);
-            four_groups(rows, i / 2, i % 2, q + 128 * (i / 2) + 16 * (i % 2), words);
-            for (size_t s = 0; s < 4; s++) {
-                size_t g = 8 * (i / 2) + i % 2 + 2 * s;
-                sums[g] = row_sums(type, words[s], lanes16 + 2 * g);
+        for (size_t half = 0; half < 2; half++) {
+            __m256i words[2][4]; // group g of a half: words[g % 2][g / 2]
+            for (size_t g = 0; g < 2; g++) {
+                fetch_ahead(type, next);
+                fetch_ahead(type, next);
+                four_groups(rows, half, g, q + 128 * half + 16 * g, words[g]);
+            }
+#pragma GCC unroll 8
+            for (size_t i = 0; i < 8; i++) {
+                size_t g = 8 * half + i;
+                acc = add_group(acc, row_sums(type, words[i % 2][i / 2], lanes16 + 2 * g), &tile->scale[g][first], NULL,
+                                _mm256_broadcast_ss(scale + g / 2), NULL);
             }
         }
-        for (size_t g = 0; g < 16; g++)
-            acc = add_group(acc, sums[g], &tile->scale[g][first], NULL, _mm256_broadcast_ss(scale + g / 2), NULL);
     } else if (type == DTYPE_Q4_K || type == DTYPE_Q5_K) {
 #pragma GCC unroll 4
         for (size_t b = 0; b < 8; b += 2) {
