@@ -298,8 +298,13 @@ gpu-check: $(BUILD)/tests/ops/test_cuda
 gpu-sanitize: $(BUILD)/tests/ops/test_cuda
 	for tool in memcheck racecheck initcheck synccheck; do \
 	    compute-sanitizer --tool $$tool --error-exitcode 1 $< $(GPU_SMALL) || exit 1; done
+ifeq ($(CUDA),1)
 gpu-mistakes: $(BUILD)/$(EMULATOR)/gpu-mistakes
 	$<
+else
+gpu-mistakes:
+	@echo 'make $@: needs nvcc, to compile kernels with mistakes in them, and a GPU to find them on' >&2; exit 1
+endif
 # The measurements that docs/SPEED.md reports.
 gpu-bench: $(BUILD)/tandem
 	$< bench --synthetic qwen3-0.6b --device cuda --decode --depth 0,1024,4096,16384 --batch 1,8,32,256 --repeat 3
