@@ -19,8 +19,8 @@ enum { MOST_LIST = 32, MOST_CASES = MOST_LIST * MOST_LIST + MOST_LIST, MOST_TYPE
 struct request {
     size_t prefill[MOST_LIST], depth[MOST_LIST], batch[MOST_LIST], n_prefill, n_depth, n_batch;
     bool decode;
-    bool chosen; // the user named what to measure: nothing is left out silently
-    size_t n_repeats, chunk, n_prompts;
+    bool chosen;                                       // the user named what to measure: nothing is left out silently
+    size_t n_repeats, chunk, n_prompts, decode_tokens; // decode_tokens 0: by time
     double max_seconds;
     uint32_t fusion[BENCH_VARIANTS];
     size_t n_fusions;
@@ -80,13 +80,15 @@ static bool parse_models(const struct cli_options *o, struct request *r) {
 static bool parse_request(const struct cli_options *o, struct request *r) {
     static const size_t depths[] = {0, 1024, 4096, 16384}, batches[] = {1, 8, 32}, prefills[] = {64, 512, 2048};
     const size_t most = (size_t)1 << 24;
-    bool asks_decode = o->given[OPT_DECODE_STEPS] || o->given[OPT_DEPTH] || o->given[OPT_BATCH];
+    bool asks_decode =
+        o->given[OPT_DECODE_STEPS] || o->given[OPT_DECODE_TOKENS] || o->given[OPT_DEPTH] || o->given[OPT_BATCH];
     r->n_repeats = 5;
     r->chunk = DEFAULT_CHUNK;
     r->n_prompts = 1;
     if (!cli_sizes(o, OPT_PREFILL, 1, most, r->prefill, MOST_LIST, &r->n_prefill) ||
         !cli_sizes(o, OPT_DEPTH, 0, most, r->depth, MOST_LIST, &r->n_depth) ||
         !cli_sizes(o, OPT_BATCH, 1, 1024, r->batch, MOST_LIST, &r->n_batch) ||
+        !cli_size(o, OPT_DECODE_TOKENS, 1, most, &r->decode_tokens) ||
         !cli_size(o, OPT_REPEAT, 1, BENCH_MOST_REPEATS, &r->n_repeats) ||
         !cli_size(o, OPT_PROMPTS, 1, 1024, &r->n_prompts) || !cli_size(o, OPT_CHUNK, 1, 65536, &r->chunk) ||
         !parse_fusion(o, r))
@@ -111,17 +113,19 @@ static bool parse_request(const struct cli_options *o, struct request *r) {
             (struct bench_case){.kind = BENCH_PREFILL, .batch = r->n_prompts, .n_tokens = r->prefill[i]};
     if (r->decode && r->n_depth == 0 && r->n_batch == 0) { // --decode alone, or nothing at all
         for (size_t i = 0; i < sizeof depths / sizeof depths[0]; i++)
-            r->cases[r->n_cases++] = (struct bench_case){.kind = BENCH_DECODE, .batch = 1, .depth = depths[i]};
+            r->cases[r->n_cases++] =
+                (struct bench_case){.kind = BENCH_DECODE, .batch = 1, .depth = depths[i], .n_tokens = r->decode_tokens};
         for (size_t i = 1; i < sizeof batches / sizeof batches[0]; i++)
-            r->cases[r->n_cases++] = (struct bench_case){.kind = BENCH_DECODE, .batch = batches[i]};
+            r->cases[r->n_cases++] =
+                (struct bench_case){.kind = BENCH_DECODE, .batch = batches[i], .n_tokens = r->decode_tokens};
         r->chosen = false;
     } else if (r->decode) {
         if (r->n_depth == 0) r->depth[r->n_depth++] = 0;
         if (r->n_batch == 0) r->batch[r->n_batch++] = 1;
         for (size_t i = 0; i < r->n_batch; i++)
             for (size_t k = 0; k < r->n_depth; k++)
-                r->cases[r->n_cases++] =
-                    (struct bench_case){.kind = BENCH_DECODE, .batch = r->batch[i], .depth = r->depth[k]};
+                r->cases[r->n_cases++] = (struct bench_case){
+                    .kind = BENCH_DECODE, .batch = r->batch[i], .depth = r->depth[k], .n_tokens = r->decode_tokens};
     }
     return parse_models(o, r);
 }
@@ -406,16 +410,17 @@ static int run(const struct cli_options *o) {
     return status;
 }
 
-static const enum option_id options[] = {OPT_SYNTHETIC, OPT_TYPE,    OPT_PREFILL, OPT_PROMPTS, OPT_DECODE_STEPS,
-                                         OPT_DEPTH,     OPT_BATCH,   OPT_CHUNK,   OPT_REPEAT,  OPT_WORKLOAD,
-                                         OPT_FUSIONS,   OPT_KV_TYPE, OPT_REPACK,  OPT_THREADS, OPT_DEVICE,
-                                         OPT_ISA,       OPT_JSON,    OPT_CSV,     OPT_HELP};
+static const enum option_id options[] = {OPT_SYNTHETIC,     OPT_TYPE,    OPT_PREFILL, OPT_PROMPTS, OPT_DECODE_STEPS,
+                                         OPT_DECODE_TOKENS, OPT_DEPTH,   OPT_BATCH,   OPT_CHUNK,   OPT_REPEAT,
+                                         OPT_WORKLOAD,      OPT_FUSIONS, OPT_KV_TYPE, OPT_REPACK,  OPT_THREADS,
+                                         OPT_DEVICE,        OPT_ISA,     OPT_JSON,    OPT_CSV,     OPT_HELP};
 
 const struct command command_bench = {
     .name = "bench",
     .summary = "speed: prefill and decode, beside the machine's read bandwidth",
-    .usage = "[MODEL | --synthetic SHAPE [--type TYPE,...]] [--prefill N,...] [--prompts N] [--decode]\n"
-             "       [--depth N,...] [--batch N,...] [--workload NAME] [--repeat N] [--json | --csv]",
+    .usage =
+        "[MODEL | --synthetic SHAPE [--type TYPE,...]] [--prefill N,...] [--prompts N] [--decode]\n"
+        "       [--depth N,...] [--batch N,...] [--decode-tokens N] [--workload NAME] [--repeat N] [--json | --csv]",
     .details =
         "Without options: prompts of 64, 512 and 2048 tokens; decoding at depths 0, 1024, 4096 and 16384; batches of "
         "8\n"

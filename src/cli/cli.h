@@ -67,6 +67,7 @@ enum option_id {
     OPT_PREFILL,
     OPT_PROMPTS,
     OPT_DECODE_STEPS,
+    OPT_DECODE_TOKENS,
     OPT_DEPTH,
     OPT_BATCH,
     OPT_WORKLOAD,

@@ -69,6 +69,8 @@ static const struct {
     [OPT_PREFILL] = {"prefill", 0, "N,...", "measure prompts of these lengths"},
     [OPT_PROMPTS] = {"prompts", 0, "N", "so many prompts of each length, in a step as many as --chunk holds"},
     [OPT_DECODE_STEPS] = {"decode", 0, NULL, "measure decoding"},
+    [OPT_DECODE_TOKENS] = {"decode-tokens", 0, "N",
+                           "decode so many from each depth on (default: what fills half a second, 4 to 64)"},
     [OPT_DEPTH] = {"depth", 0, "N,...", "decode with this many tokens in the KV already"},
     [OPT_BATCH] = {"batch", 0, "N,...", "decode this many sequences side by side"},
     [OPT_WORKLOAD] = {"workload", 0, "NAME",

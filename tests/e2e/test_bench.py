@@ -49,6 +49,12 @@ def test_bytes_and_arithmetic_are_those_of_the_shape():
                / (4 * (matrices + vectors) * n + kv)) < 1e-3
 
 
+def test_so_many_tokens_are_decoded():
+    out = bench("--decode", "--depth", "7", "--batch", "2", "--decode-tokens", "70", "--repeat", "1")["results"]
+    assert [(r["kind"], r["batch"], r["depth"], r["n_tokens"]) for r in out] == [("decode", 2, 7, 70)]
+    assert [r["logits_hash"] for r in out] == hashes("--depth", "7")
+
+
 def test_prefill_hash_is_that_of_run():
     n = 70
     ids = ",".join(str((i * 7919 + 17) % N_VOCAB) for i in range(n))
@@ -102,13 +108,14 @@ def test_workload():
 
 
 def test_usage():
-    for args, says in [(["--prefill", "0"], "--prefill"), (["--type", "q8_0"], "--type goes with --synthetic"),
+    for args, says in [(["--prefill", "0"], "--prefill"), (["--decode-tokens", "0"], "--decode-tokens"), (["--type", "q8_0"], "--type goes with --synthetic"),
                        (["--json", "--csv"], "one of --json and --csv"), (["--fusion", "on,of"], "fusion 'on'"),
                        (["--workload", "x"], "expected offline-256"), (["--workload", "offline-257"], "expected offline-256"),
                        (["--prompts", "2"], "--prefill"), (["--workload", "offline-2", "--batch", "1,2"], "one --batch"), (["--batch", "1,,2"], "--batch"),
                        (["models/tandem-tiny", "--synthetic", "tiny-llama"], "found both")]:
         assert says in tandem("bench", *args, status=2).stderr, args
     for args, says in [(["--depth", "9999999"], "positions, the model has"),
+                       (["--depth", "0", "--decode-tokens", "9999999"], "positions, the model has"),
                        (["--synthetic", "qwen9"], "expected one of qwen3-0.6b"),
                        (["--synthetic", "tiny-llama", "--type", "q9"], "type \"q9\"")]:
         assert says in tandem("bench", *args, status=1).stderr, args
