@@ -18,25 +18,23 @@ struct act_row {
     float *scale;     // [n / ACT_BLOCK]
     float *weighted;  // [n / ACT_BLOCK] scale * (float)(sum of the block's q)
     int16_t *sum;     // [n / ACT_GROUP]
-    int16_t *wide;    // [n] q, each four in the order 0, 2, 1, 3
     int16_t *lanes16; // [n / ACT_GROUP, 2] sums of the q_i with i % 4 < 2, and of the others
     int16_t *lanes32; // [n / ACT_BLOCK, 2] the same of a block
 };
 
 // Floats of scratch that a row takes: at most n.
 static inline size_t act_row_floats(size_t n) {
-    return (n / 4 + n / 2 + 6 * (n / ACT_BLOCK) + 15) & ~(size_t)15;
+    return (n / 4 + 6 * (n / ACT_BLOCK) + 15) & ~(size_t)15;
 }
 
 static inline struct act_row act_row_at(float *scratch, size_t n, size_t token) {
-    float *q = scratch + token * act_row_floats(n), *wide = q + n / 4, *scale = wide + n / 2;
+    float *q = scratch + token * act_row_floats(n), *scale = q + n / 4;
     float *weighted = scale + n / ACT_BLOCK, *sum = weighted + n / ACT_BLOCK;
     float *lanes16 = sum + n / ACT_BLOCK, *lanes32 = lanes16 + n / ACT_GROUP;
     return (struct act_row){.q = (int8_t *)q,
                             .scale = scale,
                             .weighted = weighted,
                             .sum = (int16_t *)(void *)sum,
-                            .wide = (int16_t *)(void *)wide,
                             .lanes16 = (int16_t *)(void *)lanes16,
                             .lanes32 = (int16_t *)(void *)lanes32};
 }

@@ -107,7 +107,7 @@ INLINE void octet_scales(enum dtype type, struct weight_tile *tile, size_t group
 
 // unpack_tile of a whole tile of octets.
 INLINE void unpack_octets(enum dtype type, struct weight_tile *tile, const struct matrix *w, size_t row, size_t k,
-                          size_t n, const char **next, const bool wide) {
+                          size_t n, const char **next) {
     const struct octet_step s = octet_step(type);
     const size_t len = s.columns * s.steps, bytes = octet_block_bytes(type);
     for (size_t first = 0; first < TILE_ROWS; first += OCTET) {
@@ -115,25 +115,25 @@ INLINE void unpack_octets(enum dtype type, struct weight_tile *tile, const struc
         for (size_t column = 0; column < n; column += len, block += bytes) {
             octet_scales(type, tile, column / ACT_BLOCK, first, block);
             for (size_t i = 0; i < s.steps; i++) {
-                for (size_t b = 0; b < s.columns / ACT_BLOCK; b++) fetch_ahead(type, next);
+                for (size_t b = 0; next && b < s.columns / ACT_BLOCK; b++) fetch_ahead(type, next);
 #pragma GCC unroll 8
                 for (size_t j = 0; j < s.words; j++) {
                     __m256i u[4];
                     octet_integers(type, block, i, j, u);
                     for (size_t o = 0; o < s.out; o++)
-                        put_columns(tile, column + s.columns * i + octet_column(type, o, j), first, u[o], wide);
+                        put_columns(tile, column + s.columns * i + octet_column(type, o, j), first, u[o]);
                 }
             }
         }
     }
 }
 
-// Columns k .. k + n of a tile, wherever its rows stand. *next: as in fetch_ahead, from next_tile.
+// Columns k .. k + n of a tile, wherever its rows stand. next: as in fetch_ahead, from next_tile, or NULL.
 INLINE void make_tile(enum dtype type, struct weight_tile *tile, const struct matrix *w, size_t row, size_t n_rows,
-                      size_t k, size_t n, const char **next, const bool wide) {
+                      size_t k, size_t n, const char **next) {
     if (w->octets && n_rows == TILE_ROWS && type != DTYPE_Q2_K && type != DTYPE_Q3_K)
-        unpack_octets(type, tile, w, row, k, n, next, wide);
-    else unpack_tile(type, tile, w, row, n_rows, k, n, next, wide);
+        unpack_octets(type, tile, w, row, k, n, next);
+    else unpack_tile(type, tile, w, row, n_rows, k, n, next);
 }
 
 INLINE const char *next_tile(const struct matrix *w, size_t row) {

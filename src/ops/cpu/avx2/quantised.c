@@ -3,7 +3,8 @@
 // A tile of sixteen rows and 256 columns is unpacked into L1 (unpack.h) and meets the tokens four by four. Lanes are
 // rows, so each lane's chain of fmas is the one that ops.h states. vpmaddubsw multiplies unsigned weights with signed
 // activations and adds pairs in 16 bits; how many of its results fit in 16 bits before they must be widened depends on
-// the type. Q8_0's weights are signed: their sign goes to the activation.
+// the type. Q8_0's weights are signed: their sign goes to the activation, and a pair fits in 16 bits but no more. It
+// needs nothing unpacked where rows stand in octets. The next tile's rows are fetched while this one is multiplied.
 #include "ops/cpu/avx2/avx2.h"
 
 #if defined(__AVX2__)
@@ -19,12 +20,7 @@ enum { MAX_N = 4 }; // tokens at a time
 
 // A block's q and all that follows from it alone.
 static void put_bytes(const struct act_row *row, size_t b, __m256i q) {
-    const __m256i swapped =
-        _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15));
-    __m256i dealt = _mm256_shuffle_epi8(q, swapped), *wide = (__m256i *)(void *)(row->wide + b * ACT_BLOCK);
     _mm256_storeu_si256((__m256i *)(void *)(row->q + b * ACT_BLOCK), q);
-    _mm256_storeu_si256(wide, _mm256_cvtepi8_epi16(_mm256_castsi256_si128(dealt)));
-    _mm256_storeu_si256(wide + 1, _mm256_cvtepi8_epi16(_mm256_extracti128_si256(dealt, 1)));
     __m256i lanes = _mm256_maddubs_epi16(_mm256_set1_epi8(1), q); // 32-bit lane: i % 4 < 2, and the others
     lanes = _mm256_add_epi16(lanes, _mm256_shuffle_epi32(lanes, 0x4E));
     lanes = _mm256_add_epi16(lanes, _mm256_shuffle_epi32(lanes, 0xB1));
@@ -74,7 +70,7 @@ void avx2_round_row(struct act_row *row, const float *x, size_t n) {
 // Some tokens' rows of activations, from column k on. Token t's are t * stride bytes further on.
 struct act_tile {
     const int8_t *q;
-    const int16_t *wide, *lanes16, *lanes32;
+    const int16_t *lanes16, *lanes32;
     const float *scale, *weighted;
     size_t stride;
 };
@@ -83,7 +79,6 @@ struct act_tile {
 INLINE struct act_tile act_tile_at(const float *x, size_t n_in, size_t t, size_t k) {
     struct act_row row = act_row_at((float *)(uintptr_t)x, n_in, t);
     return (struct act_tile){.q = row.q + k,
-                             .wide = row.wide + k,
                              .lanes16 = row.lanes16 + k / ACT_GROUP * 2,
                              .lanes32 = row.lanes32 + k / ACT_BLOCK * 2,
                              .scale = row.scale + k / ACT_BLOCK,
@@ -99,17 +94,21 @@ INLINE __m256i load_8(const void *p) {
     return _mm256_load_si256((const __m256i *)p);
 }
 
-// Integer sums of 32 columns of Q8_0, group g of the tile: sum[octet][token].
-INLINE void wide_sums(const struct weight_tile *tile, size_t g, const struct act_tile *x, __m256i (*sum)[MAX_N],
-                      const size_t N) {
-#pragma GCC unroll 16
-    for (size_t i = 0; i < 16; i++) {
-        const int16_t(*at)[2] = tile->wide[8 * g + i / 2][i % 2];
-        __m256i w[2] = {load_8(at), load_8(at + OCTET)};
+// Integer sums of 32 columns of Q8_0: sum[octet][token]. Octet o's four columns i are at w + o * octet + i * step.
+INLINE void signed_sums(const uint8_t *w, size_t octet, size_t step, size_t g, const struct act_tile *x,
+                        __m256i (*sum)[MAX_N], const size_t N) {
+#pragma GCC unroll 8
+    for (size_t i = 0; i < 8; i++) {
+        __m256i v[2], magnitude[2];
+        for (size_t o = 0; o < 2; o++) {
+            v[o] = load_32(w + o * octet + i * step);
+            magnitude[o] = _mm256_abs_epi8(v[o]);
+        }
         for (size_t t = 0; t < N; t++) {
-            __m256i two = broadcast_4(of_token(x->wide + 32 * g + 2 * i, x, t));
+            __m256i four = broadcast_4(of_token(x->q + 32 * g + 4 * i, x, t));
             for (size_t o = 0; o < 2; o++) {
-                __m256i p = _mm256_madd_epi16(w[o], two);
+                __m256i pairs = _mm256_maddubs_epi16(magnitude[o], _mm256_sign_epi8(four, v[o]));
+                __m256i p = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
                 if (i == 0) sum[o][t] = p;
                 else add_dwords(&sum[o][t], p);
             }
@@ -150,19 +149,37 @@ INLINE void narrow_sums(enum dtype type, const struct weight_tile *tile, size_t 
     }
 }
 
+// Where a tile's weights are multiplied from: unpacked, or Q8_0's two octets as they stand. `next` of what comes behind
+// them is fetched meanwhile, one or two octets' share.
+struct source {
+    const struct weight_tile *tile; // NULL: octets
+    const uint8_t *octets;
+    size_t apart; // bytes from the first octet to the second
+    const char *next;
+    size_t n_fetched; // octets
+};
+
 // Adds n columns to the chains of N tokens, which stay in memory: the integer sums need the registers. out: [N,
 // TILE_ROWS]
-INLINE void add_tile(enum dtype type, float *out, const struct weight_tile *tile, const struct act_tile *x, size_t n,
-                     const size_t N) {
+INLINE void add_tile(enum dtype type, float *out, struct source *w, const struct act_tile *x, size_t n,
+                     const bool packed, const size_t N) {
     const bool has_min =
         type == DTYPE_Q4_1 || type == DTYPE_Q5_1 || type == DTYPE_Q2_K || type == DTYPE_Q4_K || type == DTYPE_Q5_K;
     const size_t len = type == DTYPE_Q2_K || type == DTYPE_Q3_K || type == DTYPE_Q6_K ? 16 : 32;
-    for (size_t g = 0; g < n / len; g++) {
+    const struct weight_tile *tile = w->tile;
+    const uint8_t *at = w->octets;
+    for (size_t g = 0; g < n / len; g++, at += octet_block_bytes(DTYPE_Q8_0)) {
         const size_t block = g * len / ACT_BLOCK;
         __m256i sum[2][MAX_N];
+        if (len == ACT_BLOCK || g % 2 == 0)
+            for (size_t o = 0; o < w->n_fetched; o++) fetch_ahead(type, &w->next);
         __asm__ volatile("" ::: "memory"); // gcc would keep the chains in registers and put the sums aside
-        if (type == DTYPE_Q8_0) wide_sums(tile, g, x, sum, N);
+        if (packed) signed_sums(at + 16, w->apart, 32, g, x, sum, N);
+        else if (type == DTYPE_Q8_0) signed_sums(tile->q[8 * g][0], 32, 64, g, x, sum, N);
         else narrow_sums(type, tile, g, len, x, sum, N);
+        __m256 factor[2];
+        for (size_t o = 0; o < 2; o++)
+            factor[o] = packed ? octet_halves(at + o * w->apart) : _mm256_load_ps(&tile->scale[g][OCTET * o]);
         for (size_t t = 0; t < N; t++) {
             __m256 d = _mm256_broadcast_ss(of_token(x->scale + block, x, t)), weighted = d;
             if (has_min && len == 32) weighted = _mm256_broadcast_ss(of_token(x->weighted + block, x, t));
@@ -173,7 +190,7 @@ INLINE void add_tile(enum dtype type, float *out, const struct weight_tile *tile
             }
             for (size_t o = 0; o < 2; o++) {
                 float *to = out + t * TILE_ROWS + OCTET * o;
-                __m256 scale = _mm256_mul_ps(_mm256_load_ps(&tile->scale[g][OCTET * o]), d);
+                __m256 scale = _mm256_mul_ps(factor[o], d);
                 __m256 acc = _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(sum[o][t]), _mm256_loadu_ps(to));
                 if (has_min) acc = _mm256_fmadd_ps(_mm256_load_ps(&tile->min[g][OCTET * o]), weighted, acc);
                 _mm256_storeu_ps(to, acc);
@@ -182,37 +199,45 @@ INLINE void add_tile(enum dtype type, float *out, const struct weight_tile *tile
     }
 }
 
+// All tokens meet n columns, from k on.
+INLINE void all_tokens(enum dtype type, float *out, struct source *w, const float *x, size_t n_in, size_t n_tokens,
+                       size_t k, size_t n, const bool packed) {
+    for (size_t t = 0, N; t < n_tokens; t += N, out += N * TILE_ROWS) {
+        const struct act_tile tokens = act_tile_at(x, n_in, t, k);
+        N = n_tokens - t < MAX_N ? n_tokens - t : MAX_N;
+        w->n_fetched = t > MAX_N ? 0 : n_tokens <= MAX_N ? 2 : 1; // the first eight tokens share the fetching
+        switch (N) {
+        case 1: add_tile(type, out, w, &tokens, n, packed, 1); break;
+        case 2: add_tile(type, out, w, &tokens, n, packed, 2); break;
+        case 3: add_tile(type, out, w, &tokens, n, packed, 3); break;
+        default: add_tile(type, out, w, &tokens, n, packed, MAX_N); break;
+        }
+    }
+}
+
 INLINE void quantised(enum dtype type, float *out, const struct matrix *w, size_t row, size_t n_rows, const float *x,
-                      size_t n_tokens) {
+                      size_t n_tokens, const bool packed) {
     struct weight_tile tile;
-    const char *next = next_tile(w, row);
+    struct source from = {.tile = packed ? NULL : &tile, .apart = OCTET * w->row_bytes, .next = next_tile(w, row)};
     memset(out, 0, n_tokens * TILE_ROWS * sizeof *out);
     for (size_t k = 0; k < w->n_in; k += TILE_COLUMNS) {
         size_t n = w->n_in - k < TILE_COLUMNS ? w->n_in - k : TILE_COLUMNS;
-        make_tile(type, &tile, w, row, n_rows, k, n, &next, type == DTYPE_Q8_0);
-        for (size_t t = 0; t < n_tokens;) {
-            const struct act_tile tokens = act_tile_at(x, w->n_in, t, k);
-            float *to = out + t * TILE_ROWS;
-            if (n_tokens - t >= 4) {
-                add_tile(type, to, &tile, &tokens, n, 4);
-                t += 4;
-            } else if (n_tokens - t >= 2) {
-                add_tile(type, to, &tile, &tokens, n, 2);
-                t += 2;
-            } else {
-                add_tile(type, to, &tile, &tokens, n, 1);
-                t++;
-            }
-        }
+        if (packed) from.octets = w->octets + row * w->row_bytes + k / ACT_BLOCK * octet_block_bytes(type);
+        else make_tile(type, &tile, w, row, n_rows, k, n, NULL);
+        all_tokens(type, out, &from, x, w->n_in, n_tokens, k, n, packed);
     }
 }
 
 void avx2_quantised(float *out, const struct matrix *w, size_t row, size_t n_rows, const float *x, size_t n_tokens) {
     struct act_row token = act_row_at((float *)(uintptr_t)x, w->n_in, 0);
     if (n_tokens == 1 && avx2_one_token(out, w, row, n_rows, &token)) return;
+    if (w->type == DTYPE_Q8_0 && w->octets && n_rows == TILE_ROWS) {
+        quantised(DTYPE_Q8_0, out, w, row, n_rows, x, n_tokens, true);
+        return;
+    }
     switch (w->type) {
 #define CASE(type)                                                                                                     \
-    case type: quantised(type, out, w, row, n_rows, x, n_tokens); break;
+    case type: quantised(type, out, w, row, n_rows, x, n_tokens, false); break;
         CASE(DTYPE_Q8_0)
         CASE(DTYPE_Q4_0)
         CASE(DTYPE_Q4_1)

@@ -11,10 +11,7 @@
 enum { TILE_COLUMNS = 256, OCTET = 8, TILE_GROUPS = TILE_COLUMNS / ACT_GROUP };
 
 struct weight_tile {
-    union {
-        uint8_t q[TILE_COLUMNS / 4][TILE_ROWS][4];
-        int16_t wide[TILE_COLUMNS / 4][2][TILE_ROWS][2]; // of each four the elements 0 and 2, then 1 and 3
-    };
+    uint8_t q[TILE_COLUMNS / 4][TILE_ROWS][4];
     float scale[TILE_GROUPS][TILE_ROWS], min[TILE_GROUPS][TILE_ROWS];
 } __attribute__((aligned(64)));
 
@@ -47,21 +44,15 @@ INLINE void transpose_8(const __m256i *v, __m256i *out) {
 }
 
 // Four columns of eight rows to their place: from `column` on, rows `first` ...
-INLINE void put_columns(struct weight_tile *tile, size_t column, size_t first, __m256i v, const bool wide) {
-    if (!wide) {
-        _mm256_store_si256((__m256i *)(void *)tile->q[column / 4][first], v);
-        return;
-    }
-    __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(v, 8), 8), odd = _mm256_srai_epi16(v, 8);
-    _mm256_store_si256((__m256i *)(void *)tile->wide[column / 4][0][first], even);
-    _mm256_store_si256((__m256i *)(void *)tile->wide[column / 4][1][first], odd);
+INLINE void put_columns(struct weight_tile *tile, size_t column, size_t first, __m256i v) {
+    _mm256_store_si256((__m256i *)(void *)tile->q[column / 4][first], v);
 }
 
 // 32 elements of each of eight rows to their place: columns `column` .. column + 32, rows `first` ...
-INLINE void put_block(struct weight_tile *tile, size_t column, size_t first, const __m256i *v, const bool wide) {
+INLINE void put_block(struct weight_tile *tile, size_t column, size_t first, const __m256i *v) {
     __m256i out[OCTET];
     transpose_8(v, out);
-    for (size_t j = 0; j < OCTET; j++) put_columns(tile, column + 4 * j, first, out[j], wide);
+    for (size_t j = 0; j < OCTET; j++) put_columns(tile, column + 4 * j, first, out[j]);
 }
 
 // Sixteen bytes of rows i and i + 4, `at` bytes from where they point.
@@ -271,10 +262,9 @@ INLINE void rows_at(const struct matrix *w, size_t row, size_t first, size_t n_r
     }
 }
 
-// Columns k .. k + n of rows row .. row + n_rows, in 16 bits if `wide` (not for Q2_K and Q3_K). *next: as in
-// fetch_ahead.
+// Columns k .. k + n of rows row .. row + n_rows. next: as in fetch_ahead, or NULL.
 INLINE void unpack_tile(enum dtype type, struct weight_tile *tile, const struct matrix *w, size_t row, size_t n_rows,
-                        size_t k, size_t n, const char **next, const bool wide) {
+                        size_t k, size_t n, const char **next) {
     for (size_t first = 0; first < TILE_ROWS; first += OCTET) {
         const uint8_t *rows[OCTET];
         rows_at(w, row, first, n_rows, k, rows);
@@ -286,9 +276,9 @@ INLINE void unpack_tile(enum dtype type, struct weight_tile *tile, const struct 
 #pragma GCC unroll 8
         for (size_t b = 0; b < n_blocks(type, n); b++) {
             __m256i v[OCTET];
-            fetch_ahead(type, next);
+            if (next) fetch_ahead(type, next);
             load_block(type, rows, b, v);
-            put_block(tile, 32 * b, first, v, wide);
+            put_block(tile, 32 * b, first, v);
         }
     }
 }

@@ -42,7 +42,7 @@ INLINE void quantised(enum dtype type, float *out, const struct matrix *w, size_
     const char *next = next_tile(w, row);
     for (size_t k = 0; k < w->n_in; k += TILE_COLUMNS) {
         size_t n = w->n_in - k < TILE_COLUMNS ? w->n_in - k : TILE_COLUMNS;
-        make_tile(type, &tile, w, row, n_rows, k, n, &next, false);
+        make_tile(type, &tile, w, row, n_rows, k, n, &next);
         struct act_row rows[MAX_N];
         size_t t = 0;
         for (; t + MAX_N <= n_tokens; t += MAX_N) {
