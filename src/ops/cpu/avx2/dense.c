@@ -23,10 +23,11 @@ enum {
 };
 
 // Where rows stand that are multiplied together: the first one, bytes to the next row and, of BF16, from 32 elements to
-// the next 32.
+// the next 32. `next` is fetched meanwhile.
 struct place {
     const uint8_t *at;
     size_t row, line;
+    const uint8_t *next; // packed: in the order of memory; else as `at`
 };
 
 // Holds a value in a register: gcc would fold the load into every fma that uses it, and loads are the limit then.
@@ -54,6 +55,16 @@ INLINE void add_8(enum dtype type, const uint8_t *w, size_t row_bytes, const flo
     }
 }
 
+// Each half of the lanes fetches half of R rows' lines.
+INLINE void fetch_half(const uint8_t *next, size_t row, const bool packed, const size_t half, const size_t R) {
+    const size_t share = (R + 1) / 2;
+    for (size_t i = 0; i < share; i++) {
+        const size_t r = half * share + i;
+        if (packed) _mm_prefetch((const char *)next + i * QUAD_LINE, _MM_HINT_T0);
+        else if (r < R) _mm_prefetch((const char *)next + r * row, _MM_HINT_T0);
+    }
+}
+
 INLINE void start(__m256 (*sum)[MAX_N], const float *acc, bool first, const size_t R, const size_t N) {
     for (size_t r = 0; r < R; r++)
         for (size_t t = 0; t < N; t++)
@@ -68,18 +79,22 @@ INLINE void finish(__m256 (*sum)[MAX_N], float *acc, const size_t R, const size_
 // Half the lanes (0: the low ones) of the sums of R rows and N tokens, continued over n elements, n a multiple of 16.
 // acc: [R, MAX_N, 16], from that half on.
 INLINE void half_dots(enum dtype type, float *acc, struct place w, const float *x, size_t stride, size_t n, bool first,
-                      const size_t half, const size_t R, const size_t N) {
-    const size_t size = type == DTYPE_F32 ? 4 : 2;
-    const uint8_t *at = w.at + 32 * half;
+                      const bool packed, const size_t half, const size_t R, const size_t N) {
+    const size_t size = type == DTYPE_F32 ? 4 : 2, fetched = packed ? R / 2 * QUAD_LINE : 32 * size;
+    const uint8_t *at = w.at + 32 * half, *next = w.next + (packed ? half * (n / 32) * fetched : 0);
     __m256 sum[4][MAX_N];
     start(sum, acc, first, R, N);
     if (type == DTYPE_BF16) { // of each 32 the pairs of the first 16 or of the others
-        for (size_t k = 16 * half; k < n; k += 32, at += w.line) {
+        for (size_t k = 16 * half; k < n; k += 32, at += w.line, next += fetched) {
+            fetch_half(next, w.row, packed, half, R);
             add_8(type, at, w.row, x + k, stride, 0, sum, R, N);
             add_8(type, at, w.row, x + k, stride, 1, sum, R, N);
         }
     } else {
-        for (size_t k = 0; k < n; k += 16) add_8(type, w.at + k * size, w.row, x + k, stride, half, sum, R, N);
+        for (size_t k = 0; k < n; k += 16) {
+            fetch_half(next + k * size, w.row, false, half, R);
+            add_8(type, w.at + k * size, w.row, x + k, stride, half, sum, R, N);
+        }
     }
     finish(sum, acc, R, N);
 }
@@ -89,8 +104,8 @@ INLINE void dots(enum dtype type, float *acc, struct place w, const float *x, si
                  const bool packed, const size_t R, const size_t N) {
     const size_t size = type == DTYPE_F32 ? 4 : 2;
     if (N > 1) {
-        half_dots(type, acc, w, x, stride, n, first, 0, R, N);
-        half_dots(type, acc + 8, w, x, stride, n, first, 1, R, N);
+        half_dots(type, acc, w, x, stride, n, first, packed, 0, R, N);
+        half_dots(type, acc + 8, w, x, stride, n, first, packed, 1, R, N);
         return;
     }
     __m256 low[4][MAX_N], high[4][MAX_N];
@@ -135,32 +150,35 @@ static void add_tail(const struct matrix *w, size_t row, size_t k, float *acc, c
 }
 
 INLINE void rows(enum dtype type, float *acc, const struct matrix *w, size_t row, size_t n_rows, size_t k,
-                 const float *x, size_t n, const bool packed, const size_t N) {
+                 const float *x, size_t n, bool fetch, const bool packed, const size_t N) {
     const size_t size = type == DTYPE_F32 ? 4 : 2, R = N <= 2 ? 4 : 2, stride = MAX_N * DOT_LANES;
+    const size_t ahead = fetch ? QUAD_ROWS * w->row_bytes : 0;
     size_t r = 0;
     if (packed) { // whole tiles only
         for (; r < n_rows; r += R) {
-            const uint8_t *quad = w->octets + (row + r / QUAD_ROWS * QUAD_ROWS) * w->row_bytes;
-            struct place p = {quad + k / 32 * QUAD_ROWS * QUAD_LINE + r % QUAD_ROWS * QUAD_LINE, QUAD_LINE,
-                              QUAD_ROWS * QUAD_LINE};
+            const uint8_t *quad =
+                w->octets + (row + r / QUAD_ROWS * QUAD_ROWS) * w->row_bytes + k / 32 * QUAD_ROWS * QUAD_LINE;
+            struct place p = {quad + r % QUAD_ROWS * QUAD_LINE, QUAD_LINE, QUAD_ROWS * QUAD_LINE,
+                              quad + ahead + r % QUAD_ROWS * (n / 32) * QUAD_LINE};
             dots(type, acc + r * stride, p, x + k, w->n_in, n, k == 0, true, R, N);
         }
         return;
     }
-    struct place p = {(const uint8_t *)w->data + row * w->row_bytes + k * size, w->row_bytes, 32 * size};
-    for (; r + R <= n_rows; r += R, p.at += R * w->row_bytes)
+    const uint8_t *first = (const uint8_t *)w->data + row * w->row_bytes + k * size;
+    struct place p = {first, w->row_bytes, 32 * size, first + ahead};
+    for (; r + R <= n_rows; r += R, p.at += R * w->row_bytes, p.next += R * w->row_bytes)
         dots(type, acc + r * stride, p, x + k, w->n_in, n, k == 0, false, R, N);
-    for (; r < n_rows; r++, p.at += w->row_bytes)
+    for (; r < n_rows; r++, p.at += w->row_bytes, p.next += w->row_bytes)
         dots(type, acc + r * stride, p, x + k, w->n_in, n, k == 0, false, 1, N);
 }
 
 INLINE void tokens(enum dtype type, float *out, const struct matrix *w, size_t row, size_t n_rows, const float *x,
-                   const bool packed, const size_t N) {
+                   bool fetch, const bool packed, const size_t N) {
     float acc[TILE_ROWS * MAX_N * DOT_LANES] __attribute__((aligned(32)));
     size_t whole = w->n_in / DOT_LANES * DOT_LANES, k = 0;
     do {
         size_t n = whole - k < PIECE ? whole - k : PIECE;
-        rows(type, acc, w, row, n_rows, k, x, n, packed, N);
+        rows(type, acc, w, row, n_rows, k, x, n, fetch, packed, N);
         k += n;
     } while (k < whole);
     for (size_t r = 0; r < n_rows; r++) {
@@ -177,11 +195,11 @@ INLINE void dense(enum dtype type, float *out, const struct matrix *w, size_t ro
     for (size_t t = 0, n; t < n_tokens; t += n, out += n * TILE_ROWS, x += n * w->n_in) {
         const size_t left = n_tokens - t;
         n = left >= 9 || left == 5 ? 5 : left == 8 || left == 7 || left == 4 ? 4 : left >= 3 ? 3 : left;
-        if (n == 5) tokens(type, out, w, row, n_rows, x, packed, 5);
-        else if (n == 4) tokens(type, out, w, row, n_rows, x, packed, 4);
-        else if (n == 3) tokens(type, out, w, row, n_rows, x, packed, 3);
-        else if (n == 2) tokens(type, out, w, row, n_rows, x, packed, 2);
-        else tokens(type, out, w, row, n_rows, x, packed, 1);
+        if (n == 5) tokens(type, out, w, row, n_rows, x, t == 0, packed, 5);
+        else if (n == 4) tokens(type, out, w, row, n_rows, x, t == 0, packed, 4);
+        else if (n == 3) tokens(type, out, w, row, n_rows, x, t == 0, packed, 3);
+        else if (n == 2) tokens(type, out, w, row, n_rows, x, t == 0, packed, 2);
+        else tokens(type, out, w, row, n_rows, x, t == 0, packed, 1);
     }
 }
 
