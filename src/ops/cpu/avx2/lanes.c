@@ -67,13 +67,14 @@ static void fill_panel(float *panel, const struct matrix *w, size_t row, size_t 
     }
 }
 
-// N tokens of a group with sixteen rows.
-INLINE void group(float *out, const float *w, const float *x, size_t n_in, const size_t N) {
+// N tokens of a group with sixteen rows. next: NULL, or the sixteen rows that come next, which are fetched meanwhile.
+INLINE void group(float *out, const float *w, const float *x, size_t n_in, const char *next, const size_t N) {
     float waiting[LEVELS][LANES_TOKENS][TILE_ROWS] __attribute__((aligned(64)));
     for (size_t step = 0; step < DOT_LANES; step++, w += PAD) {
         __m256 sum[LANES_TOKENS][2];
         for (size_t t = 0; t < N; t++) sum[t][0] = sum[t][1] = _mm256_setzero_ps();
         for (size_t k = 0; k < n_in; k += LINE, x += 2 * LANES_TOKENS, w += 2 * TILE_ROWS) {
+            if (next) _mm_prefetch(next, _MM_HINT_T1), next += QUAD_LINE;
 #pragma GCC unroll 2
             for (size_t h = 0; h < 2; h++) {
                 const __m256 first = _mm256_loadu_ps(w + h * TILE_ROWS);
@@ -102,15 +103,18 @@ INLINE void group(float *out, const float *w, const float *x, size_t n_in, const
 
 void avx2_lanes(float *out, float *panel, const struct matrix *w, size_t row, size_t n_rows, const float *x,
                 size_t n_tokens) {
+    const uint8_t *next = (w->octets ? w->octets : (const uint8_t *)w->data) + (row + TILE_ROWS) * w->row_bytes;
     fill_panel(panel, w, row, n_rows);
     for (size_t t = 0; t < n_tokens; t += LANES_TOKENS, out += LANES_TOKENS * TILE_ROWS, x += LANES_TOKENS * w->n_in) {
         switch (n_tokens - t) {
-        case 1: group(out, panel, x, w->n_in, 1); break;
-        case 2: group(out, panel, x, w->n_in, 2); break;
-        case 3: group(out, panel, x, w->n_in, 3); break;
-        case 4: group(out, panel, x, w->n_in, 4); break;
-        case 5: group(out, panel, x, w->n_in, 5); break;
-        default: group(out, panel, x, w->n_in, LANES_TOKENS); break;
+        case 1: group(out, panel, x, w->n_in, NULL, 1); break;
+        case 2: group(out, panel, x, w->n_in, NULL, 2); break;
+        case 3: group(out, panel, x, w->n_in, NULL, 3); break;
+        case 4: group(out, panel, x, w->n_in, NULL, 4); break;
+        case 5: group(out, panel, x, w->n_in, NULL, 5); break;
+        default:
+            if (t == 0) group(out, panel, x, w->n_in, (const char *)next, LANES_TOKENS);
+            else group(out, panel, x, w->n_in, NULL, LANES_TOKENS);
         }
     }
 }
