@@ -12,7 +12,11 @@
 
 enum { ACT_GROUP = 16 }; // the shortest group of any weight type
 
-// Pointers into the scratch; n is a multiple of ACT_BLOCK. The portable ops use q and scale alone.
+enum { ACT_TOKENS = 4 }; // tokens whose rows stand side by side for kernels that multiply so many at once
+
+// Pointers into the scratch; n is a multiple of ACT_BLOCK. The portable ops use q and scale alone. Where `apart` rows
+// stand side by side, four bytes of one (four elements of q, a scale, a pair of sums) are followed by those of the
+// next.
 struct act_row {
     int8_t *q;        // [n]
     float *scale;     // [n / ACT_BLOCK]
@@ -20,6 +24,7 @@ struct act_row {
     int16_t *sum;     // [n / ACT_GROUP]
     int16_t *lanes16; // [n / ACT_GROUP, 2] sums of the q_i with i % 4 < 2, and of the others
     int16_t *lanes32; // [n / ACT_BLOCK, 2] the same of a block
+    size_t apart;
 };
 
 // Floats of scratch that a row takes: at most n.
@@ -27,16 +32,29 @@ static inline size_t act_row_floats(size_t n) {
     return (n / 4 + 6 * (n / ACT_BLOCK) + 15) & ~(size_t)15;
 }
 
+// Row i of `apart` from `q` on.
+static inline struct act_row act_row_of(float *q, size_t n, size_t i, size_t apart) {
+    const size_t blocks = apart * (n / ACT_BLOCK);
+    float *scale = q + apart * (n / 4), *weighted = scale + blocks, *sum = weighted + blocks;
+    float *lanes16 = sum + blocks, *lanes32 = lanes16 + 2 * blocks;
+    return (struct act_row){.q = (int8_t *)(q + i),
+                            .scale = scale + i,
+                            .weighted = weighted + i,
+                            .sum = (int16_t *)(void *)(sum + i),
+                            .lanes16 = (int16_t *)(void *)(lanes16 + i),
+                            .lanes32 = (int16_t *)(void *)(lanes32 + i),
+                            .apart = apart};
+}
+
+// Rows that stand one behind the other.
 static inline struct act_row act_row_at(float *scratch, size_t n, size_t token) {
-    float *q = scratch + token * act_row_floats(n), *scale = q + n / 4;
-    float *weighted = scale + n / ACT_BLOCK, *sum = weighted + n / ACT_BLOCK;
-    float *lanes16 = sum + n / ACT_BLOCK, *lanes32 = lanes16 + n / ACT_GROUP;
-    return (struct act_row){.q = (int8_t *)q,
-                            .scale = scale,
-                            .weighted = weighted,
-                            .sum = (int16_t *)(void *)sum,
-                            .lanes16 = (int16_t *)(void *)lanes16,
-                            .lanes32 = (int16_t *)(void *)lanes32};
+    return act_row_of(scratch + token * act_row_floats(n), n, 0, 1);
+}
+
+// Rows that stand side by side in groups of ACT_TOKENS, the last of n_tokens in a smaller one.
+static inline struct act_row act_row_beside(float *scratch, size_t n, size_t token, size_t n_tokens) {
+    const size_t i = token % ACT_TOKENS, first = token - i, left = n_tokens - first;
+    return act_row_of(scratch + first * act_row_floats(n), n, i, left < ACT_TOKENS ? left : ACT_TOKENS);
 }
 
 // The integer nearest to v, ties to even, for |v| < 2^21.

@@ -17,7 +17,7 @@ enum {
 struct cpu_kernels {
     // BF16, F16, F32. x: [n_tokens, n_in] as it is; for BF16 rounded and dealt out (deal_pairs).
     void (*dense)(float *out, const struct matrix *w, size_t row, size_t n_rows, const float *x, size_t n_tokens);
-    // x: act_rows, one behind the other.
+    // x: act_rows, one behind the other, or side by side (act_row_beside) if `beside`.
     void (*quantised)(float *out, const struct matrix *w, size_t row, size_t n_rows, const float *x, size_t n_tokens);
     // From f32 values to what `dense` wants of BF16: of each 16 the odd ones, then the even ones.
     void (*deal_pairs)(float *to, const float *from, size_t n);
@@ -25,6 +25,7 @@ struct cpu_kernels {
     // by lanes (avx2_deal_lanes), the last one perhaps not full; panel: [avx2_panel_floats(n_in)] of the thread's own.
     void (*lanes)(float *out, float *panel, const struct matrix *w, size_t row, size_t n_rows, const float *x,
                   size_t n_tokens);
+    bool beside;
 };
 
 extern const struct cpu_kernels avx2_kernels;

@@ -150,8 +150,9 @@ struct input_job {
     float eps;
     size_t n;
     float *plain, *rounded, *int8; // where to; NULL: not wanted. With a norm, int8 needs plain
+    size_t n_tokens;
     float *room; // NULL, or rows are dealt out by lanes: room for a row, `apart` floats for each thread
-    size_t apart, n_tokens;
+    size_t apart;
 };
 
 static const float *row_of(const struct input_job *j, size_t t) {
@@ -189,7 +190,8 @@ static void input_piece(void *user, size_t begin, size_t end, int thread) {
             x = j->plain + t * j->n;
         }
         if (!j->int8) continue;
-        struct act_row row = act_row_at(j->int8, j->n, t);
+        struct act_row row =
+            j->kernels->beside ? act_row_beside(j->int8, j->n, t, j->n_tokens) : act_row_at(j->int8, j->n, t);
         avx2_round_row(&row, x, j->n);
     }
 }
@@ -201,6 +203,7 @@ static void make_inputs(const struct op_ctx *ctx, struct input_job j, float *pla
     for (size_t i = 0; i < p->n_parts; i++) wants[input_of(p->parts[i].w)] = true;
     j.kernels = ctx->ops->kernels;
     j.n = p->parts[0].w->n_in;
+    j.n_tokens = p->n_tokens;
     if (j.norm && (wants[INPUT_PLAIN] || wants[INPUT_INT8])) j.plain = plain;
     float *at = ctx->scratch;
     const bool by_lanes = wants[INPUT_BF16] && j.kernels->lanes && p->n_tokens >= LANES_FROM && j.n % 32 == 0;
@@ -214,7 +217,7 @@ static void make_inputs(const struct op_ctx *ctx, struct input_job j, float *pla
     if (wants[INPUT_INT8]) j.int8 = at + (by_lanes ? groups * LANES_TOKENS : rounded ? p->n_tokens : 0) * j.n;
     if (by_lanes) { // in the room for panels
         struct input_job lanes = j;
-        lanes.rounded = rounded, lanes.room = p->panels, lanes.apart = p->panel_floats, lanes.n_tokens = p->n_tokens;
+        lanes.rounded = rounded, lanes.room = p->panels, lanes.apart = p->panel_floats;
         pool_for(ctx->pool, groups, 1, lanes_piece, &lanes);
     } else {
         j.rounded = rounded;
@@ -274,7 +277,7 @@ static void norm_head(const struct op_ctx *ctx, const struct norm_head_args *a) 
     run_product(ctx, &p);
 }
 
-const struct cpu_kernels avx2_kernels = {avx2_dense, avx2_quantised, deal_pairs, avx2_lanes};
+const struct cpu_kernels avx2_kernels = {avx2_dense, avx2_quantised, deal_pairs, avx2_lanes, true};
 
 void avx2_fill_matmul(struct ops *ops) {
     ops->kernels = &avx2_kernels;

@@ -13,22 +13,26 @@
 #include "ops/cpu/avx2/octets.h"
 #include "ops/cpu/avx2/vec.h"
 
-enum { MAX_N = 4 }; // tokens at a time
+enum { MAX_N = ACT_TOKENS }; // tokens at a time
 
 // ---- Activations
 // -----------------------------------------------------------------------------------------------------
 
 // A block's q and all that follows from it alone.
 static void put_bytes(const struct act_row *row, size_t b, __m256i q) {
-    _mm256_storeu_si256((__m256i *)(void *)(row->q + b * ACT_BLOCK), q);
+    const size_t apart = row->apart;
+    char fours[ACT_BLOCK];
+    _mm256_storeu_si256((__m256i *)(void *)fours, q);
+    for (size_t i = 0; i < ACT_BLOCK; i += 4) memcpy(row->q + (b * ACT_BLOCK + i) * apart, fours + i, 4);
     __m256i lanes = _mm256_maddubs_epi16(_mm256_set1_epi8(1), q); // 32-bit lane: i % 4 < 2, and the others
     lanes = _mm256_add_epi16(lanes, _mm256_shuffle_epi32(lanes, 0x4E));
     lanes = _mm256_add_epi16(lanes, _mm256_shuffle_epi32(lanes, 0xB1));
     __m128i first = _mm256_castsi256_si128(lanes), second = _mm256_extracti128_si256(lanes, 1);
-    _mm_storeu_si64(row->lanes16 + 4 * b, _mm_unpacklo_epi32(first, second));
-    _mm_storeu_si32(row->lanes32 + 2 * b, _mm_add_epi16(first, second));
+    _mm_storeu_si32(row->lanes16 + 4 * b * apart, first);
+    _mm_storeu_si32(row->lanes16 + (4 * b + 2) * apart, second);
+    _mm_storeu_si32(row->lanes32 + 2 * b * apart, _mm_add_epi16(first, second));
     __m128i sums = _mm_madd_epi16(_mm_unpacklo_epi32(first, second), _mm_set1_epi16(1));
-    _mm_storeu_si32(row->sum + 2 * b, _mm_packs_epi32(sums, sums));
+    _mm_storeu_si32(row->sum + 2 * b * apart, _mm_packs_epi32(sums, sums));
 }
 
 // act_block and its sums; x [32].
@@ -42,10 +46,11 @@ static void round_block(const struct act_row *row, size_t b, const float *x) {
     m4 = _mm_max_epu32(m4, _mm_shuffle_epi32(m4, 0x4E));
     m4 = _mm_max_epu32(m4, _mm_shuffle_epi32(m4, 0xB1));
     float largest = float_from_bits((uint32_t)_mm_cvtsi128_si32(m4));
+    const size_t at = b * row->apart;
     if (!(largest >= 0x1p-100f && largest <= FLT_MAX)) {
         put_bytes(row, b, _mm256_setzero_si256());
-        row->scale[b] = largest < 0x1p-100f ? 0.0f : NAN;
-        row->weighted[b] = row->scale[b] * 0.0f;
+        row->scale[at] = largest < 0x1p-100f ? 0.0f : NAN;
+        row->weighted[at] = row->scale[at] * 0.0f;
         return;
     }
     __m256 inverse = _mm256_set1_ps(127.0f / largest);
@@ -55,9 +60,9 @@ static void round_block(const struct act_row *row, size_t b, const float *x) {
     __m256i bytes =
         _mm256_permutevar8x32_epi32(_mm256_packs_epi16(words0, words1), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
     put_bytes(row, b, bytes);
-    row->scale[b] = largest / 127.0f;
-    int first = row->sum[2 * b], second = row->sum[2 * b + 1];
-    row->weighted[b] = row->scale[b] * (float)(first + second);
+    row->scale[at] = largest / 127.0f;
+    int first = row->sum[2 * at], second = row->sum[2 * at + 1];
+    row->weighted[at] = row->scale[at] * (float)(first + second);
 }
 
 void avx2_round_row(struct act_row *row, const float *x, size_t n) {
@@ -67,27 +72,21 @@ void avx2_round_row(struct act_row *row, const float *x, size_t n) {
 // ---- Products
 // --------------------------------------------------------------------------------------------------------
 
-// Some tokens' rows of activations, from column k on. Token t's are t * stride bytes further on.
+// N tokens' rows of activations, from column k on, side by side.
 struct act_tile {
-    const int8_t *q;
-    const int16_t *lanes16, *lanes32;
-    const float *scale, *weighted;
-    size_t stride;
+    const int8_t *q;                  // [columns / 4][N][4]
+    const int16_t *lanes16, *lanes32; // [columns / ACT_GROUP][N][2], [columns / ACT_BLOCK][N][2]
+    const float *scale, *weighted;    // [columns / ACT_BLOCK][N]
 };
 
-// x: act_rows of width n_in
-INLINE struct act_tile act_tile_at(const float *x, size_t n_in, size_t t, size_t k) {
-    struct act_row row = act_row_at((float *)(uintptr_t)x, n_in, t);
-    return (struct act_tile){.q = row.q + k,
-                             .lanes16 = row.lanes16 + k / ACT_GROUP * 2,
-                             .lanes32 = row.lanes32 + k / ACT_BLOCK * 2,
-                             .scale = row.scale + k / ACT_BLOCK,
-                             .weighted = row.weighted + k / ACT_BLOCK,
-                             .stride = act_row_floats(n_in) * sizeof(float)};
-}
-
-INLINE const void *of_token(const void *p, const struct act_tile *x, size_t t) {
-    return (const char *)p + t * x->stride;
+// x: act_rows of width n_in, n_tokens from a group's first on
+INLINE struct act_tile act_tile_at(const float *x, size_t n_in, size_t t, size_t n_tokens, size_t k) {
+    struct act_row row = act_row_beside((float *)(uintptr_t)x, n_in, t, n_tokens);
+    return (struct act_tile){.q = row.q + k * row.apart,
+                             .lanes16 = row.lanes16 + k / ACT_GROUP * 2 * row.apart,
+                             .lanes32 = row.lanes32 + k / ACT_BLOCK * 2 * row.apart,
+                             .scale = row.scale + k / ACT_BLOCK * row.apart,
+                             .weighted = row.weighted + k / ACT_BLOCK * row.apart};
 }
 
 INLINE __m256i load_8(const void *p) {
@@ -105,7 +104,7 @@ INLINE void signed_sums(const uint8_t *w, size_t octet, size_t step, size_t g, c
             magnitude[o] = _mm256_abs_epi8(v[o]);
         }
         for (size_t t = 0; t < N; t++) {
-            __m256i four = broadcast_4(of_token(x->q + 32 * g + 4 * i, x, t));
+            __m256i four = broadcast_4(x->q + (32 * g + 4 * i) * N + 4 * t);
             for (size_t o = 0; o < 2; o++) {
                 __m256i pairs = _mm256_maddubs_epi16(magnitude[o], _mm256_sign_epi8(four, v[o]));
                 __m256i p = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
@@ -123,7 +122,7 @@ INLINE void narrow_sums(enum dtype type, const struct weight_tile *tile, size_t 
                         __m256i (*sum)[MAX_N], const size_t N) {
     const int shift = unpack_offset(type) ? __builtin_ctz((unsigned)unpack_offset(type)) : 0;
     const size_t steps = type == DTYPE_Q5_1 || type == DTYPE_Q5_K ? 4 : len / 4;
-    const int16_t *lanes = len == 32 ? x->lanes32 + 2 * g : x->lanes16 + 2 * g;
+    const int16_t *lanes = (len == 32 ? x->lanes32 : x->lanes16) + 2 * g * N;
     for (size_t j = 0; j < len / 4; j += steps) {
         __m256i pairs[2][MAX_N];
 #pragma GCC unroll 8
@@ -131,8 +130,8 @@ INLINE void narrow_sums(enum dtype type, const struct weight_tile *tile, size_t 
             const uint8_t(*at)[4] = tile->q[g * len / 4 + j + i];
             __m256i w[2] = {load_8(at), load_8(at + OCTET)};
             for (size_t t = 0; t < N; t++) {
-                __m256i four = broadcast_4(of_token(x->q + g * len + 4 * (j + i), x, t));
-                __m256i less = i == 0 && shift ? _mm256_slli_epi16(broadcast_4(of_token(lanes, x, t)), shift) : four;
+                __m256i four = broadcast_4(x->q + (g * len + 4 * (j + i)) * N + 4 * t);
+                __m256i less = i == 0 && shift ? _mm256_slli_epi16(broadcast_4(lanes + 2 * t), shift) : four;
                 for (size_t o = 0; o < 2; o++) {
                     __m256i p = _mm256_maddubs_epi16(w[o], four);
                     if (i == 0) pairs[o][t] = shift ? _mm256_sub_epi16(p, less) : p;
@@ -181,10 +180,10 @@ INLINE void add_tile(enum dtype type, float *out, struct source *w, const struct
         for (size_t o = 0; o < 2; o++)
             factor[o] = packed ? octet_halves(at + o * w->apart) : _mm256_load_ps(&tile->scale[g][OCTET * o]);
         for (size_t t = 0; t < N; t++) {
-            __m256 d = _mm256_broadcast_ss(of_token(x->scale + block, x, t)), weighted = d;
-            if (has_min && len == 32) weighted = _mm256_broadcast_ss(of_token(x->weighted + block, x, t));
+            __m256 d = _mm256_broadcast_ss(x->scale + block * N + t), weighted = d;
+            if (has_min && len == 32) weighted = _mm256_broadcast_ss(x->weighted + block * N + t);
             if (has_min && len == 16) {
-                __m256i total = broadcast_4(of_token(x->lanes16 + 2 * g, x, t));
+                __m256i total = broadcast_4(x->lanes16 + 2 * (g * N + t));
                 total = _mm256_madd_epi16(total, _mm256_set1_epi16(1));
                 weighted = _mm256_mul_ps(d, _mm256_cvtepi32_ps(total));
             }
@@ -203,7 +202,7 @@ INLINE void add_tile(enum dtype type, float *out, struct source *w, const struct
 INLINE void all_tokens(enum dtype type, float *out, struct source *w, const float *x, size_t n_in, size_t n_tokens,
                        size_t k, size_t n, const bool packed) {
     for (size_t t = 0, N; t < n_tokens; t += N, out += N * TILE_ROWS) {
-        const struct act_tile tokens = act_tile_at(x, n_in, t, k);
+        const struct act_tile tokens = act_tile_at(x, n_in, t, n_tokens, k);
         N = n_tokens - t < MAX_N ? n_tokens - t : MAX_N;
         w->n_fetched = t > MAX_N ? 0 : n_tokens <= MAX_N ? 2 : 1; // the first eight tokens share the fetching
         switch (N) {

@@ -34,7 +34,7 @@ void avx512vnni_quantised(float *out, const struct matrix *w, size_t row, size_t
     any_type(out, w, row, n_rows, x, n_tokens);
 }
 
-static const struct cpu_kernels kernels = {avx512_dense, avx512vnni_quantised, avx512_deal_pairs, NULL};
+static const struct cpu_kernels kernels = {avx512_dense, avx512vnni_quantised, avx512_deal_pairs, NULL, false};
 
 void avx512vnni_fill(struct ops *ops) {
     ops->name = "cpu/avx512vnni";
