@@ -118,7 +118,8 @@ static void run_product(const struct op_ctx *ctx, struct product *p) {
     size_t n = 0;
     p->kernels = ctx->ops->kernels;
     for (size_t i = 0; i < p->n_parts; i++) n += n_tiles(p->parts[i].w);
-    pool_for(ctx->pool, n, n / (8 * (size_t)pool_size(ctx->pool)) + 1, product_piece, p);
+    const size_t pieces = 8 * (size_t)pool_size(ctx->pool); // as many for each thread
+    pool_for(ctx->pool, n, (n + pieces - 1) / pieces, product_piece, p);
 }
 
 // ---- Inputs
@@ -222,8 +223,10 @@ static void make_inputs(const struct op_ctx *ctx, struct input_job j, float *pla
     } else {
         j.rounded = rounded;
     }
-    if (j.plain || j.rounded || j.int8)
-        pool_for(ctx->pool, p->n_tokens, ROUND_GRAIN / (4 * j.n + 1) + 1, input_piece, &j);
+    size_t grain = ROUND_GRAIN / (4 * j.n + 1) + 1;
+    if (j.int8 && j.kernels->beside) // two threads that write rows side by side would take the lines from each other
+        grain = (grain + ACT_TOKENS - 1) / ACT_TOKENS * ACT_TOKENS;
+    if (j.plain || j.rounded || j.int8) pool_for(ctx->pool, p->n_tokens, grain, input_piece, &j);
     const float *x[] = {j.norm ? j.plain : j.x, rounded, j.int8};
     for (size_t i = 0; i < p->n_parts; i++) p->parts[i].x = x[input_of(p->parts[i].w)];
 }
