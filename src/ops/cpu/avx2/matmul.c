@@ -12,7 +12,7 @@
 
 enum {
     ROUND_GRAIN = 16384,
-    LANES_FROM = 24, // tokens from which on it pays to lay out the lanes of a tile
+    LANES_FROM = 12, // tokens from which on it pays to lay out the lanes of a tile
 };
 
 // ---- Tiles and epilogues
