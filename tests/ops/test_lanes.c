@@ -38,7 +38,8 @@ static void check(const struct matrix *w, size_t n_tokens) {
 static void every_edge(void **state) {
     (void)state;
     static const size_t shapes[][2] = {{16, 32}, {1, 64}, {15, 96}, {17, 160}, {40, 1024}, {33, 48}, {16, 40}};
-    static const size_t tokens[] = {6, 11, 12, 13, 17, 23, 24, 25, 26, 27, 28, 29, 30, 31, 47, 48, 49, 125, 126, 127, 131, 253, 300};
+    static const size_t tokens[] = {6,  11, 12, 13, 17, 23,  24,  25,  26,  27,  28, 29,
+                                    30, 31, 47, 48, 49, 125, 126, 127, 131, 253, 300};
     for (size_t s = 0; s < sizeof shapes / sizeof shapes[0]; s++) {
         struct matrix w = make(shapes[s][0], shapes[s][1]);
         for (size_t i = 0; i < sizeof tokens / sizeof tokens[0]; i++) check(&w, tokens[i]);
