@@ -14,7 +14,9 @@
 // (attention, MLP) share all of their code but what lies between their two products.
 #include "ops/cuda/persistent.cuh"
 
+#include "ops/cuda/groups.cuh"
 #include "ops/cuda/held.cuh"
+#include "ops/cuda/layers_chip.cuh"
 #include "ops/cuda/persistent_attention.cuh"
 
 static const uint32_t EMPTY = 0xFFFFFFFFu;   // on the board: a NaN that no sum is
@@ -165,6 +167,64 @@ static __device__ __forceinline__ float collect(const persistent_args &p, const 
         total = sum;
     }
     return total;
+}
+
+static __device__ __forceinline__ bool has_come(uint4 v) {
+    return v.x != EMPTY && v.y != EMPTY && v.z != EMPTY && v.w != EMPTY;
+}
+
+// The sums of the block's columns, n rows of the board (a multiple of BOARD_ROWS), into shared memory as they appear: a
+// warp takes every eighth row, a lane four columns, if they exist.
+static __device__ __forceinline__ void await_sums(const persistent_args &p, persistent_shared *sh,
+                                                  const uint32_t *board, int n, bool exist, int warp, int lane) {
+    uint4 v[WATCHED];
+    bool missing[WATCHED];
+    patience w = {};
+    board += warp * MOST_HIDDEN + 4 * lane;
+    float *to = sh->sums[warp] + 4 * lane;
+#pragma unroll
+    for (int i = 0; i < WATCHED; i++) missing[i] = exist && i * BOARD_ROWS < n;
+    for (bool more = exist; more;) {
+#pragma unroll
+        for (int i = 0; i < WATCHED; i++)
+            if (missing[i]) v[i] = load4_relaxed(board + i * BOARD_ROWS * MOST_HIDDEN);
+        more = false;
+#pragma unroll
+        for (int i = 0; i < WATCHED; i++) {
+            if (missing[i] && has_come(v[i])) {
+                *reinterpret_cast<uint4 *>(to + i * BOARD_ROWS * OWN_ROWS) = v[i];
+                missing[i] = false;
+            }
+            more |= missing[i];
+        }
+        if (!more) break;
+        w.look(p);
+        poll_again();
+    }
+}
+
+// By all warps: the sum of a row's n slices in ascending order, for the thread whose column it is.
+static __device__ __forceinline__ float collect_all(const persistent_args &p, persistent_shared *sh,
+                                                    const uint32_t *board, int n, int n_columns, int thread) {
+    enum { AT_ONCE = WATCHED * BOARD_ROWS };
+    float total = -0.0f;
+    int warp = thread / 32, lane = thread % 32;
+    for (;;) {
+        await_sums(p, sh, board, n, 4 * lane < n_columns, warp, lane);
+        sync_some(1, WORKERS);
+        if (thread < n_columns) {
+            const float *from = sh->sums[0] + thread;
+#pragma unroll
+            for (int k = 0; k < AT_ONCE; k += BOARD_ROWS)
+                if (k < n)
+#pragma unroll
+                    for (int i = k; i < k + BOARD_ROWS; i++) total += from[i * OWN_ROWS];
+        }
+        n -= AT_ONCE;
+        if (n <= 0) return total;
+        board += AT_ONCE * MOST_HIDDEN;
+        sync_some(1, WORKERS); // they have been read
+    }
 }
 
 // By the first four warps: their block's columns of x, and the sum of their squares (norm_partial's of one warp), to
@@ -376,11 +436,11 @@ static __device__ __forceinline__ void work(const persistent_args &p, persistent
     int warp = thread / 32, lane = thread % 32, row = me.rank * OWN_ROWS + thread;
     int n_heads = p.n_kv_heads * GROUP, heads_rows = board_rows(n_heads), ff_rows = board_rows(whole_slices(p.n_ff));
     int n_rows = p.hidden - me.rank * OWN_ROWS - warp * 16; // of by_rows
-    bool has_row = thread < OWN_ROWS && row < p.hidden;
+    int n_columns = min((int)OWN_ROWS, p.hidden - me.rank * OWN_ROWS);
+    bool has_row = thread < n_columns;
     uint32_t launch = load_relaxed(p.launches), half = launch & 1;
     if (thread == 0) sh->first_number = launch * NUMBERED_LAYERS;
     if (PACE == OWN_PACE) sync_some(1, WORKERS);
-    unsigned rounds = 0;
     ptrdiff_t other_half = (ptrdiff_t)p.n_layers * (heads_rows + ff_rows) * MOST_HIDDEN;
     // This half-layer's rows on the board, in this block's columns.
     uint32_t *board = p.board + (half ? other_half : 0) + me.rank * OWN_ROWS;
@@ -411,12 +471,18 @@ static __device__ __forceinline__ void work(const persistent_args &p, persistent
         if (i == 2 * p.n_layers && me.cluster != 0) return;
         if (takes_part) hold_pairs<W>(p, sh, held, at, n_pairs, warp, lane);
         if (i > 0) {
-            if (has_row) x += collect(p, board + thread, rows_before);
+            float sum = 0;
+            if constexpr (PACE == OWN_PACE) sum = collect_all(p, sh, board, rows_before, n_columns, thread);
+            else if (has_row) sum = collect(p, board + thread, rows_before);
+            if (has_row) x += sum;
             board += (size_t)rows_before * MOST_HIDDEN;
             if (i == 2 * p.n_layers) break;
         }
         bool helps = PACE == OWN_PACE && !mlp && me.kv_head < 0 && sh->share.n > 0;
-        if (!takes_part && !helps) continue;
+        if (!takes_part && !helps) {
+            if (PACE == OWN_PACE) sync_some(1, WORKERS); // sums have been read
+            continue;
+        }
         if (takes_part) {
             if (thread == 0) barrier_expect(&sh->x_arrived, CLUSTER * (OWN_ROWS + 1) * 4);
             if (thread < OWN_ROWS) push_x(sh, me.rank, x, warp, lane);
@@ -425,7 +491,6 @@ static __device__ __forceinline__ void work(const persistent_args &p, persistent
             by_slices<W>(p, sh, held, at, n_pairs, warp, lane);
             sync_some(1, WORKERS);
         }
-        chunk_chain of = {CHAIN_START, 0};
         int n = mlp ? me.n_slices : GROUP, first = mlp ? me.slice : me.kv_head * GROUP;
         if (mlp) {
             if (thread == 0) barrier_expect(&sh->act_arrived, (uint32_t)n * SLICE * 2);
@@ -436,15 +501,12 @@ static __device__ __forceinline__ void work(const persistent_args &p, persistent
                 push_qkv<GROUP>(p, sh, me, w, min(me.n_chunks, (int)CLUSTER), thread);
             if constexpr (PACE == ONE_CHUNK)
                 attend<GROUP>(p, sh, me, w, at, cos_sin, i / 2, position, token_page, thread);
-            else if constexpr (PACE == IN_ROUNDS)
-                attend_in_rounds<GROUP>(p, sh, me, w, at, cos_sin, i / 2, of, rounds, position, token_page, thread);
             else attend_deep<GROUP>(p, sh, me, w, at, cos_sin, i / 2, position, token_page, thread);
             if (helps) continue;
         }
         if (PACE == OWN_PACE && !mlp) collect_chunks<GROUP>(p, sh, me, i / 2, thread);
         hold_rows<W>(p, sh, held, at, n, n_rows, warp, lane);
         if (mlp) wait_for(p, &sh->act_arrived, i / 2 % 2);
-        else if constexpr (PACE == IN_ROUNDS) finish_rounds<GROUP>(p, sh, of, rounds, me.n_chunks, thread);
         else finish_attention<GROUP, PACE>(p, sh, me, i / 2, thread);
         const unsigned char *inputs = mlp ? sh->act[0] : sh->inputs;
         by_rows<W>(p, sh, held, at, n, inputs, board + (size_t)first * MOST_HIDDEN, other_half, n_rows, warp, lane);
@@ -479,8 +541,8 @@ static __global__ void __launch_bounds__(PERSISTENT_THREADS, 1) k_layers(const _
         barrier_init_for(&sh->x_arrived, 1);
         barrier_init_for(&sh->qkv_arrived, 1);
         barrier_init_for(&sh->act_arrived, 1);
+        barrier_init_for(&sh->chunks_arrived, 1);
         for (int i = 0; i < 2; i++) {
-            barrier_init_for(&sh->chunks_arrived[i], 1);
             barrier_init_for(&sh->o_full[i], WORKER_WARPS);
             barrier_init_for(&sh->o_empty[i], WORKER_WARPS);
         }
@@ -495,9 +557,11 @@ static __global__ void __launch_bounds__(PERSISTENT_THREADS, 1) k_layers(const _
     cluster_sync();
     bool idle = me.kv_head < 0 && me.n_slices == 0 && me.cluster != 0;
     if (thread >= WORKERS) {
-        if (!idle) fetch_all<GROUP>(p, sh, me, thread % 32);
+        if (PACE == OWN_PACE) registers_down<FETCHER_REGISTERS>();
+        if (!idle && thread < WORKERS + 32) fetch_all<GROUP>(p, sh, me, thread % 32);
         dependency_wait();
     } else if (!idle) {
+        if (PACE == OWN_PACE) registers_up<WORKER_REGISTERS>();
         dependency_wait();
         work<W, GROUP, PACE>(p, sh, me, position, __ldcg(p.b.pages + first_page + me.last_page), thread);
     } else {
@@ -615,12 +679,8 @@ static bool layers(const struct op_ctx *ctx, const struct layers_args *a) {
     return with_weights(a->layers[0].wq->type, [&](auto w) {
         using W = decltype(w);
         bool alone = a->shape.n_heads == a->shape.n_kv_heads;
-        // From where on the third is the faster was measured (docs/SPEED.md).
-        size_t in_rounds = W::RECORD == bf16_weights::RECORD ? 16384 : 4096;
         if (longest <= CLUSTER * ATTN_CHUNK)
             launch_kernel(s, "all layers", alone ? k_layers<W, 1, ONE_CHUNK> : k_layers<W, 2, ONE_CHUNK>, l, p);
-        else if (longest <= in_rounds)
-            launch_kernel(s, "all layers", alone ? k_layers<W, 1, IN_ROUNDS> : k_layers<W, 2, IN_ROUNDS>, l, p);
         else launch_kernel(s, "all layers", alone ? k_layers<W, 1, OWN_PACE> : k_layers<W, 2, OWN_PACE>, l, p);
     });
 }
@@ -650,8 +710,7 @@ extern "C" bool cuda_persistent_setup(struct cuda_state *s) {
         with_weights((enum dtype)type, [&](auto w) {
             using W = decltype(w);
             int fit[] = {clusters_that_fit<W, 1, ONE_CHUNK>(s), clusters_that_fit<W, 2, ONE_CHUNK>(s),
-                         clusters_that_fit<W, 1, IN_ROUNDS>(s), clusters_that_fit<W, 2, IN_ROUNDS>(s),
-                         clusters_that_fit<W, 1, OWN_PACE>(s),  clusters_that_fit<W, 2, OWN_PACE>(s)};
+                         clusters_that_fit<W, 1, OWN_PACE>(s), clusters_that_fit<W, 2, OWN_PACE>(s)};
             for (int n : fit) s->n_clusters = min(s->n_clusters, n);
         });
     return s->failed == cudaSuccess;

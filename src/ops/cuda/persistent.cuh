@@ -11,7 +11,9 @@ enum {
     MOST_CLUSTERS = 16, // the first n_kv_heads of them have a KV head each
     WORKERS = 256,
     WORKER_WARPS = WORKERS / 32,
-    PERSISTENT_THREADS = WORKERS + 32, // and a warp that fetches
+    PERSISTENT_THREADS = WORKERS + 128, // and a warp that fetches; registers go by groups of four warps
+    WORKER_REGISTERS = 184,             // where 168 do not suffice
+    FETCHER_REGISTERS = 136,
     OWN_ROWS = 128,
     MOST_HIDDEN = CLUSTER * OWN_ROWS,
     HEAD = 128, // head_dim
@@ -29,16 +31,17 @@ enum {
     SLOT_BYTES = 16 * 1024,
     N_SLOTS = 11,
     MOST_STEPS = 2 * MOST_GROUP + 4 + 2 * MOST_GROUP + 6 * MOST_SHARE,
-    BOARD_ROWS = 8, // a sum's rows on the board are a multiple of them
+    BOARD_ROWS = WORKER_WARPS, // a sum's rows on the board are a multiple of them
+    WATCHED = 3,               // rows that a warp waits for at once
 };
 static_assert((int)NORM_WARPS == (int)WORKER_WARPS && (int)NORM_WARPS == (int)CLUSTER,
               "a warp of the norm's order is a rank's columns");
 
 enum weight { W_Q, W_K, W_V, W_OUT, W_GATE, W_UP, W_DOWN, N_WEIGHTS };
 
-// How blocks attend to a context: a chunk each; several, in rounds; or several, each at its own pace, and with others'
-// help. A kernel for each: instructions that a layer skips cost time, too.
-enum pace { ONE_CHUNK, IN_ROUNDS, OWN_PACE };
+// How blocks attend to a context: a chunk each; or several, each at its own pace, and with others' help. A kernel for
+// each: instructions that a layer skips cost time, too.
+enum pace { ONE_CHUNK, OWN_PACE };
 
 // In half-layers' order, attention's first.
 struct persistent_layer {
@@ -99,7 +102,8 @@ struct persistent_shared {
     float qkv[(MOST_GROUP + 2) * HEAD];       // pushed: q of the group's heads, k, v
     unsigned char act[MOST_SHARE][SLICE * 2]; // pushed: in put_inputs' order
     union {
-        chunk_result chunk[2][CLUSTER]; // pushed, by rounds in turns
+        float sums[WATCHED * BOARD_ROWS][OWN_ROWS]; // from the board, between the products of two half-layers
+        chunk_result chunk[CLUSTER];                // pushed
         struct {
             collection window;
             alignas(16) float o[CHUNK_PAGES][MOST_GROUP * HEAD]; // of every second chunk
@@ -124,7 +128,7 @@ struct persistent_shared {
     uint32_t first_number;  // of this launch's notes
     uint32_t laps[N_SLOTS]; // how often each slot was asked for
     uint64_t full[N_SLOTS], empty[N_SLOTS];
-    uint64_t x_arrived, qkv_arrived, chunks_arrived[2], act_arrived;
+    uint64_t x_arrived, qkv_arrived, chunks_arrived, act_arrived;
     uint64_t o_full[2], o_empty[2];
 };
 

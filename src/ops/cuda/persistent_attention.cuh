@@ -144,8 +144,7 @@ static __device__ __forceinline__ int bytes_before_quad(int quad) {
 
 // A chunk's n pages in order, to all blocks of the cluster; the only chunk as inputs of the next product.
 template <int GROUP>
-static __device__ __forceinline__ void push_chunk(persistent_shared *sh, unsigned turn, int rank, int n, bool only,
-                                                  int thread) {
+static __device__ __forceinline__ void push_chunk(persistent_shared *sh, int rank, int n, bool only, int thread) {
     constexpr int QUADS = GROUP * HEAD / 4, AT_ONCE = WORKERS / QUADS; // blocks pushed to at once
     int quad = thread % QUADS, row = quad / (HEAD / 4), from = first_of_quad(quad);
     chain s = CHAIN_START;
@@ -170,15 +169,15 @@ static __device__ __forceinline__ void push_chunk(persistent_shared *sh, unsigne
                                    pack_bf16((of.z + 0.0f) / r, (of.w + 0.0f) / r));
 #pragma unroll
         for (unsigned i = 0; i < CLUSTER; i += AT_ONCE)
-            push8(sh->inputs + bytes_before_quad(quad), rounded, &sh->chunks_arrived[turn], there + i);
+            push8(sh->inputs + bytes_before_quad(quad), rounded, &sh->chunks_arrived, there + i);
         return;
     }
-    chunk_result *to = &sh->chunk[turn][rank];
+    chunk_result *to = &sh->chunk[rank];
 #pragma unroll
     for (unsigned i = 0; i < CLUSTER; i += AT_ONCE) {
-        push16(to->o + 4 * quad, of, &sh->chunks_arrived[turn], there + i);
+        push16(to->o + 4 * quad, of, &sh->chunks_arrived, there + i);
         if (quad % (HEAD / 4) == 0)
-            push16(&to->state[row], make_float4(s.m, s.l, 0, 0), &sh->chunks_arrived[turn], there + i);
+            push16(&to->state[row], make_float4(s.m, s.l, 0, 0), &sh->chunks_arrived, there + i);
     }
 }
 
@@ -201,7 +200,7 @@ static __device__ __forceinline__ void attend(const persistent_args &p, persiste
     if (own) stores_before_copies(); // prepare's
     pass(sh, at, n, lane);
     sync_some(1, WORKERS);
-    push_chunk<GROUP>(sh, 0, me.rank, n, me.n_chunks == 1, thread);
+    push_chunk<GROUP>(sh, me.rank, n, me.n_chunks == 1, thread);
 }
 
 // The n chunks in ascending order, rounded, as inputs of the next product.
@@ -211,7 +210,7 @@ template <int GROUP> static __device__ __forceinline__ void chain_chunks(persist
     if (thread < GROUP * HEAD) {
 #pragma unroll 2
         for (int i = 0; i < n; i++) {
-            const chunk_result *next = &sh->chunk[0][i];
+            const chunk_result *next = &sh->chunk[i];
             float2 state = *reinterpret_cast<const float2 *>(&next->state[thread / HEAD]);
             float a, c;
             chain_add(s, state.x, state.y, a, c);
@@ -220,75 +219,6 @@ template <int GROUP> static __device__ __forceinline__ void chain_chunks(persist
         *reinterpret_cast<__nv_bfloat16 *>(sh->inputs + bytes_before_quad(thread / 4) + thread % 4 * 2) =
             __float2bfloat16_rn(sum / s.l);
     }
-    sync_some(1, WORKERS);
-}
-
-// ---- In rounds
-// ---------------------------------------------------------------------------------------------------------
-
-// One channel of a row, in the order of quads: its chunks so far.
-struct chunk_chain {
-    chain s;
-    float sum;
-};
-
-// A round's n chunks in ascending order, when they have come.
-template <int GROUP>
-static __device__ __forceinline__ void chain_round(const persistent_args &p, persistent_shared *sh, chunk_chain &of,
-                                                   unsigned round, int n, int thread) {
-    unsigned turn = round % 2;
-    if (thread == 0) barrier_expect(&sh->chunks_arrived[turn], (uint32_t)n * GROUP * (HEAD * 4 + 16));
-    wait_for(p, &sh->chunks_arrived[turn], round / 2 % 2);
-    if (thread >= GROUP * HEAD) return;
-#pragma unroll 2
-    for (int i = 0; i < n; i++) {
-        const chunk_result *next = &sh->chunk[turn][i];
-        float2 state = *reinterpret_cast<const float2 *>(&next->state[thread / HEAD]);
-        float a, c;
-        chain_add(of.s, state.x, state.y, a, c);
-        of.sum = chain_value(of.sum, a, next->o[thread], c);
-    }
-}
-
-// Attention of the cluster's heads, but for the last round's chain. Chunks are dealt out to the blocks one by one, in
-// rounds; rounds counts those of all layers. A round's results are pushed to where the last but one's stood: who has
-// chained the last one's knows that all blocks have pushed it, and so have chained the one before.
-template <int GROUP>
-static __device__ __forceinline__ void
-attend_in_rounds(const persistent_args &p, persistent_shared *sh, const block_place &me, const persistent_layer &w,
-                 ring_place &at, const float (&cos_sin)[4], int layer, chunk_chain &of, unsigned &rounds, int position,
-                 int token_page, int thread) {
-    thread = afresh(thread);
-    int warp = thread / 32, lane = thread % 32;
-    if (thread == 0) barrier_expect(&sh->qkv_arrived, (GROUP + 2) * HEAD * 4);
-    wait_for(p, &sh->qkv_arrived, layer % 2);
-#pragma unroll 1
-    for (int first = 0; first < me.n_chunks; first += CLUSTER) {
-        int chunk = first + me.rank, n = pages_of(me, chunk);
-        if (n > 0) {
-            prepare<GROUP>(p, sh, me, w, cos_sin, layer, at, first == 0, chunk == me.n_chunks - 1, position, token_page,
-                           warp, lane);
-            sync_some(1, WORKERS);
-            if (warp < n)
-                attend_page<GROUP>(p, sh, at.ahead((unsigned)warp), 0,
-                                   position + 1 - (chunk * (int)CHUNK_PAGES + warp) * ATTN_BLOCK, warp, lane);
-            if (chunk == me.n_chunks - 1) stores_before_copies(); // prepare's
-            pass(sh, at, n, lane);
-            sync_some(1, WORKERS);
-        }
-        if (first > 0) chain_round<GROUP>(p, sh, of, rounds++, CLUSTER, thread);
-        if (n > 0) push_chunk<GROUP>(sh, rounds % 2, me.rank, n, false, thread);
-    }
-}
-
-// The last round's chain; its result, rounded, as inputs of the next product.
-template <int GROUP>
-static __device__ __forceinline__ void finish_rounds(const persistent_args &p, persistent_shared *sh, chunk_chain &of,
-                                                     unsigned &rounds, int n_chunks, int thread) {
-    chain_round<GROUP>(p, sh, of, rounds++, (n_chunks - 1) % CLUSTER + 1, thread);
-    if (thread < GROUP * HEAD)
-        *reinterpret_cast<__nv_bfloat16 *>(sh->inputs + bytes_before_quad(thread / 4) + thread % 4 * 2) =
-            __float2bfloat16_rn(of.sum / of.s.l);
     sync_some(1, WORKERS);
 }
 
@@ -461,7 +391,7 @@ static __device__ __forceinline__ void collect_chunks(const persistent_args &p, 
     for (int i = 0; i < 4; i++) r[i] = pack_bf16(quarter[8 * i], quarter[8 * i + 1]);
     push16(sh->inputs + me.rank * COLLECTED * 2 + lane % 4 * 16,
            make_float4(__uint_as_float(r[0]), __uint_as_float(r[1]), __uint_as_float(r[2]), __uint_as_float(r[3])),
-           &sh->chunks_arrived[0], (unsigned)lane / 4);
+           &sh->chunks_arrived, (unsigned)lane / 4);
 }
 
 // Its result, rounded, as inputs of the next product.
@@ -469,7 +399,7 @@ template <int GROUP, enum pace PACE>
 static __device__ __forceinline__ void finish_attention(const persistent_args &p, persistent_shared *sh,
                                                         const block_place &me, int layer, int thread) {
     bool ready = PACE == OWN_PACE || me.n_chunks == 1; // rounded already
-    uint64_t *arrived = &sh->chunks_arrived[0];
+    uint64_t *arrived = &sh->chunks_arrived;
     if (thread == 0)
         barrier_expect(arrived, ready ? GROUP * HEAD * 2 : (uint32_t)me.n_chunks * GROUP * (HEAD * 4 + 16));
     wait_for(p, arrived, layer % 2);
