@@ -81,8 +81,9 @@ static void round_bf16(size_t n, double *v, double *slack) {
     }
 }
 
-// To int8 in blocks (ops.h), with the same slack at borders, and the scale's own where the input is not exact.
-static void round_int8(size_t n, double *v, double *slack) {
+// To integers of at most m in blocks (ops.h), with the same slack at borders, and the scale's own where the input is
+// not exact.
+static void round_integers(float m, size_t n, double *v, double *slack) {
     for (size_t begin = 0; begin < n; begin += ACT_BLOCK) {
         float most = 0;
         double loose = 0;
@@ -90,7 +91,7 @@ static void round_int8(size_t n, double *v, double *slack) {
             most = fabsf((float)v[i]) > most || isnan(v[i]) ? fabsf((float)v[i]) : most;
             loose = fmax(loose, slack[i]);
         }
-        float inverse = 127 / most, d = most / 127;
+        float inverse = m / most, d = most / m;
         if (most < 0x1p-100f) inverse = d = 0;
         double relative = loose > 0 ? loose / (double)most + 4 * U : 0;
         for (size_t i = begin; i < begin + ACT_BLOCK; i++) {
@@ -109,7 +110,7 @@ static void round_input(const struct call *c, const struct twist *t, size_t n, d
     if (t->kind == TWIST_INPUT_UNROUNDED) return;
     if (c->w->type == DTYPE_BF16 || t->kind == TWIST_INPUT_ROUNDED || (type->is_quantised && c->on_device))
         round_bf16(n, v, slack);
-    else if (type->is_quantised) round_int8(n, v, slack);
+    else if (type->is_quantised) round_integers(ops_rounds_to_int8(c->w->type) ? ACT_MOST : ACT_MOST_WIDE, n, v, slack);
 }
 
 // The prepared inputs of a grid's rows. [n_rows, n_in] each.

@@ -614,7 +614,7 @@ static void note_cost(struct stage *s, double kl) {
         const struct layer_weights *w = &s->d->model->layers[i];
         const struct matrix *all[] = {&w->wq, &w->wk, &w->wv, &w->wo, &w->w_gate, &w->w_up, &w->w_down};
         for (size_t k = 0; k < sizeof all / sizeof all[0]; k++)
-            used[all[k]->type] |= dtype_info(ops_input_rule(s->d->ops, all[k]->type))->is_quantised;
+            used[all[k]->type] |= ops_rounds_to_int8(ops_input_rule(s->d->ops, all[k]->type));
     }
     for (int type = 0; type < DTYPE_COUNT; type++) {
         size_t n = strlen(names);
@@ -669,8 +669,8 @@ static size_t most_positions(const struct stage *s, const struct doctor_prompt *
 bool stage_model(struct doctor *d, struct stage_report *r, struct error *err) {
     struct stage s = {.d = d, .r = r, .err = err};
     for (size_t i = 0; i < d->model->config.n_layers; i++)
-        s.to_int8 = s.to_int8 || dtype_info(ops_input_rule(d->ops, d->model->layers[i].w_down.type))->is_quantised ||
-                    dtype_info(ops_input_rule(d->ops, d->model->layers[i].wq.type))->is_quantised;
+        s.to_int8 = s.to_int8 || ops_rounds_to_int8(ops_input_rule(d->ops, d->model->layers[i].w_down.type)) ||
+                    ops_rounds_to_int8(ops_input_rule(d->ops, d->model->layers[i].wq.type));
     s.rounds_more_than_h = s.to_int8 || dtype_info(d->kv_type)->is_quantised;
     double started = clock_seconds(), time = d->deadline - started;
     const struct doctor_prompt *first = &d->prompts[d->n_prompts > 2 ? 1 : 0];

@@ -217,8 +217,8 @@ static bool judge_product(struct judge *g, enum segment seg, const float *x, con
                           const size_t *rows, size_t n_rows) {
     struct answers a = {.seg = seg, .op = "matmul", .n_rows = n_rows, .columns = w->n_out, .rows = rows};
     enum dtype rule = ops_input_rule(g->d->ops, w->type);
-    bool quantised = dtype_info(w->type)->is_quantised, to_int8 = dtype_info(rule)->is_quantised;
-    bool rounds = to_int8 || rule == DTYPE_BF16;
+    bool quantised = dtype_info(w->type)->is_quantised, to_int8 = ops_rounds_to_int8(rule);
+    bool rounds = dtype_info(rule)->is_quantised || rule == DTYPE_BF16;
     double *in = widen(g, x, w->n_in, rows, n_rows), *rounded = doubles(g, n_rows, w->n_in);
     double *norms = doubles(g, 1, w->n_out);
     a.strict = doubles(g, n_rows, w->n_out);

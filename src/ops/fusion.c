@@ -263,8 +263,8 @@ const char *fusion_text(uint32_t mask, char *text, size_t size) {
     return text;
 }
 
-// A matmul holds one weight row for each thread and the inputs rounded in up to two ways (bf16, int8, for weights of
-// both kinds); composed attention its scores and blocks for each thread. They never run at once.
+// A matmul holds one weight row for each thread and the inputs rounded in up to two ways (bf16, integers, for weights
+// of both kinds); composed attention its scores and blocks for each thread. They never run at once.
 bool ops_scratch_floats(const struct ops_limits *limits, size_t *out) {
     size_t n_threads = limits->n_threads > 0 ? (size_t)limits->n_threads : 1;
     // Every token's input in two roundings, one of them in groups of six tokens, and of each thread a tile's rows as

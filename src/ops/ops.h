@@ -21,9 +21,11 @@
 // - F32, F16: dot16 of the weights, converted exactly, and x as it is.
 // - BF16: x is rounded to bf16, nearest even. "dotpair" is dot16 with pairs dealt out: lane l takes the terms k with
 //   (k / 2) % 16 == l, ascending pairs, the odd k of a pair before the even one; then dot16's tree.
-// - Quantised, on the CPU (a device rounds x to bf16: docs/NUMERICS.md): x is rounded to int8 in blocks of ACT_BLOCK: a
-// = max |x_i|, inverse = 127 / a, q_i = nearest_even(x_i *
-//   inverse), d = a / 127, all in f32; a < 2^-100 gives d = 0, q = 0; NaN or Inf in a block gives d = NaN, q = 0.
+// - Quantised, on the CPU (a device rounds x to bf16: docs/NUMERICS.md): x is rounded to integers of at most M in
+// blocks
+//   of ACT_BLOCK, M = 4,095 for Q8_0 and 127 for the other types: a = max |x_i|, inverse = M / a, q_i =
+//   nearest_even(x_i * inverse), d = a / M, all in f32; a < 2^-100 gives d = 0, q = 0; NaN or Inf in a block gives
+//   d = NaN, q = 0.
 //   The weights are w_i = scale_g * u_i + min_g in groups g of 16 or 32 elements (format/groups.h). "qdot" is one chain
 //   over ascending groups, from y = +0, each group in block b:
 //     y = fma(scale_g * d_b, (float)(sum_i u_i q_i), y);  then, for types with minima,  y = fma(min_g, d_b *
@@ -42,11 +44,13 @@
 #include <stdint.h>
 
 enum {
-    KV_PAGE_TOKENS = 32, // positions in a KV page
-    ATTN_BLOCK = 32,     // positions that attention sums before it combines: fixed, absolute, one page
-    ACT_BLOCK = 32,      // activations that share a scale in a product with quantised weights
-    ATTN_CHUNK = 256,    // positions whose blocks a GPU combines first (docs/NUMERICS.md)
-    MOST_BANNED = 64,    // ids that a step may ban
+    KV_PAGE_TOKENS = 32,  // positions in a KV page
+    ATTN_BLOCK = 32,      // positions that attention sums before it combines: fixed, absolute, one page
+    ACT_BLOCK = 32,       // activations that share a scale in a product with quantised weights
+    ACT_MOST = 127,       // the largest integer that they are rounded to
+    ACT_MOST_WIDE = 4095, // the same for Q8_0: 32 * 128 * 4095 is below 2^24
+    ATTN_CHUNK = 256,     // positions whose blocks a GPU combines first (docs/NUMERICS.md)
+    MOST_BANNED = 64,     // ids that a step may ban
 };
 
 // A stored weight matrix W [n_out, n_in]; its product with x [n_in] is y[o] = sum_i W[o][i] x[i].
@@ -327,6 +331,8 @@ const struct isa_info *ops_cpu_isas(size_t *n);
 // x[n] as a product with `weights` multiplies it (above), exactly, as f64: what an oracle feeds its own product to
 // judge an op by. n is a multiple of ACT_BLOCK for quantised weights.
 void ops_round_activation(enum dtype weights, const float *x, double *out, size_t n);
+// Whether that is with 8 bits: quantised weights, but for Q8_0, whose inputs have 13.
+bool ops_rounds_to_int8(enum dtype weights);
 // The type whose rule that is for these ops' products with `weights`: itself, but on a device BF16 for quantised types.
 enum dtype ops_input_rule(const struct ops *ops, enum dtype weights);
 // The ops of --device: "auto" or NULL, "cpu", "cuda", "cuda:N"; `isa` is the CPU's. On "auto" without a usable GPU, the

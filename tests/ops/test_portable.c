@@ -64,8 +64,8 @@ static void test_dotpair_order(void **state) {
     }
 }
 
-// Activations in int8: the largest becomes +-127, ties go to even, each error is at most half a step; tiny blocks are
-// zero, a NaN or Inf makes its block NaN and no other.
+// Activations as integers: the largest becomes +-127, of Q8_0 +-4095, ties go to even, each error is at most half a
+// step; tiny blocks are zero, a NaN or Inf makes its block NaN and no other.
 static void test_round_activation(void **state) {
     (void)state;
     enum { N = 5 * ACT_BLOCK };
@@ -91,6 +91,16 @@ static void test_round_activation(void **state) {
     for (int i = ACT_BLOCK; i < 2 * ACT_BLOCK; i++) assert_true(y[i] == 0);
     for (int i = 2 * ACT_BLOCK; i < 4 * ACT_BLOCK; i++) assert_true(isnan(y[i]));
     for (int i = 4 * ACT_BLOCK; i < N; i++) assert_true(fabs(y[i] - (double)x[i]) <= 0.51 * 3e38 / 127);
+    ops_round_activation(DTYPE_Q8_0, x, y, N); // in 13 bits
+    for (int i = 0; i < ACT_BLOCK; i++) {
+        double step = (double)(1.0f / 4095.0f);
+        assert_true(fabs(y[i] - (double)x[i]) <= 0.5001 * step);
+        assert_true(fmod(y[i], step) == 0);
+    }
+    assert_true(y[9] == -4095 * (double)(1.0f / 4095.0f) && y[10] == -y[9]);
+    for (int i = ACT_BLOCK; i < 2 * ACT_BLOCK; i++) assert_true(y[i] == 0);
+    for (int i = 2 * ACT_BLOCK; i < 4 * ACT_BLOCK; i++) assert_true(isnan(y[i]));
+    for (int i = 4 * ACT_BLOCK; i < N; i++) assert_true(fabs(y[i] - (double)x[i]) <= 0.51 * 3e38 / 4095);
     ops_round_activation(DTYPE_BF16, x, y, ACT_BLOCK);
     for (int i = 0; i < ACT_BLOCK; i++) assert_true(y[i] == (double)bf16_to_f32(bf16_from_f32(x[i])));
     ops_round_activation(DTYPE_F16, x, y, ACT_BLOCK);

@@ -39,6 +39,7 @@ void avx2_deal_lanes(float *to, const float *from, size_t n, size_t n_tokens);
 void avx2_quantised(float *out, const struct matrix *w, size_t row, size_t n_rows, const float *x, size_t n_tokens);
 // avx2_quantised for one token; false: this type has no such version. out: [TILE_ROWS]
 bool avx2_one_token(float *out, const struct matrix *w, size_t row, size_t n_rows, const struct act_row *x);
-void avx2_round_row(struct act_row *row, const float *x, size_t n); // act_block over a row, and the sums
+// act_block over a row and the sums, act_wide_block, or both.
+void avx2_round_row(struct act_row *row, const float *x, size_t n, bool bytes, bool wide);
 
 #endif

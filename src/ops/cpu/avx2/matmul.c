@@ -34,15 +34,15 @@ struct product {
     size_t panel_floats;
 };
 
-// How a type's inputs are rounded: each its own place in the scratch.
-enum input { INPUT_PLAIN, INPUT_BF16, INPUT_INT8 };
+// How a type's inputs are rounded: each its own place in the scratch. Integers of 8 and of 13 bits share an act_row.
+enum input { INPUT_PLAIN, INPUT_BF16, INPUT_INTEGERS };
 
 static enum input input_of(const struct matrix *w) {
-    return w->type == DTYPE_BF16 ? INPUT_BF16 : dtype_info(w->type)->is_quantised ? INPUT_INT8 : INPUT_PLAIN;
+    return w->type == DTYPE_BF16 ? INPUT_BF16 : dtype_info(w->type)->is_quantised ? INPUT_INTEGERS : INPUT_PLAIN;
 }
 
 static size_t input_floats(const struct matrix *w) {
-    return input_of(w) == INPUT_INT8 ? act_row_floats(w->n_in) : w->n_in;
+    return input_of(w) == INPUT_INTEGERS ? act_row_floats(w->n_in) : w->n_in;
 }
 
 static size_t n_tiles(const struct matrix *w) {
@@ -53,7 +53,7 @@ static void dots(const struct product *p, float *out, const struct matrix *w, si
                  size_t n_tokens, int thread) {
     const struct cpu_kernels *k = p->kernels;
     float *panel = p->panels ? p->panels + (size_t)thread * p->panel_floats : NULL;
-    if (input_of(w) == INPUT_INT8) k->quantised(out, w, row, n_rows, x, n_tokens);
+    if (input_of(w) == INPUT_INTEGERS) k->quantised(out, w, row, n_rows, x, n_tokens);
     else if (panel && w->type == DTYPE_BF16) k->lanes(out, panel, w, row, n_rows, x, n_tokens);
     else k->dense(out, w, row, n_rows, x, n_tokens);
 }
@@ -150,7 +150,8 @@ struct input_job {
     const int32_t *rows;   // NULL: row t is x[t]
     float eps;
     size_t n;
-    float *plain, *rounded, *int8; // where to; NULL: not wanted. With a norm, int8 needs plain
+    float *plain, *rounded, *integers; // where to; NULL: not wanted. With a norm, integers need plain
+    bool bytes, wide;                  // integers of 8 bits, of 13
     size_t n_tokens;
     float *room; // NULL, or rows are dealt out by lanes: room for a row, `apart` floats for each thread
     size_t apart;
@@ -190,22 +191,32 @@ static void input_piece(void *user, size_t begin, size_t end, int thread) {
             avx2_rmsnorm_row(j->plain + t * j->n, x, j->norm, j->eps, j->n, false);
             x = j->plain + t * j->n;
         }
-        if (!j->int8) continue;
+        if (!j->integers) continue;
         struct act_row row =
-            j->kernels->beside ? act_row_beside(j->int8, j->n, t, j->n_tokens) : act_row_at(j->int8, j->n, t);
-        avx2_round_row(&row, x, j->n);
+            j->kernels->beside ? act_row_beside(j->integers, j->n, t, j->n_tokens) : act_row_at(j->integers, j->n, t);
+        avx2_round_row(&row, x, j->n, j->bytes, j->wide);
     }
 }
 
+static void want_integers(struct input_job *j, const struct matrix *w) {
+    if (input_of(w) != INPUT_INTEGERS) return;
+    if (ops_rounds_to_int8(w->type)) j->bytes = true;
+    else j->wide = true;
+}
+
 // Sets the parts' x from `j->x`, each way of rounding done once, in the scratch: panels, where there are any, BF16's,
-// INT8's behind it.
+// the integers' behind it.
 static void make_inputs(const struct op_ctx *ctx, struct input_job j, float *plain, struct product *p) {
     bool wants[3] = {false, false, false};
-    for (size_t i = 0; i < p->n_parts; i++) wants[input_of(p->parts[i].w)] = true;
+    for (size_t i = 0; i < p->n_parts; i++) {
+        wants[input_of(p->parts[i].w)] = true;
+        want_integers(&j, p->parts[i].w);
+        if (p->parts[i].up) want_integers(&j, p->parts[i].up);
+    }
     j.kernels = ctx->ops->kernels;
     j.n = p->parts[0].w->n_in;
     j.n_tokens = p->n_tokens;
-    if (j.norm && (wants[INPUT_PLAIN] || wants[INPUT_INT8])) j.plain = plain;
+    if (j.norm && (wants[INPUT_PLAIN] || wants[INPUT_INTEGERS])) j.plain = plain;
     float *at = ctx->scratch;
     const bool by_lanes = wants[INPUT_BF16] && j.kernels->lanes && p->n_tokens >= LANES_FROM && j.n % 32 == 0;
     if (by_lanes) {
@@ -215,7 +226,7 @@ static void make_inputs(const struct op_ctx *ctx, struct input_job j, float *pla
     }
     float *rounded = wants[INPUT_BF16] ? at : NULL;
     const size_t groups = (p->n_tokens + LANES_TOKENS - 1) / LANES_TOKENS;
-    if (wants[INPUT_INT8]) j.int8 = at + (by_lanes ? groups * LANES_TOKENS : rounded ? p->n_tokens : 0) * j.n;
+    if (wants[INPUT_INTEGERS]) j.integers = at + (by_lanes ? groups * LANES_TOKENS : rounded ? p->n_tokens : 0) * j.n;
     if (by_lanes) { // in the room for panels
         struct input_job lanes = j;
         lanes.rounded = rounded, lanes.room = p->panels, lanes.apart = p->panel_floats;
@@ -224,10 +235,11 @@ static void make_inputs(const struct op_ctx *ctx, struct input_job j, float *pla
         j.rounded = rounded;
     }
     size_t grain = ROUND_GRAIN / (4 * j.n + 1) + 1;
-    if (j.int8 && j.kernels->beside) // two threads that write rows side by side would take the lines from each other
+    if (j.integers &&
+        j.kernels->beside) // two threads that write rows side by side would take the lines from each other
         grain = (grain + ACT_TOKENS - 1) / ACT_TOKENS * ACT_TOKENS;
-    if (j.plain || j.rounded || j.int8) pool_for(ctx->pool, p->n_tokens, grain, input_piece, &j);
-    const float *x[] = {j.norm ? j.plain : j.x, rounded, j.int8};
+    if (j.plain || j.rounded || j.integers) pool_for(ctx->pool, p->n_tokens, grain, input_piece, &j);
+    const float *x[] = {j.norm ? j.plain : j.x, rounded, j.integers};
     for (size_t i = 0; i < p->n_parts; i++) p->parts[i].x = x[input_of(p->parts[i].w)];
 }
 

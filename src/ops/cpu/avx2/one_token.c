@@ -70,18 +70,10 @@ INLINE bool type_has_min(enum dtype type) {
 INLINE __m256i small_block(enum dtype type, const uint8_t *const *rows, size_t b, const int8_t *q,
                            const int16_t *lanes) {
     const struct small_layout l = small_layout(type);
-    const __m256i q0 = twice(q), q1 = twice(q + 16), ones = _mm256_set1_epi16(1);
+    const __m256i q0 = twice(q), q1 = twice(q + 16);
     __m256i v[4];
     for (size_t i = 0; i < 4; i++) {
-        __m256i u0 = load_two(rows, i, b * l.bytes + l.low), u1;
-        if (type == DTYPE_Q8_0) {
-            u1 = load_two(rows, i, b * l.bytes + l.low + 16);
-            __m256i p0 = _mm256_maddubs_epi16(_mm256_abs_epi8(u0), _mm256_sign_epi8(q0, u0));
-            __m256i p1 = _mm256_maddubs_epi16(_mm256_abs_epi8(u1), _mm256_sign_epi8(q1, u1));
-            v[i] = _mm256_add_epi32(_mm256_madd_epi16(p0, ones), _mm256_madd_epi16(p1, ones));
-            continue;
-        }
-        u1 = high_nibbles(u0);
+        __m256i u0 = load_two(rows, i, b * l.bytes + l.low), u1 = high_nibbles(u0);
         u0 = low_nibbles(u0);
         if (l.has_fifth) {
             __m256i a = fifth_bits(rows[i] + b * l.bytes + l.fifth),
@@ -91,9 +83,34 @@ INLINE __m256i small_block(enum dtype type, const uint8_t *const *rows, size_t b
         }
         v[i] = _mm256_add_epi16(_mm256_maddubs_epi16(u0, q0), _mm256_maddubs_epi16(u1, q1));
     }
-    const bool words = type != DTYPE_Q8_0;
-    __m256i sums = fold_pairs(fold_rows(v[0], v[1], words), fold_rows(v[2], v[3], words), words);
-    return words ? row_sums(type, sums, lanes) : sums;
+    return row_sums(type, fold_pairs(fold_rows(v[0], v[1], true), fold_rows(v[2], v[3], true), true), lanes);
+}
+
+// Sixteen columns of a row of Q8_0 times as many activations: sums of two.
+INLINE __m256i wide_products(const uint8_t *row, __m256i x) {
+    __m256i w = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(const void *)row));
+    return _mm256_madd_epi16(w, x);
+}
+
+// small_block of Q8_0.
+INLINE __m256i wide_block(const uint8_t *const *rows, size_t b, const int16_t *wide) {
+    const struct small_layout l = small_layout(DTYPE_Q8_0);
+    const size_t at = b * l.bytes + l.low;
+    const __m256i in_order =
+        _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15));
+    __m256i x[2], v[4];
+    for (size_t i = 0; i < 2; i++)
+        x[i] = _mm256_shuffle_epi8(_mm256_loadu_si256((const __m256i *)(const void *)(wide + 16 * i)), in_order);
+    for (size_t i = 0; i < 4; i++) {
+        __m256i p[2];
+        for (size_t h = 0; h < 2; h++) {
+            const uint8_t *row = rows[i + 4 * h] + at;
+            p[h] = _mm256_add_epi32(wide_products(row, x[0]), wide_products(row + 16, x[1]));
+        }
+        v[i] =
+            _mm256_add_epi32(_mm256_permute2x128_si256(p[0], p[1], 0x20), _mm256_permute2x128_si256(p[0], p[1], 0x31));
+    }
+    return fold_pairs(fold_rows(v[0], v[1], false), fold_rows(v[2], v[3], false), false);
 }
 
 // Blocks b and b + 1, b even, of Q4_K and Q5_K: their folded words.
@@ -175,6 +192,13 @@ INLINE __m256 add_columns(enum dtype type, __m256 acc, const uint8_t *const *row
                                 weighted + i);
             }
         }
+    } else if (type == DTYPE_Q8_0) {
+        for (size_t b = 0; b < n / 32; b++) {
+            fetch_ahead(type, next);
+            __m256i sums = wide_block(rows, b, x->wide + k + 32 * b);
+            acc = add_group(acc, sums, &tile->scale[b][first], NULL,
+                            _mm256_broadcast_ss(x->wide_scale + k / ACT_BLOCK + b), NULL);
+        }
     } else {
         for (size_t b = 0; b < n / 32; b++) {
             fetch_ahead(type, next);
@@ -208,19 +232,23 @@ INLINE void one_token(enum dtype type, float *out, const struct matrix *w, size_
 // R octets at once, 1 or 2: two share broadcasts, where the sums of two fit in the registers.
 
 // Adds four columns of R octets, register i of a step's word, to the sums of their group.
-INLINE void add_four(enum dtype type, __m256i *sum, const __m256i *u, const int8_t *q, bool first, const size_t R) {
+INLINE void add_four(__m256i *sum, const __m256i *u, const int8_t *q, bool first, const size_t R) {
     const __m256i four = broadcast_4(q);
     for (size_t o = 0; o < R; o++) {
-        __m256i p;
-        if (type == DTYPE_Q8_0) {
-            p = _mm256_maddubs_epi16(_mm256_abs_epi8(u[o]), _mm256_sign_epi8(four, u[o]));
-            p = _mm256_madd_epi16(p, _mm256_set1_epi16(1));
-        } else {
-            p = _mm256_maddubs_epi16(u[o], four);
-        }
+        __m256i p = _mm256_maddubs_epi16(u[o], four);
         if (first) sum[o] = p;
-        else if (type == DTYPE_Q8_0) add_dwords(&sum[o], p);
         else add_words(&sum[o], p);
+    }
+}
+
+// The same of Q8_0, whose columns 0 and 2 lie in the low bytes of 16-bit numbers, 1 and 3 in the high ones.
+INLINE void add_four_wide(__m256i *sum, const __m256i *u, const int16_t *x, bool first, const size_t R) {
+    const __m256i low = broadcast_4(x), high = broadcast_4(x + 2);
+    for (size_t o = 0; o < R; o++) {
+        __m256i p = _mm256_madd_epi16(_mm256_srai_epi16(_mm256_slli_epi16(u[o], 8), 8), low);
+        if (first) sum[o] = p;
+        else add_dwords(&sum[o], p);
+        add_dwords(&sum[o], _mm256_madd_epi16(_mm256_srai_epi16(u[o], 8), high));
     }
 }
 
@@ -239,8 +267,10 @@ INLINE void add_step(enum dtype type, __m256 *acc, const struct weight_tile *til
         for (size_t o = 0; o < R; o++) octet_integers(type, block + o * stride, i, j, u[o]);
         for (size_t k = 0; k < s.out; k++) {
             for (size_t o = 0; o < R; o++) pair[o] = u[o][k];
-            add_four(type, sum[apart ? k : 0], pair, x->q + column + octet_column(type, k, j),
-                     apart ? j % words_of_group == 0 : j == 0 && k == 0, R);
+            const size_t at = column + octet_column(type, k, j);
+            const bool first = apart ? j % words_of_group == 0 : j == 0 && k == 0;
+            if (type == DTYPE_Q8_0) add_four_wide(sum[0], pair, x->wide + at, first, R);
+            else add_four(sum[apart ? k : 0], pair, x->q + at, first, R);
         }
         for (size_t k = 0; in_16 && j % 4 == 3 && k < 4; k++)
             for (size_t o = 0; o < R; o++)
@@ -248,7 +278,7 @@ INLINE void add_step(enum dtype type, __m256 *acc, const struct weight_tile *til
     }
     for (size_t g = 0; g < s.columns / len; g++) {
         const size_t b = (column + len * g) / ACT_BLOCK;
-        const __m256 d = _mm256_broadcast_ss(x->scale + b);
+        const __m256 d = _mm256_broadcast_ss((type == DTYPE_Q8_0 ? x->wide_scale : x->scale) + b);
         for (size_t o = 0; o < R; o++) {
             __m256i sums = in_16                ? ended[g][o]
                            : type == DTYPE_Q8_0 ? sum[g][o]

@@ -1,10 +1,10 @@
-// quantised.c: qdot (ops.h) in AVX2, and the rounding of activations to int8.
+// quantised.c: qdot (ops.h) in AVX2, and the rounding of activations to integers.
 //
 // A tile of sixteen rows and 256 columns is unpacked into L1 (unpack.h) and meets the tokens four by four. Lanes are
 // rows, so each lane's chain of fmas is the one that ops.h states. vpmaddubsw multiplies unsigned weights with signed
 // activations and adds pairs in 16 bits; how many of its results fit in 16 bits before they must be widened depends on
-// the type. Q8_0's weights are signed: their sign goes to the activation, and a pair fits in 16 bits but no more. It
-// needs nothing unpacked where rows stand in octets. The next tile's rows are fetched while this one is multiplied.
+// the type. Q8_0's weights are widened to meet its activations of 13 bits in vpmaddwd. It needs nothing unpacked where
+// rows stand in octets. The next tile's rows are fetched while this one is multiplied.
 #include "ops/cpu/avx2/avx2.h"
 
 #if defined(__AVX2__)
@@ -13,7 +13,10 @@
 #include "ops/cpu/avx2/octets.h"
 #include "ops/cpu/avx2/vec.h"
 
-enum { MAX_N = ACT_TOKENS }; // tokens at a time
+enum {
+    MAX_N = ACT_TOKENS,   // tokens at a time
+    OCTET_COLUMNS = 1024, // columns that all tokens meet before the next ones, where nothing is unpacked: 16 KiB
+};
 
 // ---- Activations
 // -----------------------------------------------------------------------------------------------------
@@ -35,38 +38,68 @@ static void put_bytes(const struct act_row *row, size_t b, __m256i q) {
     _mm_storeu_si32(row->sum + 2 * b * apart, _mm_packs_epi32(sums, sums));
 }
 
-// act_block and its sums; x [32].
-static void round_block(const struct act_row *row, size_t b, const float *x) {
+// The largest magnitude of 32.
+INLINE float largest_of(const __m256 v[4]) {
     const __m256i magnitude = _mm256_set1_epi32(0x7FFFFFFF);
-    __m256 v[4];
-    for (size_t i = 0; i < 4; i++) v[i] = _mm256_loadu_ps(x + 8 * i);
     __m256i m = _mm256_setzero_si256();
     for (size_t i = 0; i < 4; i++) m = _mm256_max_epu32(m, _mm256_and_si256(_mm256_castps_si256(v[i]), magnitude));
     __m128i m4 = _mm_max_epu32(_mm256_castsi256_si128(m), _mm256_extracti128_si256(m, 1));
     m4 = _mm_max_epu32(m4, _mm_shuffle_epi32(m4, 0x4E));
     m4 = _mm_max_epu32(m4, _mm_shuffle_epi32(m4, 0xB1));
-    float largest = float_from_bits((uint32_t)_mm_cvtsi128_si32(m4));
-    const size_t at = b * row->apart;
-    if (!(largest >= 0x1p-100f && largest <= FLT_MAX)) {
-        put_bytes(row, b, _mm256_setzero_si256());
-        row->scale[at] = largest < 0x1p-100f ? 0.0f : NAN;
-        row->weighted[at] = row->scale[at] * 0.0f;
-        return;
-    }
-    __m256 inverse = _mm256_set1_ps(127.0f / largest);
+    return float_from_bits((uint32_t)_mm_cvtsi128_si32(m4));
+}
+
+// The integers of 32, sixteen in a register: of its halves the first has elements 0 to 3 and 8 to 11.
+INLINE void round_words(__m256i words[2], const __m256 v[4], float inverse) {
+    const __m256 by = _mm256_set1_ps(inverse);
     __m256i q[4];
-    for (size_t i = 0; i < 4; i++) q[i] = _mm256_cvtps_epi32(_mm256_mul_ps(v[i], inverse));
-    __m256i words0 = _mm256_packs_epi32(q[0], q[1]), words1 = _mm256_packs_epi32(q[2], q[3]);
-    __m256i bytes =
-        _mm256_permutevar8x32_epi32(_mm256_packs_epi16(words0, words1), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    for (size_t i = 0; i < 4; i++) q[i] = _mm256_cvtps_epi32(_mm256_mul_ps(v[i], by));
+    for (size_t i = 0; i < 2; i++) words[i] = _mm256_packs_epi32(q[2 * i], q[2 * i + 1]);
+}
+
+// act_block and its sums.
+static void round_block(const struct act_row *row, size_t b, const __m256 v[4], float largest) {
+    const size_t at = b * row->apart;
+    float inverse = act_inverse(largest, ACT_MOST, &row->scale[at]);
+    __m256i words[2], bytes = _mm256_setzero_si256();
+    if (inverse > 0) {
+        round_words(words, v, inverse);
+        bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(words[0], words[1]),
+                                            _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    }
     put_bytes(row, b, bytes);
-    row->scale[at] = largest / 127.0f;
     int first = row->sum[2 * at], second = row->sum[2 * at + 1];
     row->weighted[at] = row->scale[at] * (float)(first + second);
 }
 
-void avx2_round_row(struct act_row *row, const float *x, size_t n) {
-    for (size_t b = 0; b < n / ACT_BLOCK; b++) round_block(row, b, x + b * ACT_BLOCK);
+// act_wide_block, each four dealt out.
+static void round_wide(const struct act_row *row, size_t b, const __m256 v[4], float largest) {
+    const __m256i dealt =
+        _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15));
+    float inverse = act_inverse(largest, ACT_MOST_WIDE, &row->wide_scale[b * row->apart]);
+    __m256i words[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+    if (inverse > 0) round_words(words, v, inverse);
+    for (size_t i = 0; i < 2; i++) {
+        words[i] = _mm256_shuffle_epi8(_mm256_permute4x64_epi64(words[i], 0xD8), dealt);
+        int16_t *to = row->wide + (b * ACT_BLOCK + 16 * i) * row->apart;
+        if (row->apart == 1) {
+            _mm256_storeu_si256((__m256i *)(void *)to, words[i]);
+            continue;
+        }
+        __m128i half[2] = {_mm256_castsi256_si128(words[i]), _mm256_extracti128_si256(words[i], 1)};
+        for (size_t f = 0; f < 4; f++, to += 4 * row->apart)
+            _mm_storeu_si64(to, f % 2 ? _mm_unpackhi_epi64(half[f / 2], half[f / 2]) : half[f / 2]);
+    }
+}
+
+void avx2_round_row(struct act_row *row, const float *x, size_t n, bool bytes, bool wide) {
+    for (size_t b = 0; b < n / ACT_BLOCK; b++) {
+        __m256 v[4];
+        for (size_t i = 0; i < 4; i++) v[i] = _mm256_loadu_ps(x + b * ACT_BLOCK + 8 * i);
+        float largest = largest_of(v);
+        if (bytes) round_block(row, b, v, largest);
+        if (wide) round_wide(row, b, v, largest);
+    }
 }
 
 // ---- Products
@@ -75,41 +108,48 @@ void avx2_round_row(struct act_row *row, const float *x, size_t n) {
 // N tokens' rows of activations, from column k on, side by side.
 struct act_tile {
     const int8_t *q;                  // [columns / 4][N][4]
+    const int16_t *wide;              // [columns / 4][N][4]
     const int16_t *lanes16, *lanes32; // [columns / ACT_GROUP][N][2], [columns / ACT_BLOCK][N][2]
     const float *scale, *weighted;    // [columns / ACT_BLOCK][N]
+    const float *wide_scale;          // [columns / ACT_BLOCK][N]
 };
 
 // x: act_rows of width n_in, n_tokens from a group's first on
 INLINE struct act_tile act_tile_at(const float *x, size_t n_in, size_t t, size_t n_tokens, size_t k) {
     struct act_row row = act_row_beside((float *)(uintptr_t)x, n_in, t, n_tokens);
     return (struct act_tile){.q = row.q + k * row.apart,
+                             .wide = row.wide + k * row.apart,
                              .lanes16 = row.lanes16 + k / ACT_GROUP * 2 * row.apart,
                              .lanes32 = row.lanes32 + k / ACT_BLOCK * 2 * row.apart,
                              .scale = row.scale + k / ACT_BLOCK * row.apart,
-                             .weighted = row.weighted + k / ACT_BLOCK * row.apart};
+                             .weighted = row.weighted + k / ACT_BLOCK * row.apart,
+                             .wide_scale = row.wide_scale + k / ACT_BLOCK * row.apart};
 }
 
 INLINE __m256i load_8(const void *p) {
     return _mm256_load_si256((const __m256i *)p);
 }
 
-// Integer sums of 32 columns of Q8_0: sum[octet][token]. Octet o's four columns i are at w + o * octet + i * step.
-INLINE void signed_sums(const uint8_t *w, size_t octet, size_t step, size_t g, const struct act_tile *x,
-                        __m256i (*sum)[MAX_N], const size_t N) {
+// Integer sums of 32 columns of Q8_0: sum[octet][token]. Octet o's four columns i are at w + o * octet + i * step: 0
+// and 2 in the low bytes of 16-bit numbers, 1 and 3 in the high ones.
+INLINE void wide_sums(const uint8_t *w, size_t octet, size_t step, size_t g, const struct act_tile *x,
+                      __m256i (*sum)[MAX_N], const size_t N) {
 #pragma GCC unroll 8
     for (size_t i = 0; i < 8; i++) {
-        __m256i v[2], magnitude[2];
+        __m256i low[2], high[2];
         for (size_t o = 0; o < 2; o++) {
-            v[o] = load_32(w + o * octet + i * step);
-            magnitude[o] = _mm256_abs_epi8(v[o]);
+            __m256i v = load_32(w + o * octet + i * step);
+            low[o] = _mm256_srai_epi16(_mm256_slli_epi16(v, 8), 8);
+            high[o] = _mm256_srai_epi16(v, 8);
         }
         for (size_t t = 0; t < N; t++) {
-            __m256i four = broadcast_4(x->q + (32 * g + 4 * i) * N + 4 * t);
+            const int16_t *four = x->wide + (32 * g + 4 * i) * N + 4 * t;
+            __m256i first = broadcast_4(four), second = broadcast_4(four + 2);
             for (size_t o = 0; o < 2; o++) {
-                __m256i pairs = _mm256_maddubs_epi16(magnitude[o], _mm256_sign_epi8(four, v[o]));
-                __m256i p = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+                __m256i p = _mm256_madd_epi16(low[o], first);
                 if (i == 0) sum[o][t] = p;
                 else add_dwords(&sum[o][t], p);
+                add_dwords(&sum[o][t], _mm256_madd_epi16(high[o], second));
             }
         }
     }
@@ -173,14 +213,15 @@ INLINE void add_tile(enum dtype type, float *out, struct source *w, const struct
         if (len == ACT_BLOCK || g % 2 == 0)
             for (size_t o = 0; o < w->n_fetched; o++) fetch_ahead(type, &w->next);
         __asm__ volatile("" ::: "memory"); // gcc would keep the chains in registers and put the sums aside
-        if (packed) signed_sums(at + 16, w->apart, 32, g, x, sum, N);
-        else if (type == DTYPE_Q8_0) signed_sums(tile->q[8 * g][0], 32, 64, g, x, sum, N);
+        if (packed) wide_sums(at + 16, w->apart, 32, g, x, sum, N);
+        else if (type == DTYPE_Q8_0) wide_sums(tile->q[8 * g][0], 32, 64, g, x, sum, N);
         else narrow_sums(type, tile, g, len, x, sum, N);
         __m256 factor[2];
         for (size_t o = 0; o < 2; o++)
             factor[o] = packed ? octet_halves(at + o * w->apart) : _mm256_load_ps(&tile->scale[g][OCTET * o]);
         for (size_t t = 0; t < N; t++) {
-            __m256 d = _mm256_broadcast_ss(x->scale + block * N + t), weighted = d;
+            const float *scales = type == DTYPE_Q8_0 ? x->wide_scale : x->scale;
+            __m256 d = _mm256_broadcast_ss(scales + block * N + t), weighted = d;
             if (has_min && len == 32) weighted = _mm256_broadcast_ss(x->weighted + block * N + t);
             if (has_min && len == 16) {
                 __m256i total = broadcast_4(x->lanes16 + 2 * (g * N + t));
@@ -216,11 +257,12 @@ INLINE void all_tokens(enum dtype type, float *out, struct source *w, const floa
 
 INLINE void quantised(enum dtype type, float *out, const struct matrix *w, size_t row, size_t n_rows, const float *x,
                       size_t n_tokens, const bool packed) {
+    const size_t columns = packed ? OCTET_COLUMNS : TILE_COLUMNS;
     struct weight_tile tile;
     struct source from = {.tile = packed ? NULL : &tile, .apart = OCTET * w->row_bytes, .next = next_tile(w, row)};
     memset(out, 0, n_tokens * TILE_ROWS * sizeof *out);
-    for (size_t k = 0; k < w->n_in; k += TILE_COLUMNS) {
-        size_t n = w->n_in - k < TILE_COLUMNS ? w->n_in - k : TILE_COLUMNS;
+    for (size_t k = 0; k < w->n_in; k += columns) {
+        size_t n = w->n_in - k < columns ? w->n_in - k : columns;
         if (packed) from.octets = w->octets + row * w->row_bytes + k / ACT_BLOCK * octet_block_bytes(type);
         else make_tile(type, &tile, w, row, n_rows, k, n, NULL);
         all_tokens(type, out, &from, x, w->n_in, n_tokens, k, n, packed);

@@ -9,16 +9,14 @@
 
 enum { MAX_N = 8 };
 
-INLINE int signed_offset(enum dtype type) {
-    (void)type;
-    return 0;
+INLINE __m512i wide_step(__m512i sum, __m512i w, __m512i x) {
+    return _mm512_add_epi32(sum, _mm512_madd_epi16(w, x));
 }
 
 INLINE void integer_sums(enum dtype type, const struct weight_tile *tile, size_t column, size_t len,
                          const int8_t *const *x, __m512i *sum, const size_t N) {
     // How many results of vpmaddubsw fit in 16 bits: avx2/quantised.c.
-    const size_t steps = type == DTYPE_Q8_0                                               ? 1
-                         : type == DTYPE_Q6_K                                             ? 2
+    const size_t steps = type == DTYPE_Q6_K                                               ? 2
                          : type == DTYPE_Q5_0 || type == DTYPE_Q5_1 || type == DTYPE_Q5_K ? 4
                                                                                           : 8;
     const __m512i ones = _mm512_set1_epi16(1), zero = _mm512_setzero_si512();
@@ -27,14 +25,10 @@ INLINE void integer_sums(enum dtype type, const struct weight_tile *tile, size_t
         __m512i pairs[MAX_N];
         for (size_t i = j; i < j + steps && i < len / 4; i++) {
             __m512i w = _mm512_load_si512(tile->q[column / 4 + i]);
-            __mmask64 negative = type == DTYPE_Q8_0 ? _mm512_movepi8_mask(w) : 0;
-            if (type == DTYPE_Q8_0) w = _mm512_abs_epi8(w);
             for (size_t t = 0; t < N; t++) {
                 int four;
                 memcpy(&four, x[t] + column + 4 * i, sizeof four);
-                __m512i x4 = _mm512_set1_epi32(four);
-                if (type == DTYPE_Q8_0) x4 = _mm512_mask_sub_epi8(x4, negative, zero, x4);
-                __m512i p = _mm512_maddubs_epi16(w, x4);
+                __m512i p = _mm512_maddubs_epi16(w, _mm512_set1_epi32(four));
                 pairs[t] = i == j ? p : _mm512_add_epi16(pairs[t], p);
             }
         }

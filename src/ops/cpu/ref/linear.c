@@ -81,16 +81,18 @@ struct groups {
 };
 
 static float qdot(const struct matrix *w, const struct groups *g, const struct act_row *x) {
+    const bool bytes = ops_rounds_to_int8(w->type);
+    const float *scale = bytes ? x->scale : x->wide_scale;
     size_t len = dtype_group_len(w->type);
     bool has_min = dtype_has_min(w->type);
     float y = 0.0f;
     for (size_t i = 0, k = 0; k < w->n_in; i++, k += len) {
         int32_t products = 0, sum = 0;
-        for (size_t e = k; e < k + len; e++) products += g->q[e] * x->q[e];
-        y = fmaf(g->scale[i] * x->scale[k / ACT_BLOCK], (float)products, y);
+        for (size_t e = k; e < k + len; e++) products += g->q[e] * (bytes ? x->q[e] : x->wide[e]);
+        y = fmaf(g->scale[i] * scale[k / ACT_BLOCK], (float)products, y);
         if (!has_min) continue;
         for (size_t e = k; e < k + len; e++) sum += x->q[e];
-        y = fmaf(g->min[i], x->scale[k / ACT_BLOCK] * (float)sum, y);
+        y = fmaf(g->min[i], scale[k / ACT_BLOCK] * (float)sum, y);
     }
     return y;
 }
@@ -113,6 +115,7 @@ struct round_job {
     float *y;
     const float *x;
     size_t n;
+    bool bytes; // activations for quantised weights: with 8 bits, or with 13
 };
 
 static void round_piece(void *user, size_t begin, size_t end, int thread) {
@@ -130,15 +133,19 @@ static void act_piece(void *user, size_t begin, size_t end, int thread) {
     const struct round_job *j = user;
     for (size_t t = begin; t < end; t++) {
         struct act_row row = act_row_at(j->y, j->n, t);
-        for (size_t b = 0; b < j->n / ACT_BLOCK; b++)
-            row.scale[b] = act_block(j->x + t * j->n + b * ACT_BLOCK, row.q + b * ACT_BLOCK);
+        for (size_t b = 0; b < j->n / ACT_BLOCK; b++) {
+            const float *x = j->x + t * j->n + b * ACT_BLOCK;
+            if (j->bytes) row.scale[b] = act_block(x, row.q + b * ACT_BLOCK);
+            else row.wide_scale[b] = act_wide_block(x, row.wide + b * ACT_BLOCK);
+        }
     }
 }
 
 // Scratch: [n_threads, n_in] rows, then the rounded inputs, at most [n_tokens, n_in].
 static void matmul(const struct op_ctx *ctx, float *y, const float *x, const struct matrix *w, size_t n_tokens) {
     struct matmul_job j = {y, x, w, n_tokens, ctx->scratch};
-    struct round_job r = {ctx->scratch + (size_t)pool_size(ctx->pool) * w->n_in, x, w->n_in};
+    struct round_job r = {ctx->scratch + (size_t)pool_size(ctx->pool) * w->n_in, x, w->n_in,
+                          ops_rounds_to_int8(w->type)};
     bool quantised = dtype_info(w->type)->is_quantised;
     if (w->type == DTYPE_BF16) pool_for(ctx->pool, n_tokens, TOKEN_GRAIN, round_piece, &r);
     if (quantised) pool_for(ctx->pool, n_tokens, TOKEN_GRAIN, act_piece, &r);
@@ -171,7 +178,7 @@ static void add_piece(void *user, size_t begin, size_t end, int thread) {
 }
 
 static void add(const struct op_ctx *ctx, float *x, const float *y, size_t n) {
-    struct round_job j = {x, y, 0};
+    struct round_job j = {x, y, 0, false};
     pool_for(ctx->pool, n, ELEMENT_GRAIN, add_piece, &j);
 }
 
