@@ -14,8 +14,11 @@ static inline size_t in_block(size_t n_kv, size_t begin) {
 
 // One block's scores s[n] to p; positions past n count as score -inf, that is p = +0, which leaves every sum as it is.
 static inline void softmax_block(float *s, size_t n, float *max, float *sum) {
-    float p[ATTN_BLOCK];
-    for (size_t j = 0; j < ATTN_BLOCK; j++) p[j] = j < n ? s[j] : -INFINITY;
+    float room[ATTN_BLOCK], *p = s;
+    if (n < ATTN_BLOCK) {
+        p = room;
+        for (size_t j = 0; j < ATTN_BLOCK; j++) p[j] = j < n ? s[j] : -INFINITY;
+    }
     __m256 v[4], m8;
     for (size_t i = 0; i < 4; i++) v[i] = _mm256_loadu_ps(p + 8 * i);
     m8 = _mm256_max_ps(_mm256_max_ps(v[0], v[1]), _mm256_max_ps(v[2], v[3]));
@@ -26,7 +29,7 @@ static inline void softmax_block(float *s, size_t n, float *max, float *sum) {
         v[i] = exp32_8(_mm256_sub_ps(v[i], _mm256_set1_ps(*max)));
         _mm256_storeu_ps(p + 8 * i, v[i]);
     }
-    memcpy(s, p, n * sizeof *s);
+    if (n < ATTN_BLOCK) memcpy(s, p, n * sizeof *s);
     *sum = dot16_reduce_2(_mm256_add_ps(v[0], v[2]), _mm256_add_ps(v[1], v[3]));
 }
 
@@ -38,8 +41,10 @@ struct joint {
 
 // Joins a block to a row's running maximum and sum.
 static inline struct joint join(float *m, float *l, float block_max, float block_sum) {
+    // One of the two is exp32(0) = 1; of a NaN both are taken.
     float next = block_max > *m ? block_max : *m;
-    struct joint j = {.a = exp32(*m - next), .c = exp32(block_max - next)};
+    struct joint j = {.a = *m == next ? 1.0f : exp32(*m - next),
+                      .c = block_max == next ? 1.0f : exp32(block_max - next)};
     *l = fmaf(*l, j.a, block_sum * j.c);
     *m = next;
     return j;
