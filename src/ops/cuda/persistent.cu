@@ -245,10 +245,15 @@ static __device__ __forceinline__ void push_x(persistent_shared *sh, int rank, f
     if (lane < 2) push4(&sh->norm_sums[rank], s, &sh->x_arrived, (unsigned)(warp * 2 + lane));
 }
 
+// A norm's weights for this warp's slice of x.
+static __device__ __forceinline__ float4 norm_weights(const persistent_args &p, const persistent_shared *sh,
+                                                      uint32_t turn, int warp, int lane) {
+    return load4(sh->norm[turn], warp * SLICE + 4 * lane, p.hidden);
+}
+
 // This warp's slice of x, when all of it has come, normed and rounded.
-static __device__ __forceinline__ void norm_inputs(const persistent_args &p, persistent_shared *sh, uint32_t turn,
-                                                   int warp, int lane) {
-    float4 w = load4(sh->norm[turn], warp * SLICE + 4 * lane, p.hidden);
+static __device__ __forceinline__ void norm_inputs(const persistent_args &p, persistent_shared *sh, float4 w,
+                                                   uint32_t turn, int warp, int lane) {
     wait_for(p, &sh->x_arrived, turn);
     float4 v = *reinterpret_cast<const float4 *>(sh->x + warp * SLICE + 4 * lane);
     float r = norm_rate(sh->norm_sums, p.hidden, p.eps);
@@ -272,13 +277,25 @@ static __device__ __forceinline__ int slots_of_two(int n) {
     return n > 1 ? 4 : 2;
 }
 
+// Whether slots are given back as soon as registers hold what is in them. The bytes of bf16 weights are too many: what
+// is asked for so early stands in the way of what clusters tell each other.
+template <typename W> static __device__ constexpr bool passes_early() {
+    return W::RECORD < bf16_weights::RECORD;
+}
+
+// The norm's weights come with the first slot, and stay as long as that: they are held, too, where slots are given
+// back.
 template <typename W>
 static __device__ __forceinline__ void hold_pairs(const persistent_args &p, persistent_shared *sh, held_units<W> &h,
-                                                  ring_place at, int n_pairs, int warp, int lane) {
+                                                  float4 &norm, ring_place &at, uint32_t turn, int n_pairs, int warp,
+                                                  int lane) {
     const unsigned char *u[4];
     await_slots(p, sh, at, slots_of_two(n_pairs), lane);
     point_to_pairs<W>(u, sh, at, slots_of_two(n_pairs), warp);
     hold(h, u, lane);
+    if (!passes_early<W>()) return;
+    norm = norm_weights(p, sh, turn, warp, lane);
+    pass(sh, at, slots_of_two(n_pairs), lane);
 }
 
 // n_pairs pairs of whole units, a slice of x a warp: sums to part[slice]. The first two are held.
@@ -289,12 +306,12 @@ static __device__ __forceinline__ void by_slices(const persistent_args &p, persi
     float *to = sh->part[warp] + lane / 4;
 #pragma unroll 1
     for (bool more = true; more; n_pairs -= 2, to += 32) {
-        int n = slots_of_two(n_pairs);
+        int n = slots_of_two(n_pairs), n_next = slots_of_two(n_pairs - 2);
         more = n_pairs > 2;
         if (more) {
-            ring_place then = at.ahead((unsigned)n);
-            await_slots(p, sh, then, slots_of_two(n_pairs - 2), lane);
-            point_to_pairs<W>(next, sh, then, slots_of_two(n_pairs - 2), warp);
+            ring_place then = passes_early<W>() ? at : at.ahead((unsigned)n);
+            await_slots(p, sh, then, n_next, lane);
+            point_to_pairs<W>(next, sh, then, n_next, warp);
         }
         float d[2][4];
         multiply_held<W>(h, d, {x, x}, more, next, lane);
@@ -305,7 +322,8 @@ static __device__ __forceinline__ void by_slices(const persistent_args &p, persi
                 to[16 * i + 8] = d[i][2];
             }
         }
-        pass(sh, at, n, lane);
+        if (!passes_early<W>()) pass(sh, at, n, lane);
+        else if (more) pass(sh, at, n_next, lane);
     }
 }
 
@@ -337,11 +355,12 @@ static __device__ __forceinline__ void point_to_rows(const unsigned char *(&u)[4
 
 template <typename W>
 static __device__ __forceinline__ void hold_rows(const persistent_args &p, persistent_shared *sh, held_units<W> &h,
-                                                 ring_place at, int n, int n_rows, int warp, int lane) {
+                                                 ring_place &at, int n, int n_rows, int warp, int lane) {
     const unsigned char *u[4];
     await_slots(p, sh, at, slots_of_two(n), lane);
     point_to_rows<W>(u, sh, at, slots_of_two(n), n_rows, warp);
     hold(h, u, lane);
+    if (passes_early<W>()) pass(sh, at, slots_of_two(n), lane);
 }
 
 // The block's rows, 16 a warp, times n slices of inputs, each of which has two slots, and a sum of its own on the
@@ -355,12 +374,12 @@ static __device__ __forceinline__ void by_rows(const persistent_args &p, persist
     row += warp * 16 + lane / 4;
 #pragma unroll 1
     for (bool more = true; more; n -= 2, row += 2 * MOST_HIDDEN, inputs += 2 * SLICE * 2) {
-        int n_slots = slots_of_two(n), second = n > 1;
+        int n_slots = slots_of_two(n), n_next = slots_of_two(n - 2), second = n > 1;
         more = n > 2;
         if (more) {
-            ring_place then = at.ahead((unsigned)n_slots);
-            await_slots(p, sh, then, slots_of_two(n - 2), lane);
-            point_to_rows<W>(next, sh, then, slots_of_two(n - 2), n_rows, warp);
+            ring_place then = passes_early<W>() ? at : at.ahead((unsigned)n_slots);
+            await_slots(p, sh, then, n_next, lane);
+            point_to_rows<W>(next, sh, then, n_next, n_rows, warp);
         }
         float d[2][4];
         multiply_held<W>(h, d, {inputs, inputs + second * SLICE * 2}, more, next, lane);
@@ -377,7 +396,8 @@ static __device__ __forceinline__ void by_rows(const persistent_args &p, persist
                 for (int k = 0; k < 2; k++)
                     if (k * 8 + lane / 4 < n_rows) row[other_half + i * second * MOST_HIDDEN + k * 8] = EMPTY;
         }
-        pass(sh, at, n_slots, lane);
+        if (!passes_early<W>()) pass(sh, at, n_slots, lane);
+        else if (more) pass(sh, at, n_next, lane);
     }
 }
 
@@ -469,7 +489,8 @@ static __device__ __forceinline__ void work(const persistent_args &p, persistent
         int n_pairs = mlp ? 2 * me.n_slices : GROUP + 2;
         held_units<W> held;
         if (i == 2 * p.n_layers && me.cluster != 0) return;
-        if (takes_part) hold_pairs<W>(p, sh, held, at, n_pairs, warp, lane);
+        float4 norm;
+        if (takes_part) hold_pairs<W>(p, sh, held, norm, at, turn, n_pairs, warp, lane);
         if (i > 0) {
             float sum = 0;
             if constexpr (PACE == OWN_PACE) sum = collect_all(p, sh, board, rows_before, n_columns, thread);
@@ -486,7 +507,8 @@ static __device__ __forceinline__ void work(const persistent_args &p, persistent
         if (takes_part) {
             if (thread == 0) barrier_expect(&sh->x_arrived, CLUSTER * (OWN_ROWS + 1) * 4);
             if (thread < OWN_ROWS) push_x(sh, me.rank, x, warp, lane);
-            norm_inputs(p, sh, turn, warp, lane);
+            if (!passes_early<W>()) norm = norm_weights(p, sh, turn, warp, lane);
+            norm_inputs(p, sh, norm, turn, warp, lane);
             turn ^= 1;
             by_slices<W>(p, sh, held, at, n_pairs, warp, lane);
             sync_some(1, WORKERS);
