@@ -85,6 +85,27 @@ static bool read_timeouts(const char *list, struct server_options *s) {
     }
 }
 
+// Ids are checked where sampling options are (--stop-id), but for --logit-bias.
+static bool read_stops(const struct cli_options *o, const tandem_engine *engine, struct server_options *s) {
+    if (o->n_stops > SERVER_STOPS) {
+        cli_usage("--stop: a server takes at most %d texts, found %zu", SERVER_STOPS, o->n_stops);
+        return false;
+    }
+    for (size_t i = 0; i < o->n_stops; i++) {
+        if (strlen(o->stops[i]) <= SERVER_STOP_BYTES) continue;
+        cli_usage("--stop: a text has at most %d bytes, found %zu", SERVER_STOP_BYTES, strlen(o->stops[i]));
+        return false;
+    }
+    for (size_t i = 0, n = engine->model->config.n_vocab; i < o->n_biases; i++)
+        if ((size_t)o->bias_ids[i] >= n)
+            return cli_fail("--logit-bias: token id %d is not in the vocabulary of %zu", o->bias_ids[i], n) == 0;
+    s->stops = o->stops;
+    s->n_stops = o->n_stops;
+    s->stop_ids = o->stop_ids;
+    s->n_stop_ids = o->n_stop_ids;
+    return true;
+}
+
 static bool read_options(const struct cli_options *o, const tandem_engine *engine, struct server_options *s,
                          size_t *grace) {
     size_t port = DEFAULT_PORT;
@@ -97,6 +118,7 @@ static bool read_options(const struct cli_options *o, const tandem_engine *engin
         if (!cli_sampling(o, engine, thinking, &sampling)) return false;
         s->sampling[thinking] = sampling.values;
     }
+    if (!read_stops(o, engine, s)) return false;
     s->host = o->text[OPT_HOST];
     s->port = (int)port;
     s->api_key_file = o->text[OPT_API_KEY_FILE];
@@ -207,15 +229,20 @@ static const enum option_id options[] = {OPT_HELP,
                                          OPT_PRESENCE_PENALTY,
                                          OPT_FREQUENCY_PENALTY,
                                          OPT_GREEDY,
+                                         OPT_LOGIT_BIAS,
+                                         OPT_STOP,
+                                         OPT_STOP_ID,
                                          OPT_MAX_TOKENS};
 
 const struct command command_serve = {
     .name = "serve",
     .summary = "HTTP server: OpenAI's and Anthropic's interfaces",
     .usage = "[MODEL] [options]",
-    .details = "Sampling options are the defaults of requests that do not say. Prints `listening on http://HOST:PORT` "
-               "on stderr\n"
-               "when it is ready. SIGTERM ends it when the requests in progress are done, a second one at once.\n",
+    .details =
+        "Sampling options, --stop, --stop-id and --logit-bias are the defaults of requests that do not say. "
+        "Prints\n"
+        "`listening on http://HOST:PORT` on stderr when it is ready. SIGTERM ends it when the requests in progress "
+        "are\ndone, a second one at once.\n",
     .options = options,
     .n_options = sizeof options / sizeof options[0],
     .run = serve_run,

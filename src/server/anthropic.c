@@ -424,6 +424,7 @@ static bool read_messages(struct generation *g, struct fault *f) {
         return false;
     if (limit < 0) return fault_set(f, 400, "max_tokens", "max_tokens: this field is required");
     g->max_tokens = (size_t)limit;
+    generation_default_stop_ids(g); // a request has no field for them
     g->own = size_alloc_zero(1, sizeof(struct own));
     if (!g->own) return no_memory(f);
     g->may_think = prompt_may_think(g->s, &p);

@@ -182,6 +182,11 @@ bool generation_add_stop(struct generation *g, const struct pyjson *v, const cha
 
 bool generation_read_stops(struct generation *g, const struct pyjson *body, const char *name, struct fault *f) {
     const struct pyjson *v = field(body, name);
+    const struct server_options *o = &g->s->options;
+    for (size_t i = 0; !v && i < o->n_stops; i++) {
+        if (!(g->stops[i] = strdup(o->stops[i]))) return fault_set(f, 500, NULL, "out of memory");
+        g->n_stops++;
+    }
     if (!v) return true;
     if (v->type == PYJSON_STRING) return generation_add_stop(g, v, name, f);
     if (v->type != PYJSON_ARRAY)
@@ -192,11 +197,18 @@ bool generation_read_stops(struct generation *g, const struct pyjson *body, cons
     return true;
 }
 
+void generation_default_stop_ids(struct generation *g) {
+    const struct server_options *o = &g->s->options;
+    for (size_t i = 0; i < o->n_stop_ids; i++) g->stop_ids[i] = o->stop_ids[i];
+    g->n_stop_ids = o->n_stop_ids;
+}
+
 bool generation_read_stop_ids(struct generation *g, const struct pyjson *body, struct fault *f) {
     static const char name[] = "stop_token_ids";
     const struct pyjson *list = NULL;
     size_t n_vocab = g->s->engine->model->config.n_vocab;
     if (!field_typed(body, name, PYJSON_ARRAY, &list, f)) return false;
+    if (!list) generation_default_stop_ids(g);
     if (list && list->n > MAX_STOP_IDS)
         return fault_set(f, 400, name, "%s: at most %d ids, found %zu", name, MAX_STOP_IDS, list->n);
     for (const struct pyjson *v = list ? list->first : NULL; v; v = v->next) {

@@ -111,7 +111,9 @@ void generation_free(struct generation *g); // before it was submitted
 // Reads the sampling fields that all dialects share: temperature ... logit_bias, seed, stop strings excepted.
 bool generation_read_sampling(struct generation *g, const struct pyjson *body, bool thinking, struct fault *f);
 bool generation_add_stop(struct generation *g, const struct pyjson *v, const char *name, struct fault *f);
+// What the server's options say is taken where the request says nothing.
 bool generation_read_stops(struct generation *g, const struct pyjson *body, const char *name, struct fault *f);
+void generation_default_stop_ids(struct generation *g);
 bool generation_read_stop_ids(struct generation *g, const struct pyjson *body, struct fault *f); // "stop_token_ids"
 bool generation_add_part(struct generation *g, struct token_ids *prompt);                        // takes the ids
 // Submits. The generation belongs to the engine's thread from now on, whatever comes; the exchange's answer is its

@@ -14,9 +14,9 @@
 
 enum {
     MAX_PENDING = 4 << 20, // bytes that a slow reader may leave unread
-    MAX_STOP_STRINGS = 16,
-    MAX_STOP_IDS = 64,
-    MAX_STOP_BYTES = 1024,
+    MAX_STOP_STRINGS = SERVER_STOPS,
+    MAX_STOP_IDS = SERVER_STOP_IDS,
+    MAX_STOP_BYTES = SERVER_STOP_BYTES,
     MAX_PROMPTS = 128, // of one completion request
     MAX_TOOLS = 256,
     MAX_MASK_BYTES = 64 << 20, // of automata that are kept for requests to come

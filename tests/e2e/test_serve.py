@@ -146,6 +146,35 @@ def test_stop_token_ids(server, client):
             ask(client, extra_body={**OFF, "stop_token_ids": bad})
 
 
+def test_defaults_of_the_command_line(server):
+    """--stop, --stop-id and --logit-bias hold where a request does not name the field."""
+    to_ids = lambda text: server.post("/tokenize", {"prompt": text})["tokens"]
+    of = to_ids(PARIS)[3]
+    s = Server("--stop", " Paris", "--stop-id", str(of), "--logit-bias", f"{to_ids('The')[0]}:-100")
+    try:
+        client = openai.OpenAI(base_url=s.url + "/v1", api_key="none", max_retries=0, timeout=60 * PATIENCE)
+        content = lambda **more: ask(client, **more).choices[0].message.content
+        no_ids, no_bias = {**OFF, "stop_token_ids": []}, {"logit_bias": {}}
+        assert not content().startswith("The")
+        kept = server.post("/detokenize", {"tokens": to_ids(PARIS)[:3]})
+        assert content(**no_bias) == (kept.get("prompt") or kept["content"]).rstrip()
+        assert content(extra_body=no_ids, **no_bias) == "The capital of France is"
+        assert content(extra_body=no_ids, stop=[], **no_bias) == PARIS
+        assert content(extra_body=no_ids, stop=" France", **no_bias) == "The capital of"
+        raw = client.completions.create(model="tandem-tiny", prompt="x", temperature=0, max_tokens=4)
+        assert raw.choices[0].finish_reason in ("stop", "length")
+        message = {"model": "tandem-tiny", "max_tokens": 30, "messages": [{"role": "user", "content": QUESTION}],
+                   "temperature": 0, "thinking": {"type": "disabled"}}
+        answer = s.post("/v1/messages", message)
+        assert not answer["content"][0]["text"].startswith("The")
+        assert s.post("/v1/messages", {**message, "stop_sequences": ["a"]})["stop_sequence"] in ("a", None)
+    finally:
+        assert s.stop() == 0
+    for bad in (["--stop", "x" * 2000], ["--stop-id", "9999999"], ["--logit-bias", "9999999:1"], ["--stop", "a"] * 17):
+        done = subprocess.run([TANDEM, "serve", "models/tandem-tiny", "--port", "0", *bad], capture_output=True, text=True)
+        assert done.returncode in (1, 2) and bad[0] in done.stderr
+
+
 def test_logit_bias(server, client):
     ids = server.post("/tokenize", {"prompt": "The"})["tokens"]
     answer = ask(client, logit_bias={str(ids[0]): -100}, max_tokens=5).choices[0].message.content
