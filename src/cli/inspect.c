@@ -9,6 +9,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 // Statistics of one tensor's values.
 struct stats {
@@ -98,6 +99,7 @@ static bool make_plan(const struct cli_options *o, struct model *m, struct engin
                               .context = context,
                               .max_batch = batch,
                               .kv_type = o->text[OPT_KV_TYPE],
+                              .repack = o->text[OPT_REPACK],
                               .isa = o->text[OPT_ISA],
                               .device = o->text[OPT_DEVICE]};
     bool ok = engine_plan(m, &options, plan, &err);
@@ -113,10 +115,11 @@ static size_t plan_total(const struct engine_plan *p) {
 }
 
 static json_t *plan_json(const struct engine_plan *p) {
-    return json_pack("{s:I,s:I,s:I,s:I,s:I,s:I,s:s,s:s}", "weights", (json_int_t)p->memory.weights, "kv",
+    return json_pack("{s:I,s:I,s:I,s:I,s:I,s:I,s:s,s:s,s:I,s:s}", "weights", (json_int_t)p->memory.weights, "kv",
                      (json_int_t)p->memory.kv, "activations", (json_int_t)p->memory.activations, "total",
                      (json_int_t)plan_total(p), "context", (json_int_t)p->context, "batch", (json_int_t)p->max_batch,
-                     "kv_type", dtype_info(p->kv_type)->name, "device", p->ops);
+                     "kv_type", dtype_info(p->kv_type)->name, "device", p->ops, "repacked", (json_int_t)p->repacked,
+                     "repacked_in", p->repacked_in);
 }
 
 static json_t *model_json(const struct model *m, const struct tokenizer *tok, enum template_kind kind,
@@ -142,7 +145,10 @@ static void print_plan(const struct model *m, const struct engine_plan *p) {
     snprintf(type, sizeof type, "%s", dtype_info(p->kv_type)->name);
     for (char *at = type; *at; at++) *at = (char)tolower((unsigned char)*at);
     printf("memory plan    %s, a context of %zu, up to %zu sequences a step\n", p->ops, p->context, p->max_batch);
-    printf("  weights      %9.1f MB\n", (double)p->memory.weights / 1e6);
+    printf("  weights      %9.1f MB", (double)p->memory.weights / 1e6);
+    if (p->repacked) printf("  repacked in %s", p->repacked_in[0] ? p->repacked_in : "memory");
+    if (p->repacked_in[0] && access(p->repacked_in, F_OK) != 0) printf(" (by the first run)");
+    printf("\n");
     printf("  KV           %9.1f MB  %zu tokens in %s, %.1f KB each\n", (double)p->memory.kv / 1e6,
            p->n_pages * KV_PAGE_TOKENS, type, (double)kv_bytes_per_token(&m->config, p->kv_type) / 1e3);
     printf("  activations  %9.1f MB  with logits, sampling and scratch\n", (double)p->memory.activations / 1e6);
@@ -250,8 +256,8 @@ static int run(const struct cli_options *o) {
     return status;
 }
 
-static const enum option_id options[] = {OPT_TENSORS, OPT_STATS,  OPT_MACHINE, OPT_CTX,  OPT_BATCH, OPT_KV_TYPE,
-                                         OPT_THREADS, OPT_DEVICE, OPT_ISA,     OPT_JSON, OPT_HELP};
+static const enum option_id options[] = {OPT_TENSORS, OPT_STATS,  OPT_MACHINE, OPT_CTX,    OPT_BATCH, OPT_KV_TYPE,
+                                         OPT_THREADS, OPT_DEVICE, OPT_ISA,     OPT_REPACK, OPT_JSON,  OPT_HELP};
 
 const struct command command_inspect = {
     .name = "inspect",

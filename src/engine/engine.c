@@ -218,20 +218,44 @@ static bool settle_device(tandem_engine *e, const tandem_options *o, struct erro
     return e->ops != NULL;
 }
 
+// Whether weights are put in the ops' own order, and how. cache: to be freed after.
+static bool how_to_repack(tandem_engine *e, const tandem_options *o, bool *packs, struct pack_options *pack,
+                          struct buffer *cache, struct error *err) {
+    const char *how = o->repack ? o->repack : "on";
+    const bool on = strcmp(how, "on") == 0, memory = strcmp(how, "memory") == 0;
+    if (!on && !memory && strcmp(how, "off") != 0)
+        return error_set(err, "repack: expected on, memory or off, found \"%s\"", how);
+    *packs = (on || memory) && e->ops->takes_octets;
+    const bool keeps = *packs && on && hub_own_cache(cache);
+    *pack = (struct pack_options){.pool = e->pool,
+                                  .log = &e->log,
+                                  .cache = keeps ? cache->data : NULL,
+                                  .cache_least = REPACK_KEPT,
+                                  .bf16_in_memory = memory || e->model->kind == MODEL_SYNTHETIC};
+    return true;
+}
+
+// Where the repacked weights will be.
+static bool plan_repacking(tandem_engine *e, const tandem_options *o, struct engine_plan *out, struct error *err) {
+    struct buffer cache = {0}, path = {0};
+    struct pack_options pack;
+    bool packs, ok = how_to_repack(e, o, &packs, &pack, &cache, err);
+    if (ok && packs) {
+        ok = model_pack_place(e->model, &pack, &path, &out->repacked) || error_set(err, "out of memory");
+        snprintf(out->repacked_in, sizeof out->repacked_in, "%s", path.data ? path.data : "");
+    }
+    buffer_free(&path);
+    buffer_free(&cache);
+    return ok;
+}
+
 // Checks the weights' values and puts the weights in the order that the ops like best; without room for that they stay
 // as they are.
 static bool prepare_weights(tandem_engine *e, const tandem_options *o, struct error *err) {
-    const char *how = o->repack ? o->repack : "on";
-    const bool on = strcmp(how, "on") == 0, memory = strcmp(how, "memory") == 0;
     struct buffer cache = {0};
-    if (!on && !memory && strcmp(how, "off") != 0)
-        return error_set(err, "repack: expected on, memory or off, found \"%s\"", how);
-    const bool packs = (on || memory) && e->ops->takes_octets, keeps = packs && on && hub_own_cache(&cache);
-    struct pack_options pack = {.pool = e->pool,
-                                .log = &e->log,
-                                .cache = keeps ? cache.data : NULL,
-                                .cache_least = REPACK_KEPT,
-                                .bf16_in_memory = memory || e->model->kind == MODEL_SYNTHETIC};
+    struct pack_options pack;
+    bool packs;
+    if (!how_to_repack(e, o, &packs, &pack, &cache, err)) return false;
     bool ok = packs && model_pack_cached(e->model, &pack);
     if (!ok) {
         ok = model_check_values(e->model, e->pool, &e->log, err);
@@ -279,7 +303,8 @@ bool engine_plan(struct model *model, const tandem_options *o, struct engine_pla
                                     .kv_type = e->kv_type,
                                     .memory = memory_of(e, &run, all_pages(e, o), weights)};
         snprintf(out->ops, sizeof out->ops, "%s", e->ops->name);
-        if (out->memory.kv == SIZE_MAX || run_bytes(model, &run) == SIZE_MAX)
+        ok = plan_repacking(e, o, out, err);
+        if (ok && (out->memory.kv == SIZE_MAX || run_bytes(model, &run) == SIZE_MAX))
             ok = error_set(err, "the plan for a context of %zu is beyond what can be addressed", e->context);
     }
     ops_close(e->ops);

@@ -137,6 +137,10 @@ struct engine_plan {
     size_t context, max_batch, n_pages;
     enum dtype kv_type;
     char ops[64]; // their name
+    // The copy of the weights in the CPU's own order (--repack): its bytes, 0: none; the file that keeps it, empty:
+    // memory.
+    size_t repacked;
+    char repacked_in[512];
 };
 bool engine_plan(struct model *model, const tandem_options *options, struct engine_plan *out, struct error *err);
 

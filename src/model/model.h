@@ -73,6 +73,8 @@ bool model_pack_cached(struct model *model, const struct pack_options *options);
 // False, with a message to the log: there is room for neither, and the model is as it was. The bits of every product
 // stay the same.
 bool model_pack(struct model *model, const struct pack_options *options);
+// Where the copy is kept or would be, and its bytes. *path: the file, to be freed; empty where it is not kept in one.
+bool model_pack_place(struct model *model, const struct pack_options *options, struct buffer *path, size_t *bytes);
 // What model_load's check_values does.
 bool model_check_values(const struct model *model, struct pool *pool, const struct log *log, struct error *err);
 

@@ -106,6 +106,22 @@ bool model_pack_cached(struct model *m, const struct pack_options *o) {
 }
 
 // Into the cache's file. False: `why` it cannot be, and nothing is done.
+bool model_pack_place(struct model *m, const struct pack_options *o, struct buffer *path, size_t *bytes) {
+    struct packed p = {0};
+    struct pack_cache cache = {0};
+    bool ok = collect(&p, m, true);
+    if (ok && !pack_cache_find(&cache, m, &p, o) && !o->bf16_in_memory) {
+        free_packed(&p);
+        ok = collect(&p, m, false);
+    }
+    *bytes = p.bytes;
+    *path = cache.path;
+    cache.path = (struct buffer){0};
+    pack_cache_free(&cache);
+    free_packed(&p);
+    return ok;
+}
+
 static bool pack_file(struct model *m, const struct packed *p, const struct pack_cache *cache,
                       const struct pack_options *o, struct error *why) {
     struct file_cache file;

@@ -53,3 +53,22 @@ def test_an_impossible_plan_is_refused():
     assert done.returncode == 1 and "2048 positions" in done.stderr
     done = subprocess.run([TANDEM, "inspect", "--ctx", "much"], capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "--ctx" in done.stderr
+
+
+def test_the_plan_says_where_repacked_weights_are(tmp_path):
+    large = tmp_path / "large.gguf"  # as large as files whose copies are kept
+    subprocess.run([TANDEM, "quantize", "models/tandem-tiny", str(large), "--type", "bf16"], check=True, capture_output=True)
+    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+
+    def of(*options):
+        done = subprocess.run([TANDEM, "inspect", str(large), "--isa", "avx2", "--device", "cpu", *options, "--json"], check=True,
+                              capture_output=True, env=env)
+        memory = json.loads(done.stdout)["memory"]
+        return memory["repacked"], memory["repacked_in"]
+
+    size, path = of()
+    assert size > 32 << 20 and path.startswith(f"{tmp_path}/tandem/octets/large.gguf-") and not os.path.exists(path)
+    subprocess.run([TANDEM, "run", str(large), "--ids", "1,2", "-n", "1", "--isa", "avx2", "--device", "cpu"], check=True,
+                   capture_output=True, env=env)
+    assert os.path.getsize(path) >= size
+    assert of("--repack", "memory") == (size, "") and of("--repack", "off") == (0, "")
