@@ -26,9 +26,9 @@ template <typename W_, int WM_, int WN_, int C_, int N_, int STAGES_> struct gro
     static constexpr int UNIT_BYTES = W::RECORD, TOKEN_BYTES = TOKEN_UNITS * HALF_BYTES; // of a half
     static constexpr int STAGE = UNITS * UNIT_BYTES + 2 * TOKEN_BYTES, WARPS = 4 * WM * WN;
     static constexpr int THREADS = WARPS * 32 + 128;
-    static constexpr int BLOCKS = WARPS == 4 ? 2 : 1; // an SM shall hold
     static constexpr int REGISTERS = WARPS == 4 ? 208 : 232, PRODUCER_REGISTERS = 40;
     static constexpr int SHARED = STAGE * STAGES + WARPS * N * 16 * (int)sizeof(float);
+    static constexpr int BLOCKS = WARPS == 4 && SHARED <= 113 * 1024 ? 2 : 1; // an SM shall hold
     static_assert(BLOCKS * SHARED <= 226 * 1024, "shared memory");
 };
 
@@ -38,6 +38,8 @@ struct group_args {
     const unsigned char *tokens; // packed (packed.cuh)
     unsigned char *act;          // GATE_UP: where the result goes too, so packed and rounded; or NULL
     int token_units, row_tiles, token_tiles;
+    size_t part; // 0: a tile's slices are added up. Else (PLAIN) each slice is a tile of its own, whose results lie so
+                 // many floats behind the last one's (parts.cuh)
 };
 
 // With weights of such a type (group_quantised.cu); whether it is one.
@@ -47,13 +49,29 @@ bool cuda_has_group_quantised(enum dtype type);
 // ---- The product
 // -----------------------------------------------------------------------------------------------------
 
-// Tiles are counted through the tokens first: blocks that run together share weights.
+static __host__ __device__ __forceinline__ int all_slices(const group_args &a) {
+    return a.p.columns / SLICE;
+}
+
+static __host__ __device__ __forceinline__ int all_tiles(const group_args &a) {
+    return a.row_tiles * a.token_tiles * (a.part ? all_slices(a) : 1);
+}
+
+static __device__ __forceinline__ int tile_slices(const group_args &a) {
+    return a.part ? 1 : all_slices(a);
+}
+
+// Tiles are counted through the tokens first: blocks that run together share weights. Slices come last.
 static __device__ __forceinline__ int row_tile(const group_args &a, int tile) {
-    return tile / a.token_tiles;
+    return tile / a.token_tiles % a.row_tiles;
 }
 
 static __device__ __forceinline__ int token_tile(const group_args &a, int tile) {
     return tile % a.token_tiles;
+}
+
+static __device__ __forceinline__ int first_slice(const group_args &a, int tile) {
+    return tile / (a.token_tiles * a.row_tiles);
 }
 
 template <class S> struct ring {
@@ -68,43 +86,58 @@ static __device__ __forceinline__ const unsigned char *unit_of(const group_args 
     return pair_unit<W, PRODUCT_PLAIN>(a.p, pair, odd);
 }
 
+// What a lane of a producer warp asks for: its unit of a tile's rows, its piece of the tokens, slice after slice.
+template <class S> struct source {
+    int tile, slice, n; // of the tile's slices, the next one
+    const unsigned char *unit, *tokens;
+
+    __device__ __forceinline__ void begin(const group_args &a, int which, int mine, size_t piece) {
+        tile = which;
+        slice = 0;
+        n = tile_slices(a);
+        if (tile >= all_tiles(a)) return;
+        size_t skipped = (size_t)first_slice(a, tile);
+        unit = unit_of<typename S::W>(a, row_tile(a, tile) * (S::UNITS / 2) + mine / 2, mine % 2) +
+               skipped * S::UNIT_BYTES;
+        tokens = a.tokens + (size_t)token_tile(a, tile) * S::TOKEN_BYTES + piece +
+                 skipped * 2 * (size_t)a.token_units * HALF_BYTES;
+    }
+
+    __device__ __forceinline__ void advance(const group_args &a, int mine, size_t piece) {
+        unit += S::UNIT_BYTES;
+        tokens += 2 * (size_t)a.token_units * HALF_BYTES;
+        if (++slice == n) begin(a, tile + (int)gridDim.x, mine, piece);
+    }
+};
+
 // A producer warp: its quarter of every stage. A warp's lanes ask for copies one after the other, which takes longer
 // than the copies where a single warp asks for all. Weights of the first stages are asked for before the kernel before
 // has ended.
 template <class S>
 static __device__ __forceinline__ void produce(const group_args &a, const ring<S> &r, int quarter, int lane) {
     constexpr int UNITS = S::UNITS / PRODUCERS, PIECE = S::TOKEN_BYTES * 2 / PRODUCERS;
-    int steps = a.p.columns / SLICE, n_tiles = a.row_tiles * a.token_tiles;
-    int stage = 0, round = 0, filled = 0, ahead = min((int)S::STAGES, steps), mine = quarter * UNITS + lane;
-    int piece = quarter * PIECE; // of a stage's tokens, whose halves lie apart in memory
-    size_t half_bytes = (size_t)a.token_units * HALF_BYTES;
+    int n_tiles = all_tiles(a), stage = 0, round = 0, ahead = 0, mine = quarter * UNITS + lane;
+    int first = quarter * PIECE; // of a stage's tokens, whose halves lie apart in memory
+    size_t piece = (size_t)(first / S::TOKEN_BYTES) * (size_t)a.token_units * HALF_BYTES + first % S::TOKEN_BYTES;
     unsigned char *weights_to = r.stages + mine * S::UNIT_BYTES;
-    unsigned char *tokens_to = r.stages + S::UNITS * S::UNIT_BYTES + piece;
-    for (int tile = (int)blockIdx.x; tile < n_tiles; tile += (int)gridDim.x) {
-        const unsigned char *unit = unit_of<typename S::W>(a, row_tile(a, tile) * (S::UNITS / 2) + mine / 2, mine % 2);
-        const unsigned char *tokens = a.tokens + (size_t)token_tile(a, tile) * S::TOKEN_BYTES +
-                                      piece / S::TOKEN_BYTES * half_bytes + piece % S::TOKEN_BYTES;
-        for (int h = 0; h < steps; h++, filled++) {
-            if (filled == 0) { // weights of `ahead` stages, then the wait for the tokens
-                for (int i = 0; i < ahead; i++) {
-                    if (lane == 0) barrier_expect(&r.full[i], S::STAGE / PRODUCERS);
-                    __syncwarp();
-                    if (lane < UNITS)
-                        bulk_copy(weights_to + i * S::STAGE, unit + i * S::UNIT_BYTES, S::UNIT_BYTES, &r.full[i]);
-                }
-                dependency_wait();
-            }
-            if (filled >= ahead) {
-                if (round > 0) barrier_wait(&r.empty[stage], (uint32_t)(round - 1) & 1);
-                if (lane == 0) barrier_expect(&r.full[stage], S::STAGE / PRODUCERS);
-                __syncwarp();
-                if (lane < UNITS)
-                    bulk_copy(weights_to + stage * S::STAGE, unit + h * S::UNIT_BYTES, S::UNIT_BYTES, &r.full[stage]);
-            }
-            if (lane == 31)
-                bulk_copy(tokens_to + stage * S::STAGE, tokens + (size_t)h * 2 * half_bytes, PIECE, &r.full[stage]);
-            if (++stage == S::STAGES) stage = 0, round++;
+    unsigned char *tokens_to = r.stages + S::UNITS * S::UNIT_BYTES + first;
+    source<S> at;
+    at.begin(a, (int)blockIdx.x, mine, piece);
+    auto ask_weights = [&](int to) {
+        if (lane == 0) barrier_expect(&r.full[to], S::STAGE / PRODUCERS);
+        __syncwarp();
+        if (lane < UNITS) bulk_copy(weights_to + to * S::STAGE, at.unit, S::UNIT_BYTES, &r.full[to]);
+    };
+    for (; ahead < S::STAGES && at.tile < n_tiles; ahead++, at.advance(a, mine, piece)) ask_weights(ahead);
+    dependency_wait();
+    at.begin(a, (int)blockIdx.x, mine, piece);
+    for (int filled = 0; at.tile < n_tiles; filled++, at.advance(a, mine, piece)) {
+        if (filled >= ahead) {
+            if (round > 0) barrier_wait(&r.empty[stage], (uint32_t)(round - 1) & 1);
+            ask_weights(stage);
         }
+        if (lane == 31) bulk_copy(tokens_to + stage * S::STAGE, at.tokens, PIECE, &r.full[stage]);
+        if (++stage == S::STAGES) stage = 0, round++;
     }
 }
 
@@ -161,10 +194,11 @@ static __device__ __forceinline__ float4 take_rows(const float *from, int n, boo
     return make_float4(n > 0 ? from[0] : 0.0f, n > 1 ? from[1] : 0.0f, n > 2 ? from[2] : 0.0f, n > 3 ? from[3] : 0.0f);
 }
 
-// A warp's finished sums of pair `pair` and a chain's tokens from `token` on.
+// A warp's finished sums of pair `pair` and a chain's tokens from `token` on; `part`: floats to where a part of them
+// begins.
 template <int N>
-static __device__ __forceinline__ void finish_chain(const group_args &a, const float *staged, int pair, int token,
-                                                    int lane) {
+static __device__ __forceinline__ void finish_chain(const group_args &a, const float *staged, size_t part, int pair,
+                                                    int token, int lane) {
     const product_args &p = a.p;
     const float4 *quads = reinterpret_cast<const float4 *>(staged);
     if (a.mode == PRODUCT_GATE_UP) {
@@ -188,7 +222,7 @@ static __device__ __forceinline__ void finish_chain(const group_args &a, const f
         while (segment < 2 && pair >= p.n_pairs[segment]) pair -= p.n_pairs[segment++];
     int n_out = p.n_out[segment], row = pair * 16 + lane % 4 * 4, n = n_out - row;
     bool whole = n >= 4 && n_out % 4 == 0, has_bias = p.b[segment] != NULL;
-    float *to = p.y[segment] + (size_t)(token + lane / 4) * n_out + row;
+    float *to = p.y[segment] + part + (size_t)(token + lane / 4) * n_out + row;
     if (n <= 0) return;
     float4 before[N / 8]; // all asked for before the first is used
 #pragma unroll
@@ -213,13 +247,14 @@ static __device__ __forceinline__ void finish_tile(const group_args &a, const ri
     int from = opaque(thread), pair = row_tile(a, tile) * (S::UNITS / 2) + from / 128 % S::WM * 4 + from / 32 % 4;
     int token = token_tile(a, tile) * S::TOKENS + from / 128 / S::WM * S::C * S::N;
     float *staged = reinterpret_cast<float *>(r.stages + S::STAGE * S::STAGES) + from / 32 * S::N * 16;
+    size_t part = a.part ? (size_t)first_slice(a, tile) * a.part : 0;
 #pragma unroll 1
     for (int c = 0; c < S::C; c++) {
 #pragma unroll
         for (int k = 0; k < S::C; k++)
             if (k == c) put_chain<S::N>(staged, total[k], from % 32 / 4, from % 4);
         __syncwarp();
-        finish_chain<S::N>(a, staged, pair, token + c * S::N, from % 32);
+        finish_chain<S::N>(a, staged, part, pair, token + c * S::N, from % 32);
         __syncwarp();
     }
 }

@@ -107,7 +107,7 @@ template <typename Q> struct quantised_consumer {
     template <class S> static __device__ __forceinline__ void run(const group_args &a, const ring<S> &r, int thread) {
         int group = thread / 128, lane = thread % 32;
         part at = {group % S::WM, group / S::WM, thread / 32 % 4, lane};
-        int n_slices = a.p.columns / SLICE, n_tiles = a.row_tiles * a.token_tiles;
+        int n_slices = tile_slices(a), n_tiles = all_tiles(a);
         position next = {0, 0};
         for (int tile = (int)blockIdx.x; tile < n_tiles; tile += (int)gridDim.x) {
             float total[S::C][S::N / 2];
@@ -154,7 +154,7 @@ template <typename F> static bool with_format(enum dtype type, F f) {
 template <class S, typename Q> static void launch(struct cuda_state *s, const char *what, group_args &a, int rows) {
     a.row_tiles = (rows + S::ROWS - 1) / S::ROWS;
     a.token_tiles = (a.p.n_tokens + S::TOKENS - 1) / S::TOKENS;
-    size_t tiles = (size_t)a.row_tiles * (size_t)a.token_tiles, most = (size_t)s->n_sms * S::BLOCKS;
+    size_t tiles = (size_t)all_tiles(a), most = (size_t)s->n_sms * S::BLOCKS;
     launch_kernel(s, what, k_group<S, quantised_consumer<Q>>,
                   {grid_for(tiles < most ? tiles : most), S::THREADS, S::SHARED}, a);
 }

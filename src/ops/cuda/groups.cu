@@ -10,6 +10,9 @@ typedef group_shape<bf16_weights, 2, 1, 1, 64, 4> shape_128x64;
 typedef group_shape<bf16_weights, 2, 1, 2, 64, 3> shape_128x128;
 typedef group_shape<bf16_weights, 2, 1, 3, 64, 2> shape_128x192;
 typedef group_shape<bf16_weights, 2, 1, 4, 64, 2> shape_128x256;
+// Most of a tile's weights ahead of its tokens.
+typedef group_shape<bf16_weights, 1, 1, 1, 32, 8> shape_64x32_deep;
+typedef group_shape<bf16_weights, 1, 1, 1, 64, 6> shape_64x64_deep;
 
 // ---- Packing
 // ---------------------------------------------------------------------------------------------------------
@@ -189,7 +192,7 @@ struct bf16_consumer {
     template <class S> static __device__ __forceinline__ void run(const group_args &a, const ring<S> &r, int thread) {
         int lane = thread % 32;
         share own = share_of<S>(thread);
-        int n_slices = a.p.columns / SLICE, n_tiles = a.row_tiles * a.token_tiles;
+        int n_slices = tile_slices(a), n_tiles = all_tiles(a);
         position next = {0, 0}, last = {0, 0};
         for (int tile = (int)blockIdx.x; tile < n_tiles; tile += (int)gridDim.x) {
             float total[S::C][S::N / 2], d0[S::N / 2], d1[S::N / 2];
@@ -243,8 +246,9 @@ struct shape_info {
     float slice, once;
 };
 static const shape_info shapes[] = {
-    {64, 32, 2, 0.5f, 0.75f},   {64, 64, 2, 0.75f, 1.5f},    {64, 128, 1, 0.35f, 3.5f},  {128, 64, 1, 0.4f, 3.0f},
-    {128, 128, 1, 0.7f, 4.25f}, {128, 192, 1, 1.15f, 4.75f}, {128, 256, 1, 1.5f, 5.75f},
+    {64, 32, 2, 0.5f, 0.75f},   {64, 64, 2, 0.75f, 1.5f},   {64, 128, 1, 0.35f, 3.5f},
+    {128, 64, 1, 0.4f, 3.0f},   {128, 128, 1, 0.7f, 4.25f}, {128, 192, 1, 1.15f, 4.75f},
+    {128, 256, 1, 1.5f, 5.75f}, {64, 32, 1, 100, 100},      {64, 64, 1, 100, 100},
 };
 enum { N_SHAPES = sizeof shapes / sizeof shapes[0] };
 
@@ -252,14 +256,15 @@ static int tiles_of(int n, int size) {
     return (n + size - 1) / size;
 }
 
-// The least time of the busiest SM.
-static int choose_shape(int rows, int n_tokens, int columns, int n_sms) {
+// The least time of the busiest SM, for tiles of so many slices; `times`: a tile's slices apart.
+static int choose_shape(int rows, int n_tokens, int slices, int times, int n_sms) {
     int best = 0;
     float least = 0;
     for (int i = 0; i < N_SHAPES; i++) {
         const shape_info *s = &shapes[i];
-        int n = tiles_of(rows, s->rows) * tiles_of(n_tokens, s->tokens);
-        float cost = (float)tiles_of(n, n_sms * s->per_sm) * ((float)(columns / SLICE) * s->slice + s->once);
+        int n = tiles_of(rows, s->rows) * tiles_of(n_tokens, s->tokens) * times;
+        float once = times == 1 ? s->once : (float)(s->rows * s->tokens) * 5e-5f; // of parts, which hide each other
+        float cost = (float)tiles_of(n, n_sms * s->per_sm) * ((float)slices * s->slice + once);
         if (n <= n_sms && s->per_sm > 1) cost *= 0.6f; // alone on its SM
         if (i > 0 && cost >= least) continue;
         best = i;
@@ -271,7 +276,7 @@ static int choose_shape(int rows, int n_tokens, int columns, int n_sms) {
 template <class S> static void launch(struct cuda_state *s, const char *what, group_args &a, int rows) {
     a.row_tiles = tiles_of(rows, S::ROWS);
     a.token_tiles = tiles_of(a.p.n_tokens, S::TOKENS);
-    size_t tiles = (size_t)a.row_tiles * (size_t)a.token_tiles, most = (size_t)s->n_sms * S::BLOCKS;
+    size_t tiles = (size_t)all_tiles(a), most = (size_t)s->n_sms * S::BLOCKS;
     launch_kernel(s, what, k_group<S, bf16_consumer>, {grid_for(tiles < most ? tiles : most), S::THREADS, S::SHARED},
                   a);
 }
@@ -281,17 +286,26 @@ static bool has_type(const struct cuda_state *s, enum dtype type) {
     return s->device.variants & VARIANT_WGMMA_QUANTISED && cuda_has_group_quantised(type);
 }
 
+bool cuda_in_parts(const struct op_ctx *ctx, const product_args &p, enum dtype type) {
+    struct cuda_state *s = cuda_of(ctx);
+    enum { MOST = 256 };
+    return HOPPER && has_type(s, type) && s->device.variants & VARIANT_PARTS && p.n_tokens >= GROUP_TOKENS &&
+           p.n_tokens <= MOST && s->tile_shape >= 0 && p.n_out[0] % 4 == 0 &&
+           (size_t)p.n_tokens * (size_t)p.n_out[0] * (size_t)(p.columns / SLICE) <= PARTS_FLOATS;
+}
+
 bool cuda_group_product(const struct op_ctx *ctx, const char *what, enum product_mode mode, const product_args &p,
                         enum dtype type, size_t pairs) {
     struct cuda_state *s = cuda_of(ctx);
     if (!HOPPER || !has_type(s, type)) return false;
     size_t token_units = packed_units((size_t)p.n_tokens);
     unsigned char *first = (unsigned char *)ctx->scratch, *second = second_half(ctx);
-    int rows = (int)pairs * 16,
-        shape = s->tile_shape > 0 ? s->tile_shape - 1 : choose_shape(rows, p.n_tokens, p.columns, s->n_sms);
-    group_args a = {p, mode, first, NULL, (int)token_units, 0, 0};
+    int rows = (int)pairs * 16, slices = p.columns / SLICE, shape = s->tile_shape - 1;
+    bool in_parts = mode == PRODUCT_RESIDUAL && cuda_in_parts(ctx, p, type);
+    group_args a = {p, mode, first, NULL, (int)token_units, 0, 0, 0};
     if (mode == PRODUCT_RESIDUAL && s->packed == p.x && s->packed_tokens == p.n_tokens) {
         a.tokens = second;
+    } else if (p.norm && cuda_add_and_pack(s, what, p, first, (int)token_units)) {
     } else if (p.norm) {
         pack<true>(s, what, p, first, (int)token_units);
     } else {
@@ -299,6 +313,12 @@ bool cuda_group_product(const struct op_ctx *ctx, const char *what, enum product
     }
     bool packs = mode == PRODUCT_GATE_UP && p.n_out[0] % SLICE == 0;
     if (packs) a.act = second;
+    if (shape < 0) shape = choose_shape(rows, p.n_tokens, in_parts ? 1 : slices, in_parts ? slices : 1, s->n_sms);
+    if (in_parts) {
+        a.mode = PRODUCT_PLAIN;
+        a.p.y[0] = parts_of(ctx);
+        a.part = (size_t)p.n_tokens * (size_t)p.n_out[0];
+    }
     if (type != DTYPE_BF16) shape = -1;
     switch (shape) {
     case -1: cuda_group_quantised(s, what, a, rows, type); break;
@@ -308,12 +328,15 @@ bool cuda_group_product(const struct op_ctx *ctx, const char *what, enum product
     case 3: launch<shape_128x64>(s, what, a, rows); break;
     case 4: launch<shape_128x128>(s, what, a, rows); break;
     case 5: launch<shape_128x192>(s, what, a, rows); break;
+    case 7: launch<shape_64x32_deep>(s, what, a, rows); break;
+    case 8: launch<shape_64x64_deep>(s, what, a, rows); break;
     default: launch<shape_128x256>(s, what, a, rows); break;
     }
     if (packs) {
         s->packed = p.y[0];
         s->packed_tokens = p.n_tokens;
     }
+    if (in_parts) s->pending = {p.y[0], a.p.y[0], p.n_out[0], all_slices(a), p.n_tokens};
     return true;
 }
 
@@ -337,5 +360,7 @@ extern "C" bool cuda_groups_setup(struct cuda_state *s) {
     allow<shape_128x128>(s);
     allow<shape_128x192>(s);
     allow<shape_128x256>(s);
+    allow<shape_64x32_deep>(s);
+    allow<shape_64x64_deep>(s);
     return s->failed == cudaSuccess;
 }
