@@ -2,6 +2,7 @@
 // weights: a slice of 128 columns is one chain of eight instructions from +0; a finished chain is added to the total
 // while the next one runs. It also packs tokens and chooses among tiles. The bits are those of products.cu's kernels.
 #include "ops/cuda/group_kernel.cuh"
+#include "ops/cuda/parts.cuh"
 
 typedef group_shape<bf16_weights, 1, 1, 1, 32, 4> shape_64x32;
 typedef group_shape<bf16_weights, 1, 1, 1, 64, 3> shape_64x64;
@@ -362,5 +363,6 @@ extern "C" bool cuda_groups_setup(struct cuda_state *s) {
     allow<shape_128x256>(s);
     allow<shape_64x32_deep>(s);
     allow<shape_64x64_deep>(s);
+    cuda_parts_setup(s);
     return s->failed == cudaSuccess;
 }

@@ -4,11 +4,12 @@
 // slices can be multiplied by all SMs at once, and the bits are those of every other kernel.
 #include "ops/cuda/common.cuh"
 #include "ops/cuda/packed.cuh"
-#include "ops/cuda/products.cuh"
+#include "ops/cuda/parts.cuh"
 
 enum {
-    PARTS_AT_ONCE = 24, // of a thread's four columns, asked for before the first is added
-    PARTS_HELD = 2,     // of a thread's columns, in fours, kept for the norm
+    PARTS_AT_ONCE = 8,         // of a thread's four columns, asked for before the first is added
+    PARTS_HELD = 2,            // of a thread's columns, in fours, kept for the norm
+    PARTS_SHARED = 112 * 1024, // bytes of a token's parts, beside which a next product's block has room
 };
 
 struct parts_args {
@@ -17,59 +18,81 @@ struct parts_args {
     int n_out, n_parts, n_tokens;
 };
 
-// Columns k .. k + 3 of a token, with the parts.
-static __device__ __forceinline__ float4 add_parts(const parts_args &q, int token, int k) {
-    size_t at = (size_t)token * (size_t)q.n_out + (size_t)k, step = (size_t)q.n_tokens * (size_t)q.n_out;
-    float4 before = *reinterpret_cast<const float4 *>(q.x + at), sum = make_float4(-0.0f, -0.0f, -0.0f, -0.0f);
-    for (int first = 0; first < q.n_parts; first += PARTS_AT_ONCE) {
-        float4 v[PARTS_AT_ONCE];
-#pragma unroll
-        for (int i = 0; i < PARTS_AT_ONCE; i++)
-            if (first + i < q.n_parts)
-                v[i] = __ldcg(reinterpret_cast<const float4 *>(q.parts + at + (size_t)(first + i) * step));
-#pragma unroll
-        for (int i = 0; i < PARTS_AT_ONCE; i++)
-            if (first + i < q.n_parts)
-                sum = make_float4(sum.x + v[i].x, sum.y + v[i].y, sum.z + v[i].z, sum.w + v[i].w);
-    }
-    return make_float4(before.x + sum.x, before.y + sum.y, before.z + sum.z, before.w + sum.w);
+static __device__ __forceinline__ float4 add_four(float4 a, float4 b) {
+    return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
 }
 
 // A block a token.
 static __global__ void k_add_parts(parts_args q) {
     dependents_may_start();
     dependency_wait();
-    int token = (int)blockIdx.x;
-    for (int k = 4 * (int)threadIdx.x; k < q.n_out; k += 4 * NORM_THREADS)
-        *reinterpret_cast<float4 *>(q.x + (size_t)token * (size_t)q.n_out + k) = add_parts(q, token, k);
+    size_t row = (size_t)blockIdx.x * (size_t)q.n_out, step = (size_t)q.n_tokens * (size_t)q.n_out;
+    for (int k = 4 * (int)threadIdx.x; k < q.n_out; k += 4 * NORM_THREADS) {
+        float *x = q.x + row + k;
+        float4 before = *reinterpret_cast<const float4 *>(x), sum = make_float4(-0.0f, -0.0f, -0.0f, -0.0f);
+        for (int first = 0; first < q.n_parts; first += PARTS_AT_ONCE) {
+            float4 v[PARTS_AT_ONCE];
+#pragma unroll
+            for (int i = 0; i < PARTS_AT_ONCE; i++)
+                if (first + i < q.n_parts)
+                    v[i] = __ldcg(reinterpret_cast<const float4 *>(q.parts + row + k + (size_t)(first + i) * step));
+#pragma unroll
+            for (int i = 0; i < PARTS_AT_ONCE; i++)
+                if (first + i < q.n_parts) sum = add_four(sum, v[i]);
+        }
+        *reinterpret_cast<float4 *>(x) = add_four(before, sum);
+    }
 }
 
-// A block a token: also normed, rounded and packed; columns up to a whole slice become zero. At most PARTS_HELD * 1,024
-// columns.
+// A block a token, whose parts are copied into shared memory at once; also normed, rounded and packed; columns up to a
+// whole slice become zero. At most PARTS_HELD * 1,024 columns.
 static __global__ void __launch_bounds__(NORM_THREADS)
     k_add_and_pack(parts_args q, product_args p, unsigned char *packed, int token_units) {
+    DYNAMIC_SHARED(shared); // [n_parts, n_out] floats
     __shared__ float sums[NORM_WARPS];
-    int token = (int)blockIdx.x, thread = (int)threadIdx.x;
+    __shared__ __align__(8) uint64_t arrived;
+    int token = (int)blockIdx.x, thread = (int)threadIdx.x, warp = thread / 32, lane = thread % 32;
+    int mine = (q.n_parts - warp + NORM_WARPS - 1) / NORM_WARPS; // parts that this warp asks for
+    uint32_t bytes = (uint32_t)q.n_out * (uint32_t)sizeof(float);
+    size_t row = (size_t)token * (size_t)q.n_out, step = (size_t)q.n_tokens * (size_t)q.n_out;
+    if (thread == 0) {
+        barrier_init_for(&arrived, NORM_WARPS);
+        barrier_fence();
+    }
+    __syncthreads();
     dependents_may_start();
     float4 n[PARTS_HELD], v[PARTS_HELD];
 #pragma unroll
     for (int i = 0; i < PARTS_HELD; i++) n[i] = load4(p.norm, 4 * (thread + i * NORM_THREADS), p.n_in);
     dependency_wait();
+    if (lane == 0) barrier_expect(&arrived, (uint32_t)mine * bytes);
+    __syncwarp();
+    for (int i = lane; i < mine; i += 32) {
+        int part = i * NORM_WARPS + warp;
+        bulk_copy(shared + (size_t)part * bytes, q.parts + row + (size_t)part * step, bytes, &arrived);
+    }
+#pragma unroll
+    for (int i = 0; i < PARTS_HELD; i++) v[i] = load4(q.x + row, 4 * (thread + i * NORM_THREADS), p.n_in);
+    barrier_wait(&arrived, 0);
     float s = 0; // as norm_partial
 #pragma unroll
     for (int i = 0; i < PARTS_HELD; i++) {
         int k = 4 * (thread + i * NORM_THREADS);
-        v[i] = make_float4(0, 0, 0, 0);
         if (k >= p.n_in) continue;
-        v[i] = add_parts(q, token, k);
-        *reinterpret_cast<float4 *>(q.x + (size_t)token * (size_t)q.n_out + k) = v[i];
+        const unsigned char *at = shared + (size_t)k * sizeof(float);
+        float4 sum = *reinterpret_cast<const float4 *>(at);
+#pragma unroll 8
+        for (int part = 1; part < q.n_parts; part++)
+            sum = add_four(sum, *reinterpret_cast<const float4 *>(at + (size_t)part * bytes));
+        v[i] = add_four(v[i], sum);
+        *reinterpret_cast<float4 *>(q.x + row + k) = v[i];
         s = fmaf(v[i].x, v[i].x, s);
         s = fmaf(v[i].y, v[i].y, s);
         s = fmaf(v[i].z, v[i].z, s);
         s = fmaf(v[i].w, v[i].w, s);
     }
     s = warp_sum(s);
-    if (thread % 32 == 0) sums[thread / 32] = s;
+    if (lane == 0) sums[warp] = s;
     __syncthreads();
     float r = norm_rate(sums, p.n_in, p.eps);
 #pragma unroll
@@ -97,10 +120,17 @@ extern "C" void cuda_add_parts(struct cuda_state *s) {
 
 bool cuda_add_and_pack(struct cuda_state *s, const char *what, const product_args &p, unsigned char *packed,
                        int token_units) {
-    if (!s->pending.x || s->pending.x != p.x || s->pending.n_tokens != p.n_tokens || s->pending.n_out != p.n_in ||
-        p.rows || p.columns > PARTS_HELD * 4 * NORM_THREADS)
+    size_t shared = (size_t)s->pending.n_parts * (size_t)p.n_in * sizeof(float);
+    if (!HOPPER || !s->pending.x || s->pending.x != p.x || s->pending.n_tokens != p.n_tokens || p.rows ||
+        s->pending.n_out != p.n_in || p.columns > PARTS_HELD * 4 * NORM_THREADS || shared > PARTS_SHARED)
         return false;
     parts_args q = take_parts(s);
-    launch_kernel(s, what, k_add_and_pack, {grid_for((size_t)q.n_tokens), NORM_THREADS, 0}, q, p, packed, token_units);
+    launch_kernel(s, what, k_add_and_pack, {grid_for((size_t)q.n_tokens), NORM_THREADS, shared}, q, p, packed,
+                  token_units);
     return true;
+}
+
+void cuda_parts_setup(struct cuda_state *s) {
+    cuda_check(s, cudaFuncSetAttribute(k_add_and_pack, cudaFuncAttributeMaxDynamicSharedMemorySize, PARTS_SHARED),
+               "preparing products");
 }
