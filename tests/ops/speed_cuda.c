@@ -17,7 +17,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { MAX_LAYERS = 28, MOST_TIMES = 8, N_SHAPES = 9 };
+enum { MAX_LAYERS = 28, MOST_TIMES = 8, N_SHAPES = 11, MOST_IN_PARTS = 64 };
 enum way {
     TILES,
     GROUPS,
@@ -378,6 +378,7 @@ static void measure(struct bench *b, enum op op, size_t n_tokens) {
     for (int way = 0; way < (b->shapes ? N_WAYS : SHAPES); way++) {
         bool in_parts = way == PARTS || way >= PARTS_SHAPES;
         if ((way == CLUSTERS || in_parts) && !adds) continue;
+        if (way >= PARTS_SHAPES && n_tokens > MOST_IN_PARTS) continue; // too much passes through memory
         if (way == STORE_HEADS && op != QKV_STORE) continue;
         b->device->variants = (proven & apart) | (way > TILES ? VARIANT_WGMMA : 0u) |
                               (way == CLUSTERS ? VARIANT_CLUSTERS : 0u) | (way > CLUSTERS ? VARIANT_STORE_HEADS : 0u) |
@@ -486,8 +487,8 @@ int main(int argc, char **argv) {
     }
     create(&b, small);
     printf("%s; without warp groups | with%s; us, TFLOP/s\n", b.device->name,
-           b.shapes ? ", then 64x32 64x64 64x128 128x64 128x128 128x192 128x256 64x32 64x64, the last two with more "
-                      "stages (rows by tokens)"
+           b.shapes ? ", then 64x32 64x64 64x128 128x64 128x128 128x192 128x256; 64x32 64x64 with more stages; "
+                      "64x32 shared by two and by four (rows by tokens)"
                     : "");
     for (const char *at = tokens; *at;) {
         char *end;

@@ -3,17 +3,22 @@
 // while the next one runs. It also packs tokens and chooses among tiles. The bits are those of products.cu's kernels.
 #include "ops/cuda/group_kernel.cuh"
 #include "ops/cuda/parts.cuh"
+#include <stdio.h>
+#include <stdlib.h>
 
-typedef group_shape<bf16_weights, 1, 1, 1, 32, 4> shape_64x32;
-typedef group_shape<bf16_weights, 1, 1, 1, 64, 3> shape_64x64;
-typedef group_shape<bf16_weights, 1, 2, 1, 64, 4> shape_64x128;
-typedef group_shape<bf16_weights, 2, 1, 1, 64, 4> shape_128x64;
-typedef group_shape<bf16_weights, 2, 1, 2, 64, 3> shape_128x128;
-typedef group_shape<bf16_weights, 2, 1, 3, 64, 2> shape_128x192;
-typedef group_shape<bf16_weights, 2, 1, 4, 64, 2> shape_128x256;
+typedef group_shape<bf16_weights, 1, 1, 1, 32, 4, 4> shape_64x32;
+typedef group_shape<bf16_weights, 1, 1, 1, 64, 3, 3> shape_64x64;
+typedef group_shape<bf16_weights, 1, 2, 1, 64, 4, 4> shape_64x128;
+typedef group_shape<bf16_weights, 2, 1, 1, 64, 4, 4> shape_128x64;
+typedef group_shape<bf16_weights, 2, 1, 2, 64, 3, 3> shape_128x128;
+typedef group_shape<bf16_weights, 2, 1, 3, 64, 2, 2> shape_128x192;
+typedef group_shape<bf16_weights, 2, 1, 4, 64, 2, 2> shape_128x256;
 // Most of a tile's weights ahead of its tokens.
-typedef group_shape<bf16_weights, 1, 1, 1, 32, 8> shape_64x32_deep;
-typedef group_shape<bf16_weights, 1, 1, 1, 64, 6> shape_64x64_deep;
+typedef group_shape<bf16_weights, 1, 1, 1, 32, 8, 4> shape_64x32_deep;
+typedef group_shape<bf16_weights, 1, 1, 1, 64, 8, 3> shape_64x64_deep;
+// Shared by two blocks, and by four.
+typedef group_shape<bf16_weights, 1, 1, 1, 32, 5, 4, 12> shape_pair;
+typedef group_shape<bf16_weights, 1, 1, 1, 32, 6, 4, 6> shape_four;
 
 // ---- Packing
 // ---------------------------------------------------------------------------------------------------------
@@ -102,7 +107,7 @@ static void pack(struct cuda_state *s, const char *what, const product_args &p, 
                  int token_units) {
     enum { MANY = 1024 };
     size_t units = ((size_t)p.n_tokens + UNIT_ROWS - 1) / UNIT_ROWS;
-    if (p.n_tokens >= MANY || s->tile_shape % 2 != 0) // the latter to be measured
+    if (p.n_tokens >= MANY)
         launch_kernel(s, what, k_pack_units<NORM>, {grid_for(units), NORM_THREADS, 0}, p, packed, token_units);
     else
         launch_kernel(s, what, k_pack_tokens<NORM>, {grid_for((size_t)p.n_tokens), NORM_THREADS, 0}, p, packed,
@@ -126,14 +131,18 @@ struct share {
 template <class S> static __device__ __forceinline__ share share_of(int thread) {
     int group = thread / 128;
     return {(group % S::WM * 8 + thread / 32 % 4 * 2) * S::UNIT_BYTES + thread % 32 * 16,
-            S::UNITS * S::UNIT_BYTES + group / S::WM * S::C * S::N / 8 * HALF_BYTES};
+            group / S::WM * S::C * S::N / 8 * HALF_BYTES};
 }
 
+// A consumer's places in the rings: the next weights, the next tokens, and the next tokens to be given back.
+struct places {
+    position weights, tokens, last;
+};
+
 template <class S>
-static __device__ __forceinline__ void load_slice(slice &s, const ring<S> &r, position &at, const share &own) {
-    const unsigned char *stage = r.stages + at.stage * S::STAGE;
-    const uint4 *weights = reinterpret_cast<const uint4 *>(stage + own.weights);
-    barrier_wait(&r.full[at.stage], (uint32_t)at.round & 1);
+static __device__ __forceinline__ void load_slice(slice &s, const ring<S> &r, places &at, const share &own, int lane) {
+    const uint4 *weights = reinterpret_cast<const uint4 *>(r.weights(at.weights.stage) + own.weights);
+    barrier_wait(&r.weights_full[at.weights.stage], (uint32_t)at.weights.round & 1);
 #pragma unroll
     for (int c = 0; c < SLICE / 32; c++) {
         uint4 u = weights[c * CHUNK_LANES], v = weights[c * CHUNK_LANES + S::UNIT_BYTES / 16];
@@ -141,14 +150,18 @@ static __device__ __forceinline__ void load_slice(slice &s, const ring<S> &r, po
         a[0] = u.x, a[1] = v.x, a[2] = u.y, a[3] = v.y;
         a[4] = u.z, a[5] = v.z, a[6] = u.w, a[7] = v.w;
     }
-    s.tokens = group_operand(stage + own.tokens, K_STEP, COLUMN_STEP);
-    advance<S>(at);
+    __syncwarp(); // all lanes have read it
+    if (lane == 0) barrier_arrive(&r.weights_empty[at.weights.stage]);
+    s.tokens = group_operand(r.tokens(at.tokens.stage) + own.tokens, K_STEP, COLUMN_STEP);
+    barrier_wait(&r.tokens_full[at.tokens.stage], (uint32_t)at.tokens.round & 1);
+    at.weights.advance<S::AHEAD>();
+    at.tokens.advance<S::STAGES>();
 }
 
-template <class S> static __device__ __forceinline__ void give_back(const ring<S> &r, position &at, int lane) {
-    __syncwarp(); // all lanes have read it
-    if (lane == 0) barrier_arrive(&r.empty[at.stage]);
-    advance<S>(at);
+template <class S> static __device__ __forceinline__ void give_back(const ring<S> &r, places &at, int lane) {
+    __syncwarp(); // all lanes have waited for what reads it
+    if (lane == 0) barrier_arrive(&r.tokens_empty[at.last.stage]);
+    at.last.advance<S::STAGES>();
 }
 
 // One chain: a slice of one of the group's chains of tokens.
@@ -172,20 +185,20 @@ static __device__ __forceinline__ void add_chain(float (&total)[S::N / 2], float
 // One slice; meanwhile the next one's weights are loaded. With a single chain a slice, it stays under way while the
 // slice before is added.
 template <class S>
-static __device__ __forceinline__ void
-step(const ring<S> &r, float (&total)[S::C][S::N / 2], float (&d)[S::N / 2], float (&other)[S::N / 2], const slice &now,
-     slice &following, position &next, position &last, bool more, bool is_first, const share &own, int lane) {
+static __device__ __forceinline__ void step(const ring<S> &r, float (&total)[S::C][S::N / 2], float (&d)[S::N / 2],
+                                            float (&other)[S::N / 2], const slice &now, slice &following, places &at,
+                                            bool more, bool is_first, const share &own, int lane) {
     multiply<S>(d, now, 0);
     if constexpr (S::C == 1) {
         add_chain<S, 1>(total[0], other);
-        if (!is_first) give_back<S>(r, last, lane);
-        if (more) load_slice<S>(following, r, next, own);
+        if (!is_first) give_back<S>(r, at, lane);
+        if (more) load_slice<S>(following, r, at, own, lane);
     } else {
         multiply<S>(other, now, 1);
-        if (more) load_slice<S>(following, r, next, own);
+        if (more) load_slice<S>(following, r, at, own, lane);
         add_chain<S, 1>(total[0], d);
         add_chain<S, 0>(total[1], other);
-        give_back<S>(r, last, lane);
+        give_back<S>(r, at, lane);
     }
 }
 
@@ -193,9 +206,11 @@ struct bf16_consumer {
     template <class S> static __device__ __forceinline__ void run(const group_args &a, const ring<S> &r, int thread) {
         int lane = thread % 32;
         share own = share_of<S>(thread);
-        int n_slices = tile_slices(a), n_tiles = all_tiles(a);
-        position next = {0, 0}, last = {0, 0};
-        for (int tile = (int)blockIdx.x; tile < n_tiles; tile += (int)gridDim.x) {
+        int n_pieces = all_pieces(a);
+        places at = {};
+        for (int piece = (int)blockIdx.x; piece < n_pieces; piece += (int)gridDim.x) {
+            piece_of_work w = piece_at(a, piece);
+            int n_slices = w.n;
             float total[S::C][S::N / 2], d0[S::N / 2], d1[S::N / 2];
 #pragma unroll
             for (int i = 0; i < S::N / 2; i++) {
@@ -207,33 +222,82 @@ struct bf16_consumer {
                 // No register is left for a second chain: the other group's runs while this one adds.
                 slice now;
                 for (int s = 0; s < n_slices; s++) {
-                    load_slice<S>(now, r, next, own);
+                    load_slice<S>(now, r, at, own, lane);
 #pragma unroll
                     for (int c = 0; c < S::C; c++) {
                         multiply<S>(d0, now, c);
                         add_chain<S, 0>(total[c], d0);
                     }
-                    give_back<S>(r, last, lane);
+                    give_back<S>(r, at, lane);
                 }
             } else {
                 slice even, odd;
-                load_slice<S>(even, r, next, own);
+                load_slice<S>(even, r, at, own, lane);
                 for (int s = 0; s < n_slices; s += 2) {
                     bool more = s + 1 < n_slices;
-                    step<S>(r, total, d0, d1, even, odd, next, last, more, s == 0, own, lane);
+                    step<S>(r, total, d0, d1, even, odd, at, more, s == 0, own, lane);
                     if (!more) break;
                     if constexpr (S::C == 2)
-                        step<S>(r, total, d0, d1, odd, even, next, last, s + 2 < n_slices, false, own, lane);
-                    else step<S>(r, total, d1, d0, odd, even, next, last, s + 2 < n_slices, false, own, lane);
+                        step<S>(r, total, d0, d1, odd, even, at, s + 2 < n_slices, false, own, lane);
+                    else step<S>(r, total, d1, d0, odd, even, at, s + 2 < n_slices, false, own, lane);
                 }
                 if constexpr (S::C == 1) {
                     if (n_slices % 2 == 0) add_chain<S, 0>(total[0], d1);
                     else add_chain<S, 0>(total[0], d0);
-                    give_back<S>(r, last, lane);
+                    give_back<S>(r, at, lane);
                 }
             }
-            finish_tile<S>(a, r, tile, thread, total);
+            finish_tile<S>(a, r, w, thread, total);
         }
+    }
+};
+
+// A tile whose slices the blocks of a cluster share: the first adds its own up and hands the sums on; the others keep
+// those of their slices apart until the sums of all slices before have come, and then add them, too. Only a thread's
+// own sums pass: all blocks hold a tile's elements in the same places.
+struct sharing_consumer {
+    template <class S> static __device__ __forceinline__ void run(const group_args &a, const ring<S> &r, int thread) {
+        constexpr int QUADS = S::N / 8, ALL = S::WARPS * 32;
+        static_assert(S::C == 1, "one chain a group");
+        int lane = thread % 32;
+        share own = share_of<S>(thread);
+        piece_of_work w = piece_at(a, (int)blockIdx.x);
+        float4 *held = reinterpret_cast<float4 *>(r.shared + S::HELD_AT) + thread;
+        float4 *inbox = reinterpret_cast<float4 *>(r.shared + S::INBOX_AT) + thread;
+        places at = {};
+        float total[1][S::N / 2], d[S::N / 2];
+#pragma unroll
+        for (int i = 0; i < S::N / 2; i++) total[0][i] = -0.0f; // -0 + x is x, also for -0
+        for (int s = 0; s < w.n; s++) {
+            slice now;
+            load_slice<S>(now, r, at, own, lane);
+            multiply<S>(d, now, 0);
+            group_wait<0>(d);
+            give_back<S>(r, at, lane);
+#pragma unroll
+            for (int i = 0; i < S::N / 2; i++) total[0][i] = w.rank == 0 ? total[0][i] + d[i] : total[0][i];
+#pragma unroll
+            for (int i = 0; w.rank > 0 && i < QUADS; i++)
+                held[(s * QUADS + i) * ALL] = make_float4(d[4 * i], d[4 * i + 1], d[4 * i + 2], d[4 * i + 3]);
+        }
+        if (w.rank > 0) {
+            barrier_wait(r.inbox, 0);
+#pragma unroll
+            for (int i = 0; i < QUADS; i++) {
+                float4 v = inbox[i * ALL];
+                for (int s = 0; s < w.n; s++) v = add4(v, held[(s * QUADS + i) * ALL]);
+                total[0][4 * i] = v.x, total[0][4 * i + 1] = v.y, total[0][4 * i + 2] = v.z, total[0][4 * i + 3] = v.w;
+            }
+        }
+        if (w.rank + 1 < a.sharing) {
+#pragma unroll
+            for (int i = 0; i < QUADS; i++)
+                push16(&inbox[i * ALL],
+                       make_float4(total[0][4 * i], total[0][4 * i + 1], total[0][4 * i + 2], total[0][4 * i + 3]),
+                       r.inbox, (unsigned)w.rank + 1);
+            return;
+        }
+        finish_tile<S>(a, r, w, thread, total);
     }
 };
 
@@ -249,7 +313,7 @@ struct shape_info {
 static const shape_info shapes[] = {
     {64, 32, 2, 0.5f, 0.75f},   {64, 64, 2, 0.75f, 1.5f},   {64, 128, 1, 0.35f, 3.5f},
     {128, 64, 1, 0.4f, 3.0f},   {128, 128, 1, 0.7f, 4.25f}, {128, 192, 1, 1.15f, 4.75f},
-    {128, 256, 1, 1.5f, 5.75f}, {64, 32, 1, 100, 100},      {64, 64, 1, 100, 100},
+    {128, 256, 1, 1.5f, 5.75f}, {64, 32, 1, 0.36f, 1.7f},   {64, 64, 1, 0.5f, 2.0f},
 };
 enum { N_SHAPES = sizeof shapes / sizeof shapes[0] };
 
@@ -277,9 +341,26 @@ static int choose_shape(int rows, int n_tokens, int slices, int times, int n_sms
 template <class S> static void launch(struct cuda_state *s, const char *what, group_args &a, int rows) {
     a.row_tiles = tiles_of(rows, S::ROWS);
     a.token_tiles = tiles_of(a.p.n_tokens, S::TOKENS);
-    size_t tiles = (size_t)all_tiles(a), most = (size_t)s->n_sms * S::BLOCKS;
+    size_t tiles = (size_t)all_pieces(a), most = (size_t)s->n_sms * S::BLOCKS;
     launch_kernel(s, what, k_group<S, bf16_consumer>, {grid_for(tiles < most ? tiles : most), S::THREADS, S::SHARED},
                   a);
+}
+
+template <class S>
+static void launch_shared(struct cuda_state *s, const char *what, group_args &a, int rows, int sharing) {
+    a.row_tiles = tiles_of(rows, S::ROWS);
+    a.token_tiles = tiles_of(a.p.n_tokens, S::TOKENS);
+    a.sharing = sharing;
+    launch_kernel(s, what, k_group<S, sharing_consumer>,
+                  {grid_for((size_t)all_pieces(a)), S::THREADS, S::SHARED, (unsigned)sharing}, a);
+}
+
+// As many blocks of a cluster to a tile of 64 by 32 as give every SM one: 4 or 2, else 1.
+static int choose_sharing(const struct cuda_state *s, int rows, int n_tokens, int slices) {
+    int tiles = tiles_of(rows, shape_four::ROWS) * tiles_of(n_tokens, shape_four::TOKENS);
+    if (!(s->device.variants & VARIANT_CLUSTERS)) return 1;
+    if (tiles * 4 <= s->n_sms && tiles_of(slices, 4) <= shape_four::HELD) return 4;
+    return tiles * 2 <= s->n_sms && tiles_of(slices, 2) <= shape_pair::HELD ? 2 : 1;
 }
 
 static bool has_type(const struct cuda_state *s, enum dtype type) {
@@ -289,9 +370,9 @@ static bool has_type(const struct cuda_state *s, enum dtype type) {
 
 bool cuda_in_parts(const struct op_ctx *ctx, const product_args &p, enum dtype type) {
     struct cuda_state *s = cuda_of(ctx);
-    enum { MOST = 256 };
+    enum { MOST = 40 };
     return HOPPER && has_type(s, type) && s->device.variants & VARIANT_PARTS && p.n_tokens >= GROUP_TOKENS &&
-           p.n_tokens <= MOST && s->tile_shape >= 0 && p.n_out[0] % 4 == 0 &&
+           (p.n_tokens <= MOST || s->tile_shape > 0) && s->tile_shape >= 0 && p.n_out[0] % 4 == 0 &&
            (size_t)p.n_tokens * (size_t)p.n_out[0] * (size_t)(p.columns / SLICE) <= PARTS_FLOATS;
 }
 
@@ -303,7 +384,7 @@ bool cuda_group_product(const struct op_ctx *ctx, const char *what, enum product
     unsigned char *first = (unsigned char *)ctx->scratch, *second = second_half(ctx);
     int rows = (int)pairs * 16, slices = p.columns / SLICE, shape = s->tile_shape - 1;
     bool in_parts = mode == PRODUCT_RESIDUAL && cuda_in_parts(ctx, p, type);
-    group_args a = {p, mode, first, NULL, (int)token_units, 0, 0, 0};
+    group_args a = {p, mode, first, NULL, (int)token_units, 0, 0, 1, 0};
     if (mode == PRODUCT_RESIDUAL && s->packed == p.x && s->packed_tokens == p.n_tokens) {
         a.tokens = second;
     } else if (p.norm && cuda_add_and_pack(s, what, p, first, (int)token_units)) {
@@ -314,6 +395,9 @@ bool cuda_group_product(const struct op_ctx *ctx, const char *what, enum product
     }
     bool packs = mode == PRODUCT_GATE_UP && p.n_out[0] % SLICE == 0;
     if (packs) a.act = second;
+    int sharing =
+        mode == PRODUCT_RESIDUAL && !in_parts && s->tile_shape == 0 ? choose_sharing(s, rows, p.n_tokens, slices) : 1;
+    if (sharing > 1) shape = sharing == 2 ? 9 : 10;
     if (shape < 0) shape = choose_shape(rows, p.n_tokens, in_parts ? 1 : slices, in_parts ? slices : 1, s->n_sms);
     if (in_parts) {
         a.mode = PRODUCT_PLAIN;
@@ -329,6 +413,12 @@ bool cuda_group_product(const struct op_ctx *ctx, const char *what, enum product
     case 3: launch<shape_128x64>(s, what, a, rows); break;
     case 4: launch<shape_128x128>(s, what, a, rows); break;
     case 5: launch<shape_128x192>(s, what, a, rows); break;
+    case 9:
+    case 10:
+        if (mode != PRODUCT_RESIDUAL || in_parts) launch<shape_64x32_deep>(s, what, a, rows);
+        else if (shape == 9) launch_shared<shape_pair>(s, what, a, rows, 2);
+        else launch_shared<shape_four>(s, what, a, rows, 4);
+        break;
     case 7: launch<shape_64x32_deep>(s, what, a, rows); break;
     case 8: launch<shape_64x64_deep>(s, what, a, rows); break;
     default: launch<shape_128x256>(s, what, a, rows); break;
@@ -347,9 +437,8 @@ size_t cuda_group_floats(const struct ops_limits *l) {
     return tokens * padded_columns(l->max_width) + 2 * BEYOND / sizeof(float);
 }
 
-template <class S> static void allow(struct cuda_state *s) {
-    cuda_check(s,
-               cudaFuncSetAttribute(k_group<S, bf16_consumer>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::SHARED),
+template <class S, class CONSUMER = bf16_consumer> static void allow(struct cuda_state *s) {
+    cuda_check(s, cudaFuncSetAttribute(k_group<S, CONSUMER>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::SHARED),
                "preparing products");
 }
 
@@ -363,6 +452,20 @@ extern "C" bool cuda_groups_setup(struct cuda_state *s) {
     allow<shape_128x256>(s);
     allow<shape_64x32_deep>(s);
     allow<shape_64x64_deep>(s);
+    allow<shape_pair, sharing_consumer>(s);
+    allow<shape_four, sharing_consumer>(s);
+    if (getenv("TANDEM_OCC")) {
+        struct launch l = {grid_for(128), shape_four::THREADS, shape_four::SHARED, 4};
+        cudaLaunchAttribute attributes[MOST_ATTRIBUTES] = {};
+        cudaLaunchConfig_t config = launch_config(s, l, attributes);
+        int n = 0;
+        cudaOccupancyMaxActiveClusters(&n, k_group<shape_four, sharing_consumer>, &config);
+        printf("clusters of four: %d, ", n);
+        struct launch l2 = {grid_for(128), shape_pair::THREADS, shape_pair::SHARED, 2};
+        config = launch_config(s, l2, attributes);
+        cudaOccupancyMaxActiveClusters(&n, k_group<shape_pair, sharing_consumer>, &config);
+        printf("of two: %d\n", n);
+    }
     cuda_parts_setup(s);
     return s->failed == cudaSuccess;
 }
