@@ -131,11 +131,16 @@ static void test_tiles(void **state) {
 static void test_groups(void **state) {
     (void)state;
     static const size_t chunks[] = {40};
-    for (int shape = 1; shape <= 9; shape++) {
+    for (int shape = 1; shape <= 10; shape++) {
         struct subject s;
-        struct plan plan = {.length = 68, .lead = 66, .standard_chunk = 34, .chunks = chunks, .n_chunks = 1};
+        struct plan plan = {.length = 68,
+                            .lead = 66,
+                            .standard_chunk = 34,
+                            .chunks = chunks,
+                            .n_chunks = 1,
+                            .variants = VARIANT_WGMMA | VARIANT_PARTS};
         size_t n_ways = 0;
-        open_gpu((uint64_t)shape, 2);
+        open_gpu((uint64_t)shape, 4);
         cuda->device->variants |= VARIANT_PARTS;
         ((struct cuda_state *)(uintptr_t)cuda)->tile_shape = shape;
         open_part(&s, "synthetic:tiny-qwen3",

@@ -17,7 +17,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { MAX_LAYERS = 28, MOST_TIMES = 8, N_SHAPES = 11, MOST_IN_PARTS = 64 };
+enum { MAX_LAYERS = 28, MOST_TIMES = 8, N_SHAPES = 10, MOST_IN_PARTS = 64 };
 enum way {
     TILES,
     GROUPS,
@@ -488,7 +488,7 @@ int main(int argc, char **argv) {
     create(&b, small);
     printf("%s; without warp groups | with%s; us, TFLOP/s\n", b.device->name,
            b.shapes ? ", then 64x32 64x64 64x128 128x64 128x128 128x192 128x256; 64x32 64x64 with more stages; "
-                      "64x32 shared by two and by four (rows by tokens)"
+                      "64x32 shared by two (rows by tokens)"
                     : "");
     for (const char *at = tokens; *at;) {
         char *end;

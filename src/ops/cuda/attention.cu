@@ -1,6 +1,5 @@
 // attention.cu: paged attention, as primitives and fused: a block of threads takes a tile of up to 16 rows, and a warp
 // a page of a chunk.
-#include <stdlib.h>
 #include "ops/cuda/attention.cuh"
 #include "ops/cuda/products.cuh"
 
@@ -425,9 +424,9 @@ static size_t most_chunks(const struct batch *b) {
     return longest / ATTN_CHUNK;
 }
 
-// Whether the results shall be packed for the next product. Products in clusters, of up to 32 tokens, round their inputs
-// themselves, but not products in parts; and of many sequences of one token each the scattered stores cost more than a kernel
-// that packs (docs/SPEED.md).
+// Whether the results shall be packed for the next product. Products in clusters, of up to 32 tokens, round their
+// inputs themselves, but not products in parts; and of many sequences of one token each the scattered stores cost more
+// than a kernel that packs (docs/SPEED.md).
 static void pack_results(attention_params *p, const struct op_ctx *ctx, size_t n_tokens, bool one_each) {
     enum { FEWEST = 32, MOST_ONE_EACH = 192 };
     struct cuda_state *s = cuda_of(ctx);
@@ -437,7 +436,7 @@ static void pack_results(attention_params *p, const struct op_ctx *ctx, size_t n
     size_t partial =
         p->split ? n_tokens * (size_t)(p->kv.n_kv_heads * p->max_chunks) * part_floats(p->rows, p->kv.head_dim) : 0;
     if (!HOPPER || !(s->device.variants & VARIANT_WGMMA) || n_tokens <= SMALL_TOKENS ||
-        (n_tokens <= FEWEST && (!(s->device.variants & VARIANT_PARTS) || getenv("TANDEM_NOPACK"))) || width % SLICE != 0 ||
+        (n_tokens <= FEWEST && !(s->device.variants & VARIANT_PARTS)) || width % SLICE != 0 ||
         partial > half_floats(ctx) || bytes > half_floats(ctx) * sizeof(float))
         return;
     p->packed = second_half(ctx);

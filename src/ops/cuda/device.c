@@ -14,7 +14,7 @@ enum { MAX_RECORDINGS = 512, CHIP = 90, STAGING = 64 << 20 };
 // Those that `make gpu-check` has held against the others on a GPU are on by default.
 enum {
     VARIANTS_PROVEN = VARIANT_WIDE_ATTENTION | VARIANT_WGMMA | VARIANT_PERSISTENT | VARIANT_STREAM_ATTENTION |
-                      VARIANT_CLUSTERS | VARIANT_WGMMA_QUANTISED | VARIANT_STORE_HEADS
+                      VARIANT_CLUSTERS | VARIANT_WGMMA_QUANTISED | VARIANT_STORE_HEADS | VARIANT_PARTS
 };
 static const char *const variant_names[N_VARIANTS] = {"wide-attention",   "persistent",       "wgmma",
                                                       "stream-attention", "cluster-products", "wgmma-quantised",

@@ -45,6 +45,7 @@ struct cuda_state {
     void *parts;           // for choose
     unsigned *alarm;       // on the host: a kernel whose blocks wait for each other has waited too long
     int n_clusters;        // of eight blocks that the GPU holds at once, each with an SM's shared memory
+    int n_pairs;           // of two such blocks
     void *sampling;        // for sample
     void *shown;           // for device.show
     size_t shown_bytes;

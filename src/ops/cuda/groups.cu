@@ -3,8 +3,6 @@
 // while the next one runs. It also packs tokens and chooses among tiles. The bits are those of products.cu's kernels.
 #include "ops/cuda/group_kernel.cuh"
 #include "ops/cuda/parts.cuh"
-#include <stdio.h>
-#include <stdlib.h>
 
 typedef group_shape<bf16_weights, 1, 1, 1, 32, 4, 4> shape_64x32;
 typedef group_shape<bf16_weights, 1, 1, 1, 64, 3, 3> shape_64x64;
@@ -16,9 +14,8 @@ typedef group_shape<bf16_weights, 2, 1, 4, 64, 2, 2> shape_128x256;
 // Most of a tile's weights ahead of its tokens.
 typedef group_shape<bf16_weights, 1, 1, 1, 32, 8, 4> shape_64x32_deep;
 typedef group_shape<bf16_weights, 1, 1, 1, 64, 8, 3> shape_64x64_deep;
-// Shared by two blocks, and by four.
+// Shared by two blocks.
 typedef group_shape<bf16_weights, 1, 1, 1, 32, 5, 4, 12> shape_pair;
-typedef group_shape<bf16_weights, 1, 1, 1, 32, 6, 4, 6> shape_four;
 
 // ---- Packing
 // ---------------------------------------------------------------------------------------------------------
@@ -308,29 +305,28 @@ struct sharing_consumer {
 // once a tile (docs/SPEED.md).
 struct shape_info {
     int rows, tokens, per_sm;
-    float slice, once;
+    float slice, once, alone; // `alone`: part of that where an SM has one, and not the two that it can hold
 };
 static const shape_info shapes[] = {
-    {64, 32, 2, 0.5f, 0.75f},   {64, 64, 2, 0.75f, 1.5f},   {64, 128, 1, 0.35f, 3.5f},
-    {128, 64, 1, 0.4f, 3.0f},   {128, 128, 1, 0.7f, 4.25f}, {128, 192, 1, 1.15f, 4.75f},
-    {128, 256, 1, 1.5f, 5.75f}, {64, 32, 1, 0.36f, 1.7f},   {64, 64, 1, 0.5f, 2.0f},
+    {64, 32, 2, 0.6f, 0.75f, 0.77f}, {64, 64, 2, 0.75f, 1.2f, 0.84f}, {64, 128, 1, 0.6f, 2.2f, 1},
+    {128, 64, 1, 0.6f, 2.1f, 1},     {128, 128, 1, 0.8f, 5, 1},       {128, 192, 1, 1.33f, 5.5f, 1},
+    {128, 256, 1, 1.73f, 6.65f, 1},  {64, 32, 1, 0.36f, 1.3f, 1},     {64, 64, 1, 0.42f, 2.3f, 1},
 };
-enum { N_SHAPES = sizeof shapes / sizeof shapes[0] };
+enum { N_SHAPES = sizeof shapes / sizeof shapes[0], TILE_64X32 = 0, TILE_SHARED = N_SHAPES };
 
 static int tiles_of(int n, int size) {
     return (n + size - 1) / size;
 }
 
-// The least time of the busiest SM, for tiles of so many slices; `times`: a tile's slices apart.
-static int choose_shape(int rows, int n_tokens, int slices, int times, int n_sms) {
+// The least time of the busiest SM.
+static int choose_shape(int rows, int n_tokens, int slices, int n_sms) {
     int best = 0;
     float least = 0;
     for (int i = 0; i < N_SHAPES; i++) {
         const shape_info *s = &shapes[i];
-        int n = tiles_of(rows, s->rows) * tiles_of(n_tokens, s->tokens) * times;
-        float once = times == 1 ? s->once : (float)(s->rows * s->tokens) * 5e-5f; // of parts, which hide each other
-        float cost = (float)tiles_of(n, n_sms * s->per_sm) * ((float)slices * s->slice + once);
-        if (n <= n_sms && s->per_sm > 1) cost *= 0.6f; // alone on its SM
+        int n = tiles_of(rows, s->rows) * tiles_of(n_tokens, s->tokens);
+        float cost = (float)tiles_of(n, n_sms * s->per_sm) * ((float)slices * s->slice + s->once);
+        if (n <= n_sms) cost *= s->alone;
         if (i > 0 && cost >= least) continue;
         best = i;
         least = cost;
@@ -346,21 +342,18 @@ template <class S> static void launch(struct cuda_state *s, const char *what, gr
                   a);
 }
 
-template <class S>
-static void launch_shared(struct cuda_state *s, const char *what, group_args &a, int rows, int sharing) {
-    a.row_tiles = tiles_of(rows, S::ROWS);
-    a.token_tiles = tiles_of(a.p.n_tokens, S::TOKENS);
-    a.sharing = sharing;
-    launch_kernel(s, what, k_group<S, sharing_consumer>,
-                  {grid_for((size_t)all_pieces(a)), S::THREADS, S::SHARED, (unsigned)sharing}, a);
+// Whether two blocks of a cluster can share each tile of 64 by 32, all clusters at once.
+static bool can_share(const struct cuda_state *s, int rows, int n_tokens, int slices) {
+    return tiles_of(rows, shape_pair::ROWS) * tiles_of(n_tokens, shape_pair::TOKENS) <= s->n_pairs &&
+           tiles_of(slices, 2) <= shape_pair::HELD;
 }
 
-// As many blocks of a cluster to a tile of 64 by 32 as give every SM one: 4 or 2, else 1.
-static int choose_sharing(const struct cuda_state *s, int rows, int n_tokens, int slices) {
-    int tiles = tiles_of(rows, shape_four::ROWS) * tiles_of(n_tokens, shape_four::TOKENS);
-    if (!(s->device.variants & VARIANT_CLUSTERS)) return 1;
-    if (tiles * 4 <= s->n_sms && tiles_of(slices, 4) <= shape_four::HELD) return 4;
-    return tiles * 2 <= s->n_sms && tiles_of(slices, 2) <= shape_pair::HELD ? 2 : 1;
+static void launch_shared(struct cuda_state *s, const char *what, group_args &a, int rows) {
+    a.row_tiles = tiles_of(rows, shape_pair::ROWS);
+    a.token_tiles = tiles_of(a.p.n_tokens, shape_pair::TOKENS);
+    a.sharing = 2;
+    launch_kernel(s, what, k_group<shape_pair, sharing_consumer>,
+                  {grid_for((size_t)all_pieces(a)), shape_pair::THREADS, shape_pair::SHARED, 2}, a);
 }
 
 static bool has_type(const struct cuda_state *s, enum dtype type) {
@@ -368,12 +361,13 @@ static bool has_type(const struct cuda_state *s, enum dtype type) {
     return s->device.variants & VARIANT_WGMMA_QUANTISED && cuda_has_group_quantised(type);
 }
 
+// For a few tokens: of more, too much passes through memory (docs/SPEED.md).
 bool cuda_in_parts(const struct op_ctx *ctx, const product_args &p, enum dtype type) {
     struct cuda_state *s = cuda_of(ctx);
-    enum { MOST = 40 };
-    return HOPPER && has_type(s, type) && s->device.variants & VARIANT_PARTS && p.n_tokens >= GROUP_TOKENS &&
-           (p.n_tokens <= MOST || s->tile_shape > 0) && s->tile_shape >= 0 && p.n_out[0] % 4 == 0 &&
-           (size_t)p.n_tokens * (size_t)p.n_out[0] * (size_t)(p.columns / SLICE) <= PARTS_FLOATS;
+    enum { MOST = 32 };
+    return HOPPER && type == DTYPE_BF16 && has_type(s, type) && s->device.variants & VARIANT_PARTS &&
+           p.n_tokens >= GROUP_TOKENS && (p.n_tokens <= MOST || s->tile_shape > 0) && s->tile_shape >= 0 &&
+           p.n_out[0] % 4 == 0 && (size_t)p.n_tokens * (size_t)p.n_out[0] * (size_t)(p.columns / SLICE) <= PARTS_FLOATS;
 }
 
 bool cuda_group_product(const struct op_ctx *ctx, const char *what, enum product_mode mode, const product_args &p,
@@ -395,10 +389,12 @@ bool cuda_group_product(const struct op_ctx *ctx, const char *what, enum product
     }
     bool packs = mode == PRODUCT_GATE_UP && p.n_out[0] % SLICE == 0;
     if (packs) a.act = second;
-    int sharing =
-        mode == PRODUCT_RESIDUAL && !in_parts && s->tile_shape == 0 ? choose_sharing(s, rows, p.n_tokens, slices) : 1;
-    if (sharing > 1) shape = sharing == 2 ? 9 : 10;
-    if (shape < 0) shape = choose_shape(rows, p.n_tokens, in_parts ? 1 : slices, in_parts ? slices : 1, s->n_sms);
+    bool shares = mode == PRODUCT_RESIDUAL && !in_parts && can_share(s, rows, p.n_tokens, slices);
+    if (shape < 0) {
+        if (in_parts) shape = TILE_64X32;
+        else if (shares && s->device.variants & VARIANT_CLUSTERS) shape = TILE_SHARED;
+        else shape = choose_shape(rows, p.n_tokens, slices, s->n_sms);
+    }
     if (in_parts) {
         a.mode = PRODUCT_PLAIN;
         a.p.y[0] = parts_of(ctx);
@@ -407,17 +403,15 @@ bool cuda_group_product(const struct op_ctx *ctx, const char *what, enum product
     if (type != DTYPE_BF16) shape = -1;
     switch (shape) {
     case -1: cuda_group_quantised(s, what, a, rows, type); break;
-    case 0: launch<shape_64x32>(s, what, a, rows); break;
+    case TILE_64X32: launch<shape_64x32>(s, what, a, rows); break;
     case 1: launch<shape_64x64>(s, what, a, rows); break;
     case 2: launch<shape_64x128>(s, what, a, rows); break;
     case 3: launch<shape_128x64>(s, what, a, rows); break;
     case 4: launch<shape_128x128>(s, what, a, rows); break;
     case 5: launch<shape_128x192>(s, what, a, rows); break;
-    case 9:
-    case 10:
-        if (mode != PRODUCT_RESIDUAL || in_parts) launch<shape_64x32_deep>(s, what, a, rows);
-        else if (shape == 9) launch_shared<shape_pair>(s, what, a, rows, 2);
-        else launch_shared<shape_four>(s, what, a, rows, 4);
+    case TILE_SHARED:
+        if (shares) launch_shared(s, what, a, rows);
+        else launch<shape_64x32_deep>(s, what, a, rows);
         break;
     case 7: launch<shape_64x32_deep>(s, what, a, rows); break;
     case 8: launch<shape_64x64_deep>(s, what, a, rows); break;
@@ -442,6 +436,15 @@ template <class S, class CONSUMER = bf16_consumer> static void allow(struct cuda
                "preparing products");
 }
 
+// Clusters of two that the GPU holds at once.
+template <class S> static int count_pairs(struct cuda_state *s) {
+    cudaLaunchAttribute attributes[MOST_ATTRIBUTES] = {};
+    cudaLaunchConfig_t config = launch_config(s, {grid_for(2), S::THREADS, S::SHARED, 2}, attributes);
+    int n = 0;
+    cuda_check(s, cudaOccupancyMaxActiveClusters(&n, k_group<S, sharing_consumer>, &config), "preparing products");
+    return n;
+}
+
 extern "C" bool cuda_groups_setup(struct cuda_state *s) {
     allow<shape_64x32>(s);
     allow<shape_64x64>(s);
@@ -453,19 +456,7 @@ extern "C" bool cuda_groups_setup(struct cuda_state *s) {
     allow<shape_64x32_deep>(s);
     allow<shape_64x64_deep>(s);
     allow<shape_pair, sharing_consumer>(s);
-    allow<shape_four, sharing_consumer>(s);
-    if (getenv("TANDEM_OCC")) {
-        struct launch l = {grid_for(128), shape_four::THREADS, shape_four::SHARED, 4};
-        cudaLaunchAttribute attributes[MOST_ATTRIBUTES] = {};
-        cudaLaunchConfig_t config = launch_config(s, l, attributes);
-        int n = 0;
-        cudaOccupancyMaxActiveClusters(&n, k_group<shape_four, sharing_consumer>, &config);
-        printf("clusters of four: %d, ", n);
-        struct launch l2 = {grid_for(128), shape_pair::THREADS, shape_pair::SHARED, 2};
-        config = launch_config(s, l2, attributes);
-        cudaOccupancyMaxActiveClusters(&n, k_group<shape_pair, sharing_consumer>, &config);
-        printf("of two: %d\n", n);
-    }
+    s->n_pairs = count_pairs<shape_pair>(s);
     cuda_parts_setup(s);
     return s->failed == cudaSuccess;
 }
