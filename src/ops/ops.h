@@ -22,12 +22,10 @@
 // - BF16: x is rounded to bf16, nearest even. "dotpair" is dot16 with pairs dealt out: lane l takes the terms k with
 //   (k / 2) % 16 == l, ascending pairs, the odd k of a pair before the even one; then dot16's tree.
 // - Quantised, on the CPU (a device rounds x to bf16: docs/NUMERICS.md): x is rounded to integers of at most M in
-// blocks
-//   of ACT_BLOCK, M = 4,095 for Q8_0 and 127 for the other types: a = max |x_i|, inverse = M / a, q_i =
-//   nearest_even(x_i * inverse), d = a / M, all in f32; a < 2^-100 gives d = 0, q = 0; NaN or Inf in a block gives
-//   d = NaN, q = 0.
-//   The weights are w_i = scale_g * u_i + min_g in groups g of 16 or 32 elements (format/groups.h). "qdot" is one chain
-//   over ascending groups, from y = +0, each group in block b:
+//   blocks of ACT_BLOCK, M = 4,095 for Q8_0 and 127 for the other types: a = max |x_i|, inverse = M / a,
+//   q_i = nearest_even(x_i * inverse), d = a / M, all in f32; a < 2^-100 gives d = 0, q = 0; NaN or Inf in a block
+//   gives d = NaN, q = 0. The weights are w_i = scale_g * u_i + min_g in groups g of 16 or 32 elements
+//   (format/groups.h). "qdot" is one chain over ascending groups, from y = +0, each group in block b:
 //     y = fma(scale_g * d_b, (float)(sum_i u_i q_i), y);  then, for types with minima,  y = fma(min_g, d_b *
 //     (float)(sum_i q_i), y).  The integer sums are exact, and so is their conversion (below 2^24).
 // ops_round_activation gives the rounded x.
