@@ -85,6 +85,8 @@ static bool read_timeouts(const char *list, struct server_options *s) {
     }
 }
 
+_Static_assert((int)MAX_STOPS <= (int)SERVER_STOP_IDS, "a server takes as many --stop-id as the command line");
+
 // Ids are checked where sampling options are (--stop-id), but for --logit-bias.
 static bool read_stops(const struct cli_options *o, const tandem_engine *engine, struct server_options *s) {
     if (o->n_stops > SERVER_STOPS) {
