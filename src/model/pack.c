@@ -105,7 +105,6 @@ bool model_pack_cached(struct model *m, const struct pack_options *o) {
     return ok;
 }
 
-// Into the cache's file. False: `why` it cannot be, and nothing is done.
 bool model_pack_place(struct model *m, const struct pack_options *o, struct buffer *path, size_t *bytes) {
     struct packed p = {0};
     struct pack_cache cache = {0};
@@ -122,6 +121,7 @@ bool model_pack_place(struct model *m, const struct pack_options *o, struct buff
     return ok;
 }
 
+// Into the cache's file. False: `why` it cannot be, and nothing is done.
 static bool pack_file(struct model *m, const struct packed *p, const struct pack_cache *cache,
                       const struct pack_options *o, struct error *why) {
     struct file_cache file;
