@@ -12,8 +12,6 @@
 
 enum { ACT_GROUP = 16 }; // the shortest group of any weight type
 
-enum { ACT_TOKENS = 4 }; // tokens whose rows stand side by side for kernels that multiply so many at once
-
 // Pointers into the scratch; n is a multiple of ACT_BLOCK. One row holds both roundings, where weights of both kinds
 // share an input. The portable ops use q, wide (in its own order) and their scales alone. Where `apart` rows stand side
 // by side, four bytes of one (four elements of q, a scale, a pair of sums; of wide eight, four elements too) are
@@ -57,10 +55,34 @@ static inline struct act_row act_row_at(float *scratch, size_t n, size_t token) 
     return act_row_of(scratch + token * act_row_floats(n), n, 0, 1);
 }
 
-// Rows that stand side by side in groups of ACT_TOKENS, the last of n_tokens in a smaller one.
-static inline struct act_row act_row_beside(float *scratch, size_t n, size_t token, size_t n_tokens) {
-    const size_t i = token % ACT_TOKENS, first = token - i, left = n_tokens - first;
-    return act_row_of(scratch + first * act_row_floats(n), n, i, left < ACT_TOKENS ? left : ACT_TOKENS);
+// Rows that stand side by side in groups of `beside`, the last of n_tokens in a smaller one.
+static inline struct act_row act_row_beside(float *scratch, size_t n, size_t token, size_t n_tokens, size_t beside) {
+    const size_t i = token % beside, first = token - i, left = n_tokens - first;
+    return act_row_of(scratch + first * act_row_floats(n), n, i, left < beside ? left : beside);
+}
+
+// Some columns of the rows that stand side by side: what a product reads of them, from a column and a token on.
+struct act_tile {
+    const int8_t *q;                  // [columns / 4][apart][4]
+    const int16_t *wide;              // [columns / 4][apart][4]
+    const int16_t *lanes16, *lanes32; // [columns / ACT_GROUP][apart][2], [columns / ACT_BLOCK][apart][2]
+    const float *scale, *weighted;    // [columns / ACT_BLOCK][apart]
+    const float *wide_scale;          // [columns / ACT_BLOCK][apart]
+    size_t apart;
+};
+
+// Columns from k on, a multiple of ACT_BLOCK; the other arguments: act_row_beside's.
+static inline struct act_tile act_tile_at(const float *x, size_t n_in, size_t t, size_t n_tokens, size_t k,
+                                          size_t beside) {
+    struct act_row row = act_row_beside((float *)(uintptr_t)x, n_in, t, n_tokens, beside);
+    return (struct act_tile){.q = row.q + k * row.apart,
+                             .wide = row.wide + k * row.apart,
+                             .lanes16 = row.lanes16 + k / ACT_GROUP * 2 * row.apart,
+                             .lanes32 = row.lanes32 + k / ACT_BLOCK * 2 * row.apart,
+                             .scale = row.scale + k / ACT_BLOCK * row.apart,
+                             .weighted = row.weighted + k / ACT_BLOCK * row.apart,
+                             .wide_scale = row.wide_scale + k / ACT_BLOCK * row.apart,
+                             .apart = row.apart};
 }
 
 // The integer nearest to v, ties to even, for |v| < 2^21.

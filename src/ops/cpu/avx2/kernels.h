@@ -10,14 +10,16 @@ enum {
     TILE_ROWS = 16,    // rows of a tile: the lanes of a product with quantised weights
     TILE_TOKENS = 128, // tokens of a tile: its results are 8 KiB
     LANES_TOKENS = 6,  // tokens that stand side by side where BF16 is multiplied lane by lane
+    AVX2_BESIDE = 4,   // tokens whose integers stand side by side; as many are multiplied at once
+    AVX512_BESIDE = 8,
 };
 
-// Both write out[t * TILE_ROWS + r] for rows row .. row + n_rows of w, n_rows <= TILE_ROWS, and n_tokens <=
+// Products write out[t * TILE_ROWS + r] for rows row .. row + n_rows of w, n_rows <= TILE_ROWS, and n_tokens <=
 // TILE_TOKENS.
 struct cpu_kernels {
     // BF16, F16, F32. x: [n_tokens, n_in] as it is; for BF16 rounded and dealt out (deal_pairs).
     void (*dense)(float *out, const struct matrix *w, size_t row, size_t n_rows, const float *x, size_t n_tokens);
-    // x: act_rows, one behind the other, or side by side (act_row_beside) if `beside`.
+    // x: act_rows, `beside` of them side by side (act_row_beside).
     void (*quantised)(float *out, const struct matrix *w, size_t row, size_t n_rows, const float *x, size_t n_tokens);
     // From f32 values to what `dense` wants of BF16: of each 16 the odd ones, then the even ones.
     void (*deal_pairs)(float *to, const float *from, size_t n);
@@ -25,7 +27,7 @@ struct cpu_kernels {
     // by lanes (avx2_deal_lanes), the last one perhaps not full; panel: [avx2_panel_floats(n_in)] of the thread's own.
     void (*lanes)(float *out, float *panel, const struct matrix *w, size_t row, size_t n_rows, const float *x,
                   size_t n_tokens);
-    bool beside;
+    size_t beside;
 };
 
 extern const struct cpu_kernels avx2_kernels;

@@ -192,8 +192,7 @@ static void input_piece(void *user, size_t begin, size_t end, int thread) {
             x = j->plain + t * j->n;
         }
         if (!j->integers) continue;
-        struct act_row row =
-            j->kernels->beside ? act_row_beside(j->integers, j->n, t, j->n_tokens) : act_row_at(j->integers, j->n, t);
+        struct act_row row = act_row_beside(j->integers, j->n, t, j->n_tokens, j->kernels->beside);
         avx2_round_row(&row, x, j->n, j->bytes, j->wide);
     }
 }
@@ -235,9 +234,8 @@ static void make_inputs(const struct op_ctx *ctx, struct input_job j, float *pla
         j.rounded = rounded;
     }
     size_t grain = ROUND_GRAIN / (4 * j.n + 1) + 1;
-    if (j.integers &&
-        j.kernels->beside) // two threads that write rows side by side would take the lines from each other
-        grain = (grain + ACT_TOKENS - 1) / ACT_TOKENS * ACT_TOKENS;
+    if (j.integers) // two threads that write rows side by side would take the lines from each other
+        grain = (grain + j.kernels->beside - 1) / j.kernels->beside * j.kernels->beside;
     if (j.plain || j.rounded || j.integers) pool_for(ctx->pool, p->n_tokens, grain, input_piece, &j);
     const float *x[] = {j.norm ? j.plain : j.x, rounded, j.integers};
     for (size_t i = 0; i < p->n_parts; i++) p->parts[i].x = x[input_of(p->parts[i].w)];
@@ -292,7 +290,7 @@ static void norm_head(const struct op_ctx *ctx, const struct norm_head_args *a) 
     run_product(ctx, &p);
 }
 
-const struct cpu_kernels avx2_kernels = {avx2_dense, avx2_quantised, deal_pairs, avx2_lanes, true};
+const struct cpu_kernels avx2_kernels = {avx2_dense, avx2_quantised, deal_pairs, avx2_lanes, AVX2_BESIDE};
 
 void avx2_fill_matmul(struct ops *ops) {
     ops->kernels = &avx2_kernels;

@@ -14,7 +14,7 @@
 #include "ops/cpu/avx2/vec.h"
 
 enum {
-    MAX_N = ACT_TOKENS,   // tokens at a time
+    MAX_N = AVX2_BESIDE,  // tokens at a time
     OCTET_COLUMNS = 1024, // columns that all tokens meet before the next ones, where nothing is unpacked: 16 KiB
 };
 
@@ -104,27 +104,6 @@ void avx2_round_row(struct act_row *row, const float *x, size_t n, bool bytes, b
 
 // ---- Products
 // --------------------------------------------------------------------------------------------------------
-
-// N tokens' rows of activations, from column k on, side by side.
-struct act_tile {
-    const int8_t *q;                  // [columns / 4][N][4]
-    const int16_t *wide;              // [columns / 4][N][4]
-    const int16_t *lanes16, *lanes32; // [columns / ACT_GROUP][N][2], [columns / ACT_BLOCK][N][2]
-    const float *scale, *weighted;    // [columns / ACT_BLOCK][N]
-    const float *wide_scale;          // [columns / ACT_BLOCK][N]
-};
-
-// x: act_rows of width n_in, n_tokens from a group's first on
-INLINE struct act_tile act_tile_at(const float *x, size_t n_in, size_t t, size_t n_tokens, size_t k) {
-    struct act_row row = act_row_beside((float *)(uintptr_t)x, n_in, t, n_tokens);
-    return (struct act_tile){.q = row.q + k * row.apart,
-                             .wide = row.wide + k * row.apart,
-                             .lanes16 = row.lanes16 + k / ACT_GROUP * 2 * row.apart,
-                             .lanes32 = row.lanes32 + k / ACT_BLOCK * 2 * row.apart,
-                             .scale = row.scale + k / ACT_BLOCK * row.apart,
-                             .weighted = row.weighted + k / ACT_BLOCK * row.apart,
-                             .wide_scale = row.wide_scale + k / ACT_BLOCK * row.apart};
-}
 
 INLINE __m256i load_8(const void *p) {
     return _mm256_load_si256((const __m256i *)p);
@@ -243,7 +222,7 @@ INLINE void add_tile(enum dtype type, float *out, struct source *w, const struct
 INLINE void all_tokens(enum dtype type, float *out, struct source *w, const float *x, size_t n_in, size_t n_tokens,
                        size_t k, size_t n, const bool packed) {
     for (size_t t = 0, N; t < n_tokens; t += N, out += N * TILE_ROWS) {
-        const struct act_tile tokens = act_tile_at(x, n_in, t, n_tokens, k);
+        const struct act_tile tokens = act_tile_at(x, n_in, t, n_tokens, k, MAX_N);
         N = n_tokens - t < MAX_N ? n_tokens - t : MAX_N;
         w->n_fetched = t > MAX_N ? 0 : n_tokens <= MAX_N ? 2 : 1; // the first eight tokens share the fetching
         switch (N) {

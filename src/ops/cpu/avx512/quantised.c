@@ -6,30 +6,40 @@
 
 #include "ops/cpu/avx2/octets.h"
 #include "ops/cpu/avx2/vec.h"
+#include "ops/cpu/avx512/spread.h"
 
-enum { MAX_N = 8 };
+enum { MAX_N = AVX512_BESIDE };
 
-INLINE __m512i wide_step(__m512i sum, __m512i w, __m512i x) {
-    return _mm512_add_epi32(sum, _mm512_madd_epi16(w, x));
+// Adds in the sum's own register, as in avx2/vec.h.
+INLINE void add_words_512(__m512i *sum, __m512i v) {
+    __asm__("vpaddw %1, %0, %0" : "+v"(*sum) : "v"(v));
 }
 
-INLINE void integer_sums(enum dtype type, const struct weight_tile *tile, size_t column, size_t len,
-                         const int8_t *const *x, __m512i *sum, const size_t N) {
-    // How many results of vpmaddubsw fit in 16 bits: avx2/quantised.c.
+INLINE void add_dwords_512(__m512i *sum, __m512i v) {
+    __asm__("vpaddd %1, %0, %0" : "+v"(*sum) : "v"(v));
+}
+
+INLINE __m512i wide_step(__m512i sum, __m512i w, __m512i x) {
+    add_dwords_512(&sum, _mm512_madd_epi16(w, x));
+    return sum;
+}
+
+INLINE void integer_sums(enum dtype type, const struct weight_tile *tile, size_t g, size_t len, const int8_t *q,
+                         const size_t apart, __m512i *sum, const size_t N) {
+    // How many results of vpmaddubsw fit in 16 bits: 4 * 2 * 127 * 31 is below 2^15, 2 * 2 * 127 * 63 too.
     const size_t steps = type == DTYPE_Q6_K                                               ? 2
                          : type == DTYPE_Q5_0 || type == DTYPE_Q5_1 || type == DTYPE_Q5_K ? 4
-                                                                                          : 8;
-    const __m512i ones = _mm512_set1_epi16(1), zero = _mm512_setzero_si512();
-    for (size_t t = 0; t < N; t++) sum[t] = zero;
+                                                                                          : len / 4;
+    const __m512i ones = _mm512_set1_epi16(1);
     for (size_t j = 0; j < len / 4; j += steps) {
         __m512i pairs[MAX_N];
-        for (size_t i = j; i < j + steps && i < len / 4; i++) {
-            __m512i w = _mm512_load_si512(tile->q[column / 4 + i]);
+#pragma GCC unroll 8
+        for (size_t i = 0; i < steps; i++, q += 4 * apart) {
+            __m512i w = _mm512_load_si512(tile->q[g * len / 4 + j + i]);
             for (size_t t = 0; t < N; t++) {
-                int four;
-                memcpy(&four, x[t] + column + 4 * i, sizeof four);
-                __m512i p = _mm512_maddubs_epi16(w, _mm512_set1_epi32(four));
-                pairs[t] = i == j ? p : _mm512_add_epi16(pairs[t], p);
+                __m512i p = _mm512_maddubs_epi16(w, spread(q + 4 * t));
+                if (i == 0) pairs[t] = p;
+                else add_words_512(&pairs[t], p);
             }
         }
         for (size_t t = 0; t < N; t++) sum[t] = _mm512_add_epi32(sum[t], _mm512_madd_epi16(pairs[t], ones));

@@ -89,7 +89,7 @@ bool avx512bf16_adds_pairs(void) {
     return true;
 }
 
-static const struct cpu_kernels kernels = {dense, avx512vnni_quantised, pack, NULL, false};
+static const struct cpu_kernels kernels = {dense, avx512vnni_quantised, pack, NULL, AVX512_BESIDE};
 
 void avx512bf16_fill(struct ops *ops) {
     ops->name = "cpu/avx512bf16";

@@ -6,24 +6,21 @@
 
 #include "ops/cpu/avx2/octets.h"
 #include "ops/cpu/avx2/vec.h"
+#include "ops/cpu/avx512/spread.h"
 
-enum { MAX_N = 8 };
+enum { MAX_N = AVX512_BESIDE };
 
 INLINE __m512i wide_step(__m512i sum, __m512i w, __m512i x) {
     return _mm512_dpwssd_epi32(sum, w, x);
 }
 
-INLINE void integer_sums(enum dtype type, const struct weight_tile *tile, size_t column, size_t len,
-                         const int8_t *const *x, __m512i *sum, const size_t N) {
+INLINE void integer_sums(enum dtype type, const struct weight_tile *tile, size_t g, size_t len, const int8_t *q,
+                         const size_t apart, __m512i *sum, const size_t N) {
     (void)type;
-    for (size_t t = 0; t < N; t++) sum[t] = _mm512_setzero_si512();
-    for (size_t i = 0; i < len / 4; i++) {
-        __m512i w = _mm512_load_si512(tile->q[column / 4 + i]);
-        for (size_t t = 0; t < N; t++) {
-            int four;
-            memcpy(&four, x[t] + column + 4 * i, sizeof four);
-            sum[t] = _mm512_dpbusd_epi32(sum[t], w, _mm512_set1_epi32(four));
-        }
+#pragma GCC unroll 8
+    for (size_t i = 0; i < len / 4; i++, q += 4 * apart) {
+        __m512i w = _mm512_load_si512(tile->q[g * len / 4 + i]);
+        for (size_t t = 0; t < N; t++) sum[t] = _mm512_dpbusd_epi32(sum[t], w, spread(q + 4 * t));
     }
 }
 
@@ -34,7 +31,7 @@ void avx512vnni_quantised(float *out, const struct matrix *w, size_t row, size_t
     any_type(out, w, row, n_rows, x, n_tokens);
 }
 
-static const struct cpu_kernels kernels = {avx512_dense, avx512vnni_quantised, avx512_deal_pairs, NULL, false};
+static const struct cpu_kernels kernels = {avx512_dense, avx512vnni_quantised, avx512_deal_pairs, NULL, AVX512_BESIDE};
 
 void avx512vnni_fill(struct ops *ops) {
     ops->name = "cpu/avx512vnni";
