@@ -9,6 +9,7 @@
 #if defined(__AVX2__)
 
 #include "ops/cpu/avx2/attention.h"
+#include "ops/cpu/avx2/kernels.h"
 
 // Where a block of K or V vectors of one head starts.
 static const unsigned char *block_at(const struct kv_layer *kv, const void *data, size_t page, size_t kv_head) {
@@ -311,9 +312,10 @@ INLINE void wide_half(__m256 *sum, const float *q0, const float *q1, const float
 }
 
 // The first n scores of a block, rounded up to four, of every row: two rows and four vectors of K at a time.
-static void wide_scores(float *s, const struct rows *rows, const float *k, size_t n, size_t head_dim, float scale) {
-    for (size_t r = 0; r < rows->n; r += 2) {
-        const float *q0 = rows->q[r], *q1 = rows->q[r + 1 < rows->n ? r + 1 : r];
+void avx2_wide_scores(float *s, const float *const *q, size_t n_rows, const float *k, size_t n, size_t head_dim,
+                      float scale) {
+    for (size_t r = 0; r < n_rows; r += 2) {
+        const float *q0 = q[r], *q1 = q[r + 1 < n_rows ? r + 1 : r];
         for (size_t j = 0; j < n; j += 4) {
             __m256 low[8], high[8], a[4], b[2];
             wide_half(low, q0, q1, k + j * head_dim, head_dim, 0);
@@ -334,13 +336,19 @@ static void wide_scores(float *s, const struct rows *rows, const float *k, size_
     }
 }
 
+void avx2_wide_values(float *const *out, const float *const *p, const struct joint *joint, const float *v, size_t n,
+                      size_t head_dim) {
+    for (size_t c = 0; c < head_dim; c += 16)
+        values_at(DTYPE_F32, out, p, joint, (const unsigned char *)v, n, head_dim, c, NULL, 4, 2);
+}
+
 // Adds a block's widened V to rows [r, r + n_rows), n_rows <= 4, of which neighbours with as many positions go
 // together.
-static void add_wide(const struct attention_args *a, struct rows *rows, size_t r, size_t n_rows, float *s, size_t begin,
-                     const float *v) {
+static void add_wide(const struct cpu_kernels *kernels, struct rows *rows, size_t r, size_t n_rows, float *s,
+                     size_t begin, const float *v, size_t head_dim) {
     struct joint joint[4];
     const float *p[4];
-    size_t n[4] = {0}, head_dim = a->head_dim;
+    size_t n[4] = {0};
     for (size_t i = 0; i < n_rows; i++) {
         p[i] = s + i * ATTN_BLOCK;
         n[i] = in_block(rows->n_kv[r + i], begin);
@@ -348,8 +356,7 @@ static void add_wide(const struct attention_args *a, struct rows *rows, size_t r
     }
     const unsigned char *bytes = (const unsigned char *)v;
     if (n_rows == 4 && n[0] > 0 && n[0] == n[1] && n[1] == n[2] && n[2] == n[3]) {
-        for (size_t c = 0; c < head_dim; c += 16)
-            values_at(DTYPE_F32, rows->out + r, p, joint, bytes, n[0], head_dim, c, NULL, 4, 2);
+        kernels->wide_values(rows->out + r, p, joint, v, n[0], head_dim);
         return;
     }
     for (size_t i = 0; i < n_rows;) {
@@ -359,30 +366,33 @@ static void add_wide(const struct attention_args *a, struct rows *rows, size_t r
     }
 }
 
-static void attend_wide(const struct attention_args *a, struct rows *rows, const int32_t *pages, size_t kv_head) {
-    float s[MAX_ROWS * ATTN_BLOCK], wide[ATTN_BLOCK * WIDE_HEAD] __attribute__((aligned(32)));
+static void attend_wide(const struct cpu_kernels *kernels, const struct attention_args *a, struct rows *rows,
+                        const int32_t *pages, size_t kv_head) {
+    float s[MAX_ROWS * ATTN_BLOCK], wide[ATTN_BLOCK * WIDE_HEAD] __attribute__((aligned(64)));
     size_t longest = 0;
     for (size_t r = 0; r < rows->n; r++) longest = rows->n_kv[r] > longest ? rows->n_kv[r] : longest;
     for (size_t begin = 0; begin < longest; begin += ATTN_BLOCK) {
         size_t page = (size_t)pages[begin / KV_PAGE_TOKENS], n = in_block(longest, begin);
         widen(a->kv, wide, block_at(a->kv, a->kv->k, page, kv_head), n);
-        wide_scores(s, rows, wide, n, a->head_dim, a->scale);
+        kernels->wide_scores(s, rows->q, rows->n, wide, n, a->head_dim, a->scale);
         widen(a->kv, wide, block_at(a->kv, a->kv->v, page, kv_head), n);
         for (size_t r = 0; r < rows->n; r += 4)
-            add_wide(a, rows, r, rows->n - r < 4 ? rows->n - r : 4, s + r * ATTN_BLOCK, begin, wide);
+            add_wide(kernels, rows, r, rows->n - r < 4 ? rows->n - r : 4, s + r * ATTN_BLOCK, begin, wide, a->head_dim);
     }
     for (size_t r = 0; r < rows->n; r++) divide(rows->out[r], rows->l[r], a->head_dim);
 }
 
 struct attention_job {
+    const struct cpu_kernels *kernels;
     const struct attention_args *a;
     size_t group, tile; // query heads of a KV head; tokens of a tile
 };
 
-static void attend_any(const struct attention_args *a, struct rows *rows, const int32_t *pages, size_t kv_head) {
+static void attend_any(const struct cpu_kernels *kernels, const struct attention_args *a, struct rows *rows,
+                       const int32_t *pages, size_t kv_head) {
     if (a->kv->type == DTYPE_Q8_0) avx2_integer_attend(a, rows, pages, kv_head);
     else if (rows->n >= WIDE_ROWS && a->head_dim % 32 == 0 && a->head_dim <= WIDE_HEAD)
-        attend_wide(a, rows, pages, kv_head);
+        attend_wide(kernels, a, rows, pages, kv_head);
     else attend(a, rows, pages, kv_head);
 }
 
@@ -398,11 +408,11 @@ static void attend_run(const struct attention_job *j, size_t t0, size_t t1, size
             rows.out[rows.n] = a->out + at;
             rows.n_kv[rows.n++] = (size_t)a->batch->position[t] + 1;
             if (rows.n < MAX_ROWS) continue;
-            attend_any(a, &rows, pages, kv_head);
+            attend_any(j->kernels, a, &rows, pages, kv_head);
             rows.n = 0;
         }
     }
-    if (rows.n) attend_any(a, &rows, pages, kv_head);
+    if (rows.n) attend_any(j->kernels, a, &rows, pages, kv_head);
 }
 
 static void attention_piece(void *user, size_t begin, size_t end, int thread) {
@@ -532,7 +542,7 @@ static bool split(const struct op_ctx *ctx, const struct attention_args *a, size
 }
 
 static void attention(const struct op_ctx *ctx, const struct attention_args *a) {
-    struct attention_job j = {.a = a, .group = a->n_heads / a->n_kv_heads};
+    struct attention_job j = {.kernels = ctx->ops->kernels, .a = a, .group = a->n_heads / a->n_kv_heads};
     j.tile = j.group < MAX_ROWS ? MAX_ROWS / j.group : 1;
     size_t n_items = (a->batch->n_tokens + j.tile - 1) / j.tile * a->n_kv_heads;
     if (!split(ctx, a, n_items)) pool_for(ctx->pool, n_items, 1, attention_piece, &j);

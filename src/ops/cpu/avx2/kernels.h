@@ -14,6 +14,8 @@ enum {
     AVX512_BESIDE = 8,
 };
 
+struct joint; // attention.h
+
 // Products write out[t * TILE_ROWS + r] for rows row .. row + n_rows of w, n_rows <= TILE_ROWS, and n_tokens <=
 // TILE_TOKENS.
 struct cpu_kernels {
@@ -28,9 +30,21 @@ struct cpu_kernels {
     void (*lanes)(float *out, float *panel, const struct matrix *w, size_t row, size_t n_rows, const float *x,
                   size_t n_tokens);
     size_t beside;
+    // Attention of many query rows with a block of K or V as f32, [32, head_dim], head_dim a multiple of 32.
+    // s[r * ATTN_BLOCK + j] = dot16(q[r], k_j) * scale for the first n positions; n and n_rows are rounded up to four.
+    void (*wide_scores)(float *s, const float *const *q, size_t n_rows, const float *k, size_t n, size_t head_dim,
+                        float scale);
+    // The first n positions of a block added to four rows; p[r]: its probabilities.
+    void (*wide_values)(float *const *out, const float *const *p, const struct joint *joint, const float *v, size_t n,
+                        size_t head_dim);
 };
 
 extern const struct cpu_kernels avx2_kernels;
+
+void avx2_wide_scores(float *s, const float *const *q, size_t n_rows, const float *k, size_t n, size_t head_dim,
+                      float scale);
+void avx2_wide_values(float *const *out, const float *const *p, const struct joint *joint, const float *v, size_t n,
+                      size_t head_dim);
 
 void avx2_dense(float *out, const struct matrix *w, size_t row, size_t n_rows, const float *x, size_t n_tokens);
 void avx2_lanes(float *out, float *panel, const struct matrix *w, size_t row, size_t n_rows, const float *x,

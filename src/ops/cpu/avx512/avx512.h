@@ -15,6 +15,10 @@ bool avx512bf16_adds_pairs(void);
 
 void avx512_dense(float *out, const struct matrix *w, size_t row, size_t n_rows, const float *x, size_t n_tokens);
 void avx512_quantised(float *out, const struct matrix *w, size_t row, size_t n_rows, const float *x, size_t n_tokens);
+void avx512_wide_scores(float *s, const float *const *q, size_t n_rows, const float *k, size_t n, size_t head_dim,
+                        float scale);
+void avx512_wide_values(float *const *out, const float *const *p, const struct joint *joint, const float *v, size_t n,
+                        size_t head_dim);
 void avx512_deal_pairs(float *to, const float *from, size_t n);
 void avx512vnni_quantised(float *out, const struct matrix *w, size_t row, size_t n_rows, const float *x,
                           size_t n_tokens);

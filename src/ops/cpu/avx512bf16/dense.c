@@ -89,7 +89,8 @@ bool avx512bf16_adds_pairs(void) {
     return true;
 }
 
-static const struct cpu_kernels kernels = {dense, avx512vnni_quantised, pack, NULL, AVX512_BESIDE};
+static const struct cpu_kernels kernels = {
+    dense, avx512vnni_quantised, pack, NULL, AVX512_BESIDE, avx512_wide_scores, avx512_wide_values};
 
 void avx512bf16_fill(struct ops *ops) {
     ops->name = "cpu/avx512bf16";
