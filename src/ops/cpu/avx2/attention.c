@@ -390,7 +390,7 @@ struct attention_job {
 
 static void attend_any(const struct cpu_kernels *kernels, const struct attention_args *a, struct rows *rows,
                        const int32_t *pages, size_t kv_head) {
-    if (a->kv->type == DTYPE_Q8_0) avx2_integer_attend(a, rows, pages, kv_head);
+    if (a->kv->type == DTYPE_Q8_0) avx2_integer_attend(kernels, a, rows, pages, kv_head);
     else if (rows->n >= WIDE_ROWS && a->head_dim % 32 == 0 && a->head_dim <= WIDE_HEAD)
         attend_wide(kernels, a, rows, pages, kv_head);
     else attend(a, rows, pages, kv_head);
@@ -437,6 +437,7 @@ static void attention_piece(void *user, size_t begin, size_t end, int thread) {
 // composition: the same bits, whoever computed which block.
 
 struct split_job {
+    const struct cpu_kernels *kernels;
     const struct attention_args *a;
     size_t group, n_blocks, n_segments, segment; // blocks of the longest row; pieces of a row, and blocks in each
     float *rows;                                 // [n_tokens * n_heads, split_floats]
@@ -457,8 +458,8 @@ static void split_integers(const struct split_job *j, size_t t, size_t head, siz
         sum[r] = max[r] + j->n_blocks;
         rows.out[r] = sum[r] + j->n_blocks;
     }
-    avx2_integer_blocks(a, &rows, max, sum, a->batch->pages + a->batch->page_start[a->batch->seq[t]], head / j->group,
-                        (size_t)a->batch->position[t] + 1, begin, end);
+    avx2_integer_blocks(j->kernels, a, &rows, max, sum, a->batch->pages + a->batch->page_start[a->batch->seq[t]],
+                        head / j->group, (size_t)a->batch->position[t] + 1, begin, end);
 }
 
 // Blocks [begin, end) for up to MAX_ROWS query heads of token t, from `head` on.
@@ -529,7 +530,8 @@ static bool split(const struct op_ctx *ctx, const struct attention_args *a, size
     if (n_threads == 1 || n_items >= FEW * n_threads) return false;
     for (size_t t = 0; t < a->batch->n_tokens; t++)
         longest = (size_t)a->batch->position[t] + 1 > longest ? (size_t)a->batch->position[t] + 1 : longest;
-    struct split_job j = {.a = a, .group = a->n_heads / a->n_kv_heads, .rows = ctx->scratch};
+    struct split_job j = {
+        .kernels = ctx->ops->kernels, .a = a, .group = a->n_heads / a->n_kv_heads, .rows = ctx->scratch};
     j.n_blocks = (longest + ATTN_BLOCK - 1) / ATTN_BLOCK;
     if (j.n_blocks < 2 * LEAST || ctx->scratch_floats / n_rows < split_floats(j.n_blocks, a->head_dim)) return false;
     size_t pieces = (FEW * n_threads + n_items - 1) / n_items;

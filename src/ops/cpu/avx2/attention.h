@@ -57,6 +57,8 @@ static inline void divide(float *out, float l, size_t n) {
 }
 
 // Query rows of one sequence that share a KV head.
+struct cpu_kernels;
+
 struct rows {
     size_t n;
     const float *q[MAX_ROWS];
@@ -75,16 +77,24 @@ static inline struct joint add_weights(struct rows *rows, size_t r, float *s, si
     return (struct joint){.first = true};
 }
 
+// A tile's queries as integers.
+struct queries {
+    int16_t q[MAX_ROWS][MOST_HEAD_DIM] __attribute__((aligned(64)));
+    float factor[MAX_ROWS]; // with the scale of the scores
+};
+
 // The same over K and V of Q8_0 (integers.c). The parts of one head, as ops.h has them:
 void avx2_integer_scores(float *s, const float *q, const struct kv_layer *kv, size_t kv_head, const int32_t *pages,
                          size_t n_kv, float scale);
 void avx2_integer_values(float *o, const float *p, const struct kv_layer *kv, size_t kv_head, const int32_t *pages,
                          size_t n_kv);
 // A tile, whole.
-void avx2_integer_attend(const struct attention_args *a, struct rows *rows, const int32_t *pages, size_t kv_head);
+void avx2_integer_attend(const struct cpu_kernels *kernels, const struct attention_args *a, struct rows *rows,
+                         const int32_t *pages, size_t kv_head);
 // Blocks [begin, end) of a tile whose rows have n_kv positions, each by itself: max[r][b], sum[r][b], and the output at
 // rows->out[r] + b * head_dim.
-void avx2_integer_blocks(const struct attention_args *a, const struct rows *rows, float *const *max, float *const *sum,
-                         const int32_t *pages, size_t kv_head, size_t n_kv, size_t begin, size_t end);
+void avx2_integer_blocks(const struct cpu_kernels *kernels, const struct attention_args *a, const struct rows *rows,
+                         float *const *max, float *const *sum, const int32_t *pages, size_t kv_head, size_t n_kv,
+                         size_t begin, size_t end);
 
 #endif

@@ -8,14 +8,9 @@
 #if defined(__AVX2__)
 
 #include "ops/cpu/avx2/attention.h"
+#include "ops/cpu/avx2/kernels.h"
 
 enum { BLOCK = 32, OCTET_BYTES = 256, LINE = 64 };
-
-// A tile's queries as integers.
-struct queries {
-    int16_t q[MAX_ROWS][MOST_HEAD_DIM] __attribute__((aligned(32)));
-    float factor[MAX_ROWS]; // with the scale of the scores
-};
 
 INLINE __m256i widen(const unsigned char *p) {
     return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(const void *)p));
@@ -101,8 +96,8 @@ INLINE void scores(float *s, const struct queries *q, size_t first, const unsign
     }
 }
 
-static void scores_rows(float *s, const struct queries *q, size_t n_rows, const unsigned char *k, size_t n,
-                        size_t head_dim, const unsigned char *next) {
+void avx2_byte_scores(float *s, const struct queries *q, size_t n_rows, const unsigned char *k, size_t n,
+                      size_t head_dim, const unsigned char *next) {
     size_t r = 0;
     for (; r + 4 <= n_rows; r += 4, next = NULL) scores(s + r * ATTN_BLOCK, q, r, k, n, head_dim, next, 4);
     for (; r + 2 <= n_rows; r += 2, next = NULL) scores(s + r * ATTN_BLOCK, q, r, k, n, head_dim, next, 2);
@@ -179,9 +174,8 @@ INLINE void values(float *const *out, const float *const *p, const struct joint 
     }
 }
 
-// Of n_rows rows, those without a position in this block left out.
-static void values_rows(float *const *out, const float *const *p, const struct joint *joint, const size_t *n,
-                        size_t n_rows, const unsigned char *v, size_t head_dim, const unsigned char *next) {
+void avx2_byte_values(float *const *out, const float *const *p, const struct joint *joint, const size_t *n,
+                      size_t n_rows, const unsigned char *v, size_t head_dim, const unsigned char *next) {
     for (size_t r = 0; r < n_rows;) {
         size_t m = 0;
         while (m < 4 && r + m < n_rows && n[r + m] > 0) m++;
@@ -206,7 +200,7 @@ void avx2_integer_scores(float *s, const float *q, const struct kv_layer *kv, si
     for (size_t j = 0; j < n_kv; j += ATTN_BLOCK) {
         float room[ATTN_BLOCK];
         size_t n = in_block(n_kv, j);
-        scores_rows(room, &one, 1, head_of(kv, kv->k, kv_head, pages, j / ATTN_BLOCK), n, kv->head_dim, NULL);
+        avx2_byte_scores(room, &one, 1, head_of(kv, kv->k, kv_head, pages, j / ATTN_BLOCK), n, kv->head_dim, NULL);
         memcpy(s + j, room, n * sizeof *s);
     }
 }
@@ -216,11 +210,12 @@ void avx2_integer_values(float *o, const float *p, const struct kv_layer *kv, si
     const struct joint joint = {.first = true};
     for (size_t j = 0; j < n_kv; j += ATTN_BLOCK, o += kv->head_dim, p += ATTN_BLOCK) {
         size_t n = in_block(n_kv, j);
-        values_rows(&o, &p, &joint, &n, 1, head_of(kv, kv->v, kv_head, pages, j / ATTN_BLOCK), kv->head_dim, NULL);
+        avx2_byte_values(&o, &p, &joint, &n, 1, head_of(kv, kv->v, kv_head, pages, j / ATTN_BLOCK), kv->head_dim, NULL);
     }
 }
 
-void avx2_integer_attend(const struct attention_args *a, struct rows *rows, const int32_t *pages, size_t kv_head) {
+void avx2_integer_attend(const struct cpu_kernels *kernels, const struct attention_args *a, struct rows *rows,
+                         const int32_t *pages, size_t kv_head) {
     struct queries q;
     float s[MAX_ROWS * ATTN_BLOCK];
     const float *p[MAX_ROWS];
@@ -233,20 +228,21 @@ void avx2_integer_attend(const struct attention_args *a, struct rows *rows, cons
     for (size_t begin = 0; begin < longest; begin += ATTN_BLOCK) {
         size_t block = begin / ATTN_BLOCK, next = begin + ATTN_BLOCK < longest ? block + 1 : block, n[MAX_ROWS];
         struct joint joint[MAX_ROWS];
-        scores_rows(s, &q, rows->n, head_of(a->kv, a->kv->k, kv_head, pages, block), in_block(longest, begin),
-                    a->head_dim, head_of(a->kv, a->kv->k, kv_head, pages, next));
+        kernels->byte_scores(s, &q, rows->n, head_of(a->kv, a->kv->k, kv_head, pages, block), in_block(longest, begin),
+                             a->head_dim, head_of(a->kv, a->kv->k, kv_head, pages, next));
         for (size_t r = 0; r < rows->n; r++) {
             n[r] = in_block(rows->n_kv[r], begin);
             if (n[r] > 0) joint[r] = add_weights(rows, r, s + r * ATTN_BLOCK, n[r], begin);
         }
-        values_rows(rows->out, p, joint, n, rows->n, head_of(a->kv, a->kv->v, kv_head, pages, block), a->head_dim,
-                    head_of(a->kv, a->kv->v, kv_head, pages, next));
+        kernels->byte_values(rows->out, p, joint, n, rows->n, head_of(a->kv, a->kv->v, kv_head, pages, block),
+                             a->head_dim, head_of(a->kv, a->kv->v, kv_head, pages, next));
     }
     for (size_t r = 0; r < rows->n; r++) divide(rows->out[r], rows->l[r], a->head_dim);
 }
 
-void avx2_integer_blocks(const struct attention_args *a, const struct rows *rows, float *const *max, float *const *sum,
-                         const int32_t *pages, size_t kv_head, size_t n_kv, size_t begin, size_t end) {
+void avx2_integer_blocks(const struct cpu_kernels *kernels, const struct attention_args *a, const struct rows *rows,
+                         float *const *max, float *const *sum, const int32_t *pages, size_t kv_head, size_t n_kv,
+                         size_t begin, size_t end) {
     struct queries q;
     float s[MAX_ROWS * ATTN_BLOCK];
     round_queries(&q, rows->q, rows->n, a->head_dim, a->scale);
@@ -256,8 +252,8 @@ void avx2_integer_blocks(const struct attention_args *a, const struct rows *rows
         const float *p[MAX_ROWS];
         float *out[MAX_ROWS];
         struct joint joint[MAX_ROWS];
-        scores_rows(s, &q, rows->n, head_of(a->kv, a->kv->k, kv_head, pages, b), n, a->head_dim,
-                    head_of(a->kv, a->kv->k, kv_head, pages, next));
+        kernels->byte_scores(s, &q, rows->n, head_of(a->kv, a->kv->k, kv_head, pages, b), n, a->head_dim,
+                             head_of(a->kv, a->kv->k, kv_head, pages, next));
         for (size_t r = 0; r < rows->n; r++) {
             p[r] = s + r * ATTN_BLOCK;
             out[r] = rows->out[r] + b * a->head_dim;
@@ -265,8 +261,8 @@ void avx2_integer_blocks(const struct attention_args *a, const struct rows *rows
             joint[r] = (struct joint){.first = true};
             softmax_block(s + r * ATTN_BLOCK, n, max[r] + b, sum[r] + b);
         }
-        values_rows(out, p, joint, counts, rows->n, head_of(a->kv, a->kv->v, kv_head, pages, b), a->head_dim,
-                    head_of(a->kv, a->kv->v, kv_head, pages, next));
+        kernels->byte_values(out, p, joint, counts, rows->n, head_of(a->kv, a->kv->v, kv_head, pages, b), a->head_dim,
+                             head_of(a->kv, a->kv->v, kv_head, pages, next));
     }
 }
 

@@ -15,6 +15,7 @@ enum {
 };
 
 struct joint; // attention.h
+struct queries;
 
 // Products write out[t * TILE_ROWS + r] for rows row .. row + n_rows of w, n_rows <= TILE_ROWS, and n_tokens <=
 // TILE_TOKENS.
@@ -37,12 +38,23 @@ struct cpu_kernels {
     // The first n positions of a block added to four rows; p[r]: its probabilities.
     void (*wide_values)(float *const *out, const float *const *p, const struct joint *joint, const float *v, size_t n,
                         size_t head_dim);
+    // The same with a block of K or V of Q8_0 as it is stored. s[r * ATTN_BLOCK + j] for the first n positions, the
+    // others' in any way. next: NULL, or the block that comes after it, which is fetched meanwhile.
+    void (*byte_scores)(float *s, const struct queries *q, size_t n_rows, const unsigned char *k, size_t n,
+                        size_t head_dim, const unsigned char *next);
+    // Of n_rows rows those with n[r] > 0; p[r]: n[r] probabilities.
+    void (*byte_values)(float *const *out, const float *const *p, const struct joint *joint, const size_t *n,
+                        size_t n_rows, const unsigned char *v, size_t head_dim, const unsigned char *next);
 };
 
 extern const struct cpu_kernels avx2_kernels;
 
 void avx2_wide_scores(float *s, const float *const *q, size_t n_rows, const float *k, size_t n, size_t head_dim,
                       float scale);
+void avx2_byte_scores(float *s, const struct queries *q, size_t n_rows, const unsigned char *k, size_t n,
+                      size_t head_dim, const unsigned char *next);
+void avx2_byte_values(float *const *out, const float *const *p, const struct joint *joint, const size_t *n,
+                      size_t n_rows, const unsigned char *v, size_t head_dim, const unsigned char *next);
 void avx2_wide_values(float *const *out, const float *const *p, const struct joint *joint, const float *v, size_t n,
                       size_t head_dim);
 

@@ -290,8 +290,9 @@ static void norm_head(const struct op_ctx *ctx, const struct norm_head_args *a) 
     run_product(ctx, &p);
 }
 
-const struct cpu_kernels avx2_kernels = {avx2_dense,  avx2_quantised,   deal_pairs,      avx2_lanes,
-                                         AVX2_BESIDE, avx2_wide_scores, avx2_wide_values};
+const struct cpu_kernels avx2_kernels = {avx2_dense,       avx2_quantised,   deal_pairs,
+                                         avx2_lanes,       AVX2_BESIDE,      avx2_wide_scores,
+                                         avx2_wide_values, avx2_byte_scores, avx2_byte_values};
 
 void avx2_fill_matmul(struct ops *ops) {
     ops->kernels = &avx2_kernels;

@@ -19,6 +19,10 @@ void avx512_wide_scores(float *s, const float *const *q, size_t n_rows, const fl
                         float scale);
 void avx512_wide_values(float *const *out, const float *const *p, const struct joint *joint, const float *v, size_t n,
                         size_t head_dim);
+void avx512vnni_byte_scores(float *s, const struct queries *q, size_t n_rows, const unsigned char *k, size_t n,
+                            size_t head_dim, const unsigned char *next);
+void avx512vnni_byte_values(float *const *out, const float *const *p, const struct joint *joint, const size_t *n,
+                            size_t n_rows, const unsigned char *v, size_t head_dim, const unsigned char *next);
 void avx512_deal_pairs(float *to, const float *from, size_t n);
 void avx512vnni_quantised(float *out, const struct matrix *w, size_t row, size_t n_rows, const float *x,
                           size_t n_tokens);

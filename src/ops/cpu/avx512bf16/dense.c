@@ -89,8 +89,15 @@ bool avx512bf16_adds_pairs(void) {
     return true;
 }
 
-static const struct cpu_kernels kernels = {
-    dense, avx512vnni_quantised, pack, NULL, AVX512_BESIDE, avx512_wide_scores, avx512_wide_values};
+static const struct cpu_kernels kernels = {dense,
+                                           avx512vnni_quantised,
+                                           pack,
+                                           NULL,
+                                           AVX512_BESIDE,
+                                           avx512_wide_scores,
+                                           avx512_wide_values,
+                                           avx512vnni_byte_scores,
+                                           avx512vnni_byte_values};
 
 void avx512bf16_fill(struct ops *ops) {
     ops->name = "cpu/avx512bf16";

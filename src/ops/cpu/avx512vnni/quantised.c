@@ -31,8 +31,9 @@ void avx512vnni_quantised(float *out, const struct matrix *w, size_t row, size_t
     any_type(out, w, row, n_rows, x, n_tokens);
 }
 
-static const struct cpu_kernels kernels = {avx512_dense,  avx512vnni_quantised, avx512_deal_pairs, NULL,
-                                           AVX512_BESIDE, avx512_wide_scores,   avx512_wide_values};
+static const struct cpu_kernels kernels = {
+    avx512_dense,       avx512vnni_quantised,   avx512_deal_pairs,     NULL, AVX512_BESIDE, avx512_wide_scores,
+    avx512_wide_values, avx512vnni_byte_scores, avx512vnni_byte_values};
 
 void avx512vnni_fill(struct ops *ops) {
     ops->name = "cpu/avx512vnni";
