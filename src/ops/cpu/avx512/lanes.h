@@ -94,9 +94,9 @@ INLINE void quantised(enum dtype type, float *out, const struct matrix *w, size_
 }
 
 INLINE void any_type(float *out, const struct matrix *w, size_t row, size_t n_rows, const float *x, size_t n_tokens) {
-    // One token is not worth unpacking octets: AVX2 multiplies them as they stand, to the same bits.
+    // One token is not worth unpacking a tile: AVX2 multiplies rows as they stand, to the same bits.
     struct act_row token = act_row_at((float *)(uintptr_t)x, w->n_in, 0);
-    if (n_tokens == 1 && w->octets && avx2_one_token(out, w, row, n_rows, &token)) return;
+    if (n_tokens == 1 && avx2_one_token(out, w, row, n_rows, &token)) return;
     switch (w->type) {
 #define CASE(type)                                                                                                     \
     case type: quantised(type, out, w, row, n_rows, x, n_tokens); break;
