@@ -17,10 +17,11 @@ enum {
     AHEAD = 1024, // bytes of octets that are fetched before one token meets them
 };
 
-// Where four rows stand: each one, bytes from a step to the next and to what is fetched meanwhile (0: nothing).
+// Where four rows stand: each one, bytes from a step to the next, and what is fetched meanwhile, in the order of
+// memory.
 struct place {
-    const uint8_t *at[QUAD_ROWS];
-    size_t line, ahead;
+    const uint8_t *at[QUAD_ROWS], *next;
+    size_t line;
 };
 
 // Rows r .. r + 4 of a tile from element k on; those that it lacks repeat the last one.
@@ -31,13 +32,13 @@ INLINE struct place rows_at(const struct matrix *w, size_t row, size_t n_rows, s
         const uint8_t *quad = w->octets + (row + r) * w->row_bytes + k / STEP * QUAD_ROWS * QUAD_LINE;
         for (size_t i = 0; i < QUAD_ROWS; i++) p.at[i] = quad + i * QUAD_LINE;
         p.line = QUAD_ROWS * QUAD_LINE;
-        p.ahead = one ? AHEAD : QUAD_ROWS * w->row_bytes;
+        p.next = quad + (one ? AHEAD : QUAD_ROWS * w->row_bytes);
         return p;
     }
     for (size_t i = 0; i < QUAD_ROWS; i++)
         p.at[i] = (const uint8_t *)w->data + (row + (r + i < n_rows ? r + i : n_rows - 1)) * w->row_bytes + k * size;
     p.line = STEP * size;
-    p.ahead = QUAD_ROWS * w->row_bytes;
+    p.next = (const uint8_t *)w->data + (row + r + QUAD_ROWS) * w->row_bytes + k * size * QUAD_ROWS;
     return p;
 }
 
@@ -48,8 +49,8 @@ INLINE void dots(enum dtype type, __m512 *v, struct place w, const float *x, siz
         struct step_input in[MAX_N];
         for (size_t t = 0; t < N; t++) in[t] = load_input(x + t * stride, k + i);
         for (size_t r = 0; r < QUAD_ROWS; r++) {
-            if (fetch) _mm_prefetch((const char *)w.at[r] + w.ahead, _MM_HINT_T0);
-            if (fetch && type == DTYPE_F32) _mm_prefetch((const char *)w.at[r] + w.ahead + 64, _MM_HINT_T0);
+            for (size_t l = 0; fetch && l < (type == DTYPE_F32 ? 2 : 1); l++, w.next += QUAD_LINE)
+                _mm_prefetch((const char *)w.next, _MM_HINT_T0);
             step(type, v + QUAD_ROWS * r, w.at[r], in, N);
             w.at[r] += w.line;
         }
