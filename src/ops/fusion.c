@@ -267,9 +267,9 @@ const char *fusion_text(uint32_t mask, char *text, size_t size) {
 // of both kinds); composed attention its scores and blocks for each thread. They never run at once.
 bool ops_scratch_floats(const struct ops_limits *limits, size_t *out) {
     size_t n_threads = limits->n_threads > 0 ? (size_t)limits->n_threads : 1;
-    // Every token's input in two roundings, one of them in groups of six tokens, and of each thread a tile's rows as
-    // f32 (16 of at most width + 32).
-    enum { OWN_ROWS = 16, OWN_PAD = OWN_ROWS * 32, GROUP = 6 };
+    // Every token's input in two roundings, one of them in groups of up to 16 tokens, and of each thread a tile's rows
+    // as f32 (16 of at most width + 32).
+    enum { OWN_ROWS = 16, OWN_PAD = OWN_ROWS * 32, GROUP = 16 };
     size_t rows, own, matmul, attention;
     if (!size_mul_add(n_threads, OWN_ROWS, GROUP, &own) || !size_mul_add(limits->max_tokens, 2, own, &rows) ||
         !size_mul(rows, limits->max_width, &matmul) || !size_mul_add(n_threads, OWN_PAD, matmul, &matmul))

@@ -9,13 +9,32 @@
 enum {
     TILE_ROWS = 16,    // rows of a tile: the lanes of a product with quantised weights
     TILE_TOKENS = 128, // tokens of a tile: its results are 8 KiB
-    LANES_TOKENS = 6,  // tokens that stand side by side where BF16 is multiplied lane by lane
     AVX2_BESIDE = 4,   // tokens whose integers stand side by side; as many are multiplied at once
     AVX512_BESIDE = 8,
 };
 
 struct joint; // attention.h
 struct queries;
+
+// BF16 with many tokens and n_in a multiple of 32, lane by lane.
+struct lane_kernels {
+    size_t tokens, from; // that stand side by side; so many must there be at least for it to pay
+    // n_tokens rows [n] of a group, rounded, to what `multiply` takes, in no more room.
+    void (*deal)(float *to, const float *from, size_t n, size_t n_tokens);
+    // out[t * TILE_ROWS + r] as below. x: groups of tokens, dealt out, `tokens` * n_in floats from one to the next, the
+    // last one perhaps not full; panel: [lanes_panel_floats(n_in)] of the thread's own.
+    void (*multiply)(float *out, float *panel, const struct matrix *w, size_t row, size_t n_rows, const float *x,
+                     size_t n_tokens);
+};
+
+// In which order lanes stand, in tokens and panels, so that both are read in one stream: dot16's tree's, its own
+// inverse.
+extern const uint8_t lane_order[];
+
+// As many as a group's rows before they are dealt out, and as a panel.
+static inline size_t lanes_panel_floats(size_t n_in) {
+    return DOT_LANES * (n_in + 32);
+}
 
 // Products write out[t * TILE_ROWS + r] for rows row .. row + n_rows of w, n_rows <= TILE_ROWS, and n_tokens <=
 // TILE_TOKENS.
@@ -26,10 +45,7 @@ struct cpu_kernels {
     void (*quantised)(float *out, const struct matrix *w, size_t row, size_t n_rows, const float *x, size_t n_tokens);
     // From f32 values to what `dense` wants of BF16: of each 16 the odd ones, then the even ones.
     void (*deal_pairs)(float *to, const float *from, size_t n);
-    // NULL, or BF16 with many tokens and n_in a multiple of 32. x: groups of LANES_TOKENS tokens, rounded and dealt out
-    // by lanes (avx2_deal_lanes), the last one perhaps not full; panel: [avx2_panel_floats(n_in)] of the thread's own.
-    void (*lanes)(float *out, float *panel, const struct matrix *w, size_t row, size_t n_rows, const float *x,
-                  size_t n_tokens);
+    const struct lane_kernels *lanes; // or NULL
     size_t beside;
     // Attention of many query rows with a block of K or V as f32, [32, head_dim], head_dim a multiple of 32.
     // s[r * ATTN_BLOCK + j] = dot16(q[r], k_j) * scale for the first n positions; n and n_rows are rounded up to four.
@@ -48,6 +64,7 @@ struct cpu_kernels {
 };
 
 extern const struct cpu_kernels avx2_kernels;
+extern const struct lane_kernels avx2_lanes;
 
 void avx2_wide_scores(float *s, const float *const *q, size_t n_rows, const float *k, size_t n, size_t head_dim,
                       float scale);
@@ -59,11 +76,6 @@ void avx2_wide_values(float *const *out, const float *const *p, const struct joi
                       size_t head_dim);
 
 void avx2_dense(float *out, const struct matrix *w, size_t row, size_t n_rows, const float *x, size_t n_tokens);
-void avx2_lanes(float *out, float *panel, const struct matrix *w, size_t row, size_t n_rows, const float *x,
-                size_t n_tokens);
-size_t avx2_panel_floats(size_t n_in);
-// n_tokens rows [n] of a group, n a multiple of 32, to [16 lanes][n / 32][odd, even][LANES_TOKENS].
-void avx2_deal_lanes(float *to, const float *from, size_t n, size_t n_tokens);
 void avx2_quantised(float *out, const struct matrix *w, size_t row, size_t n_rows, const float *x, size_t n_tokens);
 // avx2_quantised for one token; false: this type has no such version. out: [TILE_ROWS]
 bool avx2_one_token(float *out, const struct matrix *w, size_t row, size_t n_rows, const struct act_row *x);

@@ -15,21 +15,19 @@
 #include "ops/cpu/avx2/vec.h"
 
 enum {
-    LINE = 32,  // elements of a row that hold one pair of every lane
-    LEVELS = 4, // of the tree
-    PAD = LINE, // floats between lanes, which would else share their places in L1
+    LANES_TOKENS = 6, // that stand side by side
+    LANES_FROM = 12,  // tokens from which on it pays to lay out the lanes of a tile
+    LINE = 32,        // elements of a row that hold one pair of every lane
+    LEVELS = 4,       // of the tree
+    PAD = LINE,       // floats between lanes, which would else share their places in L1
 };
 
-// In which order lanes stand, in tokens and panels, so that both are read in one stream.
-static const uint8_t lane_at[DOT_LANES] = {0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15};
+const uint8_t lane_order[DOT_LANES] = {0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15};
 
-size_t avx2_panel_floats(size_t n_in) {
-    return DOT_LANES * (n_in + PAD);
-}
-
-void avx2_deal_lanes(float *to, const float *from, size_t n, size_t n_tokens) {
+// n_tokens rows [n] of a group, n a multiple of 32, to [16 lanes][n / 32][odd, even][LANES_TOKENS].
+static void deal(float *to, const float *from, size_t n, size_t n_tokens) {
     for (size_t step = 0; step < DOT_LANES; step++) {
-        for (size_t k = (size_t)2 * lane_at[step]; k < n; k += LINE, to += (size_t)2 * LANES_TOKENS) {
+        for (size_t k = (size_t)2 * lane_order[step]; k < n; k += LINE, to += (size_t)2 * LANES_TOKENS) {
             for (size_t t = 0; t < n_tokens; t++) {
                 to[t] = from[t * n + k + 1];
                 to[LANES_TOKENS + t] = from[t * n + k];
@@ -56,7 +54,7 @@ static void fill_panel(float *panel, const struct matrix *w, size_t row, size_t 
                 transpose_8(v, pairs[o]);
             }
             for (size_t l = 0; l < 8; l++) {
-                float *to = panel + lane_at[8 * half + l] * lane; // the order is its own inverse
+                float *to = panel + lane_order[8 * half + l] * lane; // the order is its own inverse
                 for (size_t o = 0; o < 2; o++) {
                     __m256i odd = _mm256_and_si256(pairs[o][l], _mm256_set1_epi32((int)0xFFFF0000u));
                     _mm256_storeu_ps(to + 8 * o, _mm256_castsi256_ps(odd));
@@ -101,8 +99,8 @@ INLINE void group(float *out, const float *w, const float *x, size_t n_in, const
     }
 }
 
-void avx2_lanes(float *out, float *panel, const struct matrix *w, size_t row, size_t n_rows, const float *x,
-                size_t n_tokens) {
+static void multiply(float *out, float *panel, const struct matrix *w, size_t row, size_t n_rows, const float *x,
+                     size_t n_tokens) {
     const uint8_t *next = (w->octets ? w->octets : (const uint8_t *)w->data) + (row + TILE_ROWS) * w->row_bytes;
     fill_panel(panel, w, row, n_rows);
     for (size_t t = 0; t < n_tokens; t += LANES_TOKENS, out += LANES_TOKENS * TILE_ROWS, x += LANES_TOKENS * w->n_in) {
@@ -118,5 +116,7 @@ void avx2_lanes(float *out, float *panel, const struct matrix *w, size_t row, si
         }
     }
 }
+
+const struct lane_kernels avx2_lanes = {LANES_TOKENS, LANES_FROM, deal, multiply};
 
 #endif

@@ -12,7 +12,6 @@
 
 enum {
     ROUND_GRAIN = 16384,
-    LANES_FROM = 12, // tokens from which on it pays to lay out the lanes of a tile
 };
 
 // ---- Tiles and epilogues
@@ -54,7 +53,7 @@ static void dots(const struct product *p, float *out, const struct matrix *w, si
     const struct cpu_kernels *k = p->kernels;
     float *panel = p->panels ? p->panels + (size_t)thread * p->panel_floats : NULL;
     if (input_of(w) == INPUT_INTEGERS) k->quantised(out, w, row, n_rows, x, n_tokens);
-    else if (panel && w->type == DTYPE_BF16) k->lanes(out, panel, w, row, n_rows, x, n_tokens);
+    else if (panel && w->type == DTYPE_BF16) k->lanes->multiply(out, panel, w, row, n_rows, x, n_tokens);
     else k->dense(out, w, row, n_rows, x, n_tokens);
 }
 
@@ -103,7 +102,8 @@ static void product_piece(void *user, size_t begin, size_t end, int thread) {
     const struct product *p = user;
     // Lanes are laid out anew for other tokens, so that they want many; integers are unpacked sooner than they are
     // fetched from L3.
-    const size_t most = p->panels ? TILE_TOKENS / LANES_TOKENS * LANES_TOKENS : TILE_TOKENS / 2;
+    const size_t beside = p->panels ? p->kernels->lanes->tokens : 1;
+    const size_t most = p->panels ? TILE_TOKENS / beside * beside : TILE_TOKENS / 2;
     for (size_t t = 0; t < p->n_tokens; t += most) {
         const size_t n = p->n_tokens - t < most ? p->n_tokens - t : most;
         for (size_t i = begin; i < end; i++) {
@@ -166,14 +166,15 @@ static void round_input(const struct input_job *j, float *to, size_t t) {
     else round_row(to, row_of(j, t), j->n);
 }
 
-// Groups of LANES_TOKENS tokens, for products lane by lane.
+// Groups of tokens, for products lane by lane.
 static void lanes_piece(void *user, size_t begin, size_t end, int thread) {
     const struct input_job *j = user;
     float *room = j->room + (size_t)thread * j->apart;
+    const size_t most = j->kernels->lanes->tokens;
     for (size_t g = begin; g < end; g++) {
-        const size_t t = g * LANES_TOKENS, n = j->n_tokens - t < LANES_TOKENS ? j->n_tokens - t : LANES_TOKENS;
+        const size_t t = g * most, n = j->n_tokens - t < most ? j->n_tokens - t : most;
         for (size_t i = 0; i < n; i++) round_input(j, room + i * j->n, t + i);
-        avx2_deal_lanes(j->rounded + t * j->n, room, j->n, n);
+        j->kernels->lanes->deal(j->rounded + t * j->n, room, j->n, n);
     }
 }
 
@@ -217,15 +218,16 @@ static void make_inputs(const struct op_ctx *ctx, struct input_job j, float *pla
     j.n_tokens = p->n_tokens;
     if (j.norm && (wants[INPUT_PLAIN] || wants[INPUT_INTEGERS])) j.plain = plain;
     float *at = ctx->scratch;
-    const bool by_lanes = wants[INPUT_BF16] && j.kernels->lanes && p->n_tokens >= LANES_FROM && j.n % 32 == 0;
+    const struct lane_kernels *by_lanes = wants[INPUT_BF16] && j.n % 32 == 0 ? j.kernels->lanes : NULL;
+    if (by_lanes && p->n_tokens < by_lanes->from) by_lanes = NULL;
     if (by_lanes) {
         p->panels = at;
-        p->panel_floats = avx2_panel_floats(j.n);
+        p->panel_floats = lanes_panel_floats(j.n);
         at += (size_t)pool_size(ctx->pool) * p->panel_floats;
     }
     float *rounded = wants[INPUT_BF16] ? at : NULL;
-    const size_t groups = (p->n_tokens + LANES_TOKENS - 1) / LANES_TOKENS;
-    if (wants[INPUT_INTEGERS]) j.integers = at + (by_lanes ? groups * LANES_TOKENS : rounded ? p->n_tokens : 0) * j.n;
+    const size_t beside = by_lanes ? by_lanes->tokens : 1, groups = (p->n_tokens + beside - 1) / beside;
+    if (wants[INPUT_INTEGERS]) j.integers = at + (rounded ? groups * beside : 0) * j.n;
     if (by_lanes) { // in the room for panels
         struct input_job lanes = j;
         lanes.rounded = rounded, lanes.room = p->panels, lanes.apart = p->panel_floats;
@@ -291,7 +293,7 @@ static void norm_head(const struct op_ctx *ctx, const struct norm_head_args *a) 
 }
 
 const struct cpu_kernels avx2_kernels = {avx2_dense,       avx2_quantised,   deal_pairs,
-                                         avx2_lanes,       AVX2_BESIDE,      avx2_wide_scores,
+                                         &avx2_lanes,      AVX2_BESIDE,      avx2_wide_scores,
                                          avx2_wide_values, avx2_byte_scores, avx2_byte_values};
 
 void avx2_fill_matmul(struct ops *ops) {

@@ -13,6 +13,8 @@ void avx512bf16_fill(struct ops *ops);
 // Whether vdpbf16ps adds as dotpair does on this CPU (docs/NUMERICS.md): runs it. Only where CPUID has AVX512_BF16.
 bool avx512bf16_adds_pairs(void);
 
+extern const struct lane_kernels avx512bf16_lanes;
+
 void avx512_dense(float *out, const struct matrix *w, size_t row, size_t n_rows, const float *x, size_t n_tokens);
 void avx512_quantised(float *out, const struct matrix *w, size_t row, size_t n_rows, const float *x, size_t n_tokens);
 void avx512_wide_scores(float *s, const float *const *q, size_t n_rows, const float *k, size_t n, size_t head_dim,

@@ -92,7 +92,7 @@ bool avx512bf16_adds_pairs(void) {
 static const struct cpu_kernels kernels = {dense,
                                            avx512vnni_quantised,
                                            pack,
-                                           NULL,
+                                           &avx512bf16_lanes,
                                            AVX512_BESIDE,
                                            avx512_wide_scores,
                                            avx512_wide_values,
