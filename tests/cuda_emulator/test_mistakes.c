@@ -88,11 +88,12 @@ static bool is_found_in_layers(uint64_t seed, bool deep) {
 // Sequences side by side, streamed and not.
 static bool is_found_in_company(uint64_t seed) {
     static const size_t depths[] = {40, 1300, 3, 255, 31, 290, 64, 7, 33};
-    static const struct part part = {.n_layers = 1, .n_vocab = 64, .n_ff = 64};
+    static const struct part part = {
+        .n_layers = 1, .n_vocab = 64, .n_ff = 64, .n_heads = 4, .n_kv_heads = 2, .head_dim = 128};
     struct subject s;
     emulator_set(&(struct emulator_options){.seed = seed, .n_sms = 1});
     open_gpu();
-    open_part(&s, "synthetic:tiny-qwen3", &part);
+    open_part(&s, "models/tandem-tiny", &part);
     size_t different =
         compare_company(&s, variant_named("stream-attention"), depths, sizeof depths / sizeof depths[0], false);
     close_subject(&s);
@@ -145,8 +146,9 @@ static bool is_found_at_large(enum place place) {
                                      .n_neighbours = 2,
                                      .n_ragged = 7,
                                      .n_crowd = 32};
-    size_t different = 0, company[97];
-    for (size_t q = 0; q < 97; q++) company[q] = q * q % 300;
+    enum { COMPANIONS = 300 };
+    size_t different = 0, company[COMPANIONS];
+    for (size_t q = 0; q < COMPANIONS; q++) company[q] = q * q % 300;
     open_gpu();
     for (size_t i = place < LAYERS ? 0 : 2; i < 3 && different == 0; i++) {
         struct subject s;
@@ -155,7 +157,7 @@ static bool is_found_at_large(enum place place) {
         if (place == LAYERS || place == DEEP)
             different = compare_depths(&s, variant_named("persistent"), place == DEEP ? deep : depths, 5);
         else if (place == COMPANY)
-            different = compare_company(&s, variant_named("stream-attention"), company, 97, false);
+            different = compare_company(&s, variant_named("stream-attention"), company, COMPANIONS, false);
         else different = compare_ways(&s, models[i], &plan, NULL);
         cuda->device->variants = 0; // the kernels that others stand in for
         if (different == 0 && place < LAYERS) different = compare_ways(&s, models[i], &plan, NULL);

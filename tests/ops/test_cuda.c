@@ -200,12 +200,12 @@ static void test_company(void **state) {
     (void)state;
     if (!cuda) skip();
     static const char *const models[] = {"models/tandem-tiny", "synthetic:qwen3-0.6b"};
-    static const size_t counts[] = {40, 97, 256, 20}, most[] = {300, 200, 40, 2500};
+    static const size_t counts[] = {40, 97, 300, 20}, most[] = {300, 200, 40, 2500};
     for (size_t k = 0; k < cuda->device->n_variants; k++) {
         if (strcmp(cuda->device->variant_names[k], "stream-attention") != 0) continue;
         for (size_t i = 0; i < 2; i++) {
             struct subject s;
-            size_t different = 0, depths[256], n = 0;
+            size_t different = 0, depths[300], n = 0;
             open_subject(&s, models[i]);
             for (size_t j = 0; j < (i ? 4 : 3); j++)
                 for (int fp8 = 0; fp8 < 2; fp8++, n += counts[j]) {

@@ -91,10 +91,18 @@ static __global__ void k_combine(float *out, const float *block_max, const float
 // ---- Fused
 // -----------------------------------------------------------------------------------------------------------
 
-template <typename KV> struct attention_shared {
-    static constexpr int HD = KV::HD;
-    alignas(16) unsigned char k[ATTN_WARPS][KV::BYTES], v[ATTN_WARPS][KV::BYTES];
-    q_rows<HD> q;
+enum { HALF_SM = 113 * 1024 }; // the shared memory of each of two blocks on an SM
+
+// RT: at least the rows of a tile. TWO: the block shares its SM with another one. V pages for which there is no room
+// then, the last warps', take their K pages' place.
+template <typename KV, int RT, bool TWO> struct attention_shared {
+    static constexpr int HD = KV::HD, Q = RT > 2 ? ROWS : 2;
+    // About what all but the pages takes, o included.
+    static constexpr int BESIDE = (int)sizeof(q_rows<HD, Q>) + (16 + 4 * RT * CHUNK_PAGES) * HD + 1536;
+    static constexpr int ROOM = ((int)HALF_SM - BESIDE) / KV::BYTES - ATTN_WARPS;
+    static constexpr int V_PAGES = !TWO || ROOM > ATTN_WARPS ? (int)ATTN_WARPS : ROOM > 1 ? ROOM : 1;
+    alignas(16) unsigned char k[ATTN_WARPS][KV::BYTES], v[V_PAGES][KV::BYTES];
+    q_rows<HD, Q> q;
     fresh_row<HD> fresh;
     float row[2][HD]; // k and v before they are rounded
     uint64_t k_arrived[ATTN_WARPS], v_arrived[ATTN_WARPS];
@@ -102,27 +110,36 @@ template <typename KV> struct attention_shared {
     int position[ROWS]; // of each row's token; -1: no such row
     bool last;
     alignas(16) float o[4]; // [CHUNK_PAGES][rows][HD]
+
+    // Whether a warp's V page has the place of its K page: then it is asked for when that has been read.
+    static __device__ __forceinline__ bool shares(int warp) {
+        return V_PAGES < ATTN_WARPS && warp >= V_PAGES;
+    }
+    __device__ __forceinline__ unsigned char *v_page(int warp) {
+        return shares(warp) ? k[warp] : v[warp];
+    }
 };
 
-template <typename KV>
-static __device__ __forceinline__ void ask_for(attention_shared<KV> *sh, const attention_params &p, bool of_v,
-                                               int kv_head, const int32_t *pages, int index, int warp) {
+template <typename SHARED>
+static __device__ __forceinline__ void ask_for(SHARED *sh, const attention_params &p, bool of_v, int kv_head, int page,
+                                               int warp) {
+    constexpr int BYTES = (int)sizeof sh->k[0];
     uint64_t *bar = of_v ? &sh->v_arrived[warp] : &sh->k_arrived[warp];
-    barrier_expect(bar, KV::BYTES);
-    bulk_copy(of_v ? sh->v[warp] : sh->k[warp], head_page(p.kv, of_v, __ldcg(pages + index), kv_head), KV::BYTES, bar);
+    barrier_expect(bar, BYTES);
+    bulk_copy(of_v ? sh->v_page(warp) : sh->k[warp], head_page(p.kv, of_v, page, kv_head), BYTES, bar);
 }
 
 // q's rows (normed and rotated where FUSED) into shared memory, a warp a row; and where
 // FUSED this token's k and v, beside, and into their page.
-template <typename KV, bool FUSED, int RT>
-static __device__ __forceinline__ void prepare_rows(attention_shared<KV> *sh, const attention_params &p, int token,
-                                                    int kv_head, int page, int slot, int warp, int lane) {
+template <typename KV, bool FUSED, int RT, bool TWO>
+static __device__ __forceinline__ void prepare_rows(attention_shared<KV, RT, TWO> *sh, const attention_params &p,
+                                                    int token, int kv_head, int page, int slot, int warp, int lane) {
     constexpr int HD = KV::HD;
     int group = p.n_heads / p.kv.n_kv_heads;
     constexpr int PAIRS = head_registers<HD>::PAIRS, HALF = HD / 2;
     const float *cos_sin = FUSED ? p.cos_sin + (size_t)token * HD : NULL;
 #pragma unroll 1
-    for (int row = warp; row < (RT > 8 ? 16 : 8); row += ATTN_WARPS) {
+    for (int row = warp; row < (RT > 8 ? 16 : RT > 2 ? 8 : 2); row += ATTN_WARPS) {
         head_registers<HD> x = {};
         if (sh->position[row] >= 0)
             x = load_head<HD>(
@@ -144,15 +161,18 @@ static __device__ __forceinline__ void prepare_rows(attention_shared<KV> *sh, co
 
 // A warp's page of a chunk: scores, softmax, values; the next chunk's page is asked for as soon as this one is read.
 // Of the page, n slots are in use; `slot`: this step's own, -1 if that is in another page, or stored already.
-template <typename KV, int RT>
-static __device__ __forceinline__ void one_page(attention_shared<KV> *sh, const attention_params &p, int kv_head,
-                                                const int32_t *pages, int index, int n, int slot, int next,
-                                                uint32_t parity, int warp, int lane) {
+// `page`: lane 0's number of the page; then of the next chunk's.
+template <typename KV, int RT, bool TWO>
+static __device__ __forceinline__ void one_page(attention_shared<KV, RT, TWO> *sh, const attention_params &p,
+                                                int kv_head, const int32_t *pages, int &page, int index, int n,
+                                                int slot, int next, uint32_t parity, int warp, int lane) {
     constexpr int HD = KV::HD;
     int g = lane / 4, t = lane % 4, first = index * ATTN_BLOCK;
     constexpr bool tall = RT > 8;
     float s[4][4], m[2], l[2];
     uint32_t pairs[2][4] = {};
+    bool asks = HOPPER && lane == 0, shares = sh->shares(warp);
+    int next_page = asks && next >= 0 ? __ldcg(pages + next) : 0;
 #if HOPPER
     barrier_wait(&sh->k_arrived[warp], parity);
 #else
@@ -160,13 +180,14 @@ static __device__ __forceinline__ void one_page(attention_shared<KV> *sh, const 
     const uint4 *from_v = reinterpret_cast<const uint4 *>(head_page(p.kv, true, pages[index], kv_head));
     for (int i = lane; i < KV::BYTES / 16; i += 32) {
         reinterpret_cast<uint4 *>(sh->k[warp])[i] = from_k[i];
-        reinterpret_cast<uint4 *>(sh->v[warp])[i] = from_v[i];
+        reinterpret_cast<uint4 *>(sh->v_page(warp))[i] = from_v[i]; // a place of its own: not TWO
     }
     __syncwarp();
 #endif
     scores<KV, tall>(s, &sh->q, sh->k[warp], p.scale, lane, &sh->fresh, slot);
     __syncwarp();
-    if (HOPPER && next >= 0 && lane == 0) ask_for<KV>(sh, p, false, kv_head, pages, next, warp);
+    if (asks && shares) ask_for(sh, p, true, kv_head, page, warp);
+    else if (asks && next >= 0) ask_for(sh, p, false, kv_head, next_page, warp);
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         int row = g + half * 8;
@@ -187,10 +208,11 @@ static __device__ __forceinline__ void one_page(attention_shared<KV> *sh, const 
         if (tall && g + 8 < p.rows)
             *reinterpret_cast<float2 *>(o + (g + 8) * HD + i * 8 + 2 * t) = make_float2(d[2], d[3]);
     };
-    if (n < ATTN_BLOCK || slot >= 0) page_values<KV, true>(sh->v[warp], pairs, slots, &sh->fresh, lane, put);
-    else page_values<KV, false>(sh->v[warp], pairs, slots, &sh->fresh, lane, put);
+    if (n < ATTN_BLOCK || slot >= 0) page_values<KV, true>(sh->v_page(warp), pairs, slots, &sh->fresh, lane, put);
+    else page_values<KV, false>(sh->v_page(warp), pairs, slots, &sh->fresh, lane, put);
     __syncwarp();
-    if (HOPPER && next >= 0 && lane == 0) ask_for<KV>(sh, p, true, kv_head, pages, next, warp);
+    if (asks && next >= 0) ask_for(sh, p, !shares, kv_head, next_page, warp);
+    page = next_page;
 }
 
 // The channels of one row that a thread combines: THREADS_A_ROW apart.
@@ -211,8 +233,8 @@ template <typename KV, int RT> struct own_channels {
     }
 
     // The row's n blocks of a chunk: their values in order; m and l are the chunk's.
-    __device__ __forceinline__ void chunk(float (&of)[N], chain &s, const attention_shared<KV> *sh, int rows,
-                                          int n) const {
+    template <typename SHARED>
+    __device__ __forceinline__ void chunk(float (&of)[N], chain &s, const SHARED *sh, int rows, int n) const {
         s = CHAIN_START;
 #pragma unroll
         for (int i = 0; i < N; i++) of[i] = 0;
@@ -248,12 +270,13 @@ template <typename KV, int RT> struct own_channels {
 
 // All chunks of a tile, of which `all` has the parts: through the shared memory that held pages, as many at a time as
 // fit there, so that nothing is waited for one after the other. The weights of chain_add are computed side by side.
-template <typename KV, int RT>
-static __device__ __forceinline__ void combine_split(attention_shared<KV> *sh, const attention_params &p,
+template <typename KV, int RT, bool TWO>
+static __device__ __forceinline__ void combine_split(attention_shared<KV, RT, TWO> *sh, const attention_params &p,
                                                      own_channels<KV, RT> &mine, const float *all, int n_chunks,
                                                      int thread) {
     using own = own_channels<KV, RT>;
-    constexpr int HD = KV::HD, ROOM = 2 * ATTN_WARPS * KV::BYTES / (int)sizeof(float), AT_ONCE = 16;
+    constexpr int HD = KV::HD, AT_ONCE = 16;
+    constexpr int ROOM = (int)(sizeof sh->k + sizeof sh->v) / (int)sizeof(float);
     static_assert(ROOM >= ROWS * (HD + 2) + 4 + 2 * ROWS, "at least a chunk");
     int size = (int)part_floats(p.rows, HD), most = ROOM / (size + 2 * p.rows), maxima = p.rows * HD;
     float *parts = reinterpret_cast<float *>(sh->k[0]);
@@ -300,11 +323,12 @@ static __device__ __forceinline__ void combine_split(attention_shared<KV> *sh, c
 }
 
 // RT: at least p.rows.
-template <typename KV, bool FUSED, int RT>
+template <typename KV, bool FUSED, int RT, bool TWO>
 static __global__ void __launch_bounds__(ATTN_THREADS, 1) k_attention(attention_params p) {
     DYNAMIC_SHARED(raw);
     constexpr int HD = KV::HD;
-    attention_shared<KV> *sh = reinterpret_cast<attention_shared<KV> *>(raw);
+    using shared = attention_shared<KV, RT, TWO>;
+    shared *sh = reinterpret_cast<shared *>(raw);
     using own = own_channels<KV, RT>;
     int thread = (int)threadIdx.x, warp = thread / 32, lane = thread % 32;
     int token = (int)blockIdx.x, kv_head = (int)blockIdx.y, group = p.n_heads / p.kv.n_kv_heads;
@@ -321,13 +345,15 @@ static __global__ void __launch_bounds__(ATTN_THREADS, 1) k_attention(attention_
         return;
     }
     const int32_t *pages = p.b.pages + __ldcg(p.b.page_start + seq);
+    int page = 0; // lane 0's
     if (HOPPER && lane == 0) {
         barrier_init(&sh->k_arrived[warp]);
         barrier_init(&sh->v_arrived[warp]);
         barrier_fence();
         if (chunk * CHUNK_PAGES + warp <= last_page) {
-            ask_for<KV>(sh, p, false, kv_head, pages, chunk * CHUNK_PAGES + warp, warp);
-            ask_for<KV>(sh, p, true, kv_head, pages, chunk * CHUNK_PAGES + warp, warp);
+            page = __ldcg(pages + chunk * CHUNK_PAGES + warp);
+            ask_for(sh, p, false, kv_head, page, warp);
+            if (!sh->shares(warp)) ask_for(sh, p, true, kv_head, page, warp);
         }
     }
     if (thread < ROWS)
@@ -342,14 +368,14 @@ static __global__ void __launch_bounds__(ATTN_THREADS, 1) k_attention(attention_
     bool has_row = mine.row < p.rows;
     size_t tile = (size_t)token * p.kv.n_kv_heads + kv_head, size = part_floats(p.rows, HD);
     if (FUSED) dependency_wait();
-    prepare_rows<KV, FUSED, RT>(sh, p, token, kv_head, slot_page, slot, warp, lane);
+    prepare_rows<KV, FUSED, RT, TWO>(sh, p, token, kv_head, slot_page, slot, warp, lane);
     __syncthreads();
     mine.start();
     for (uint32_t parity = 0; chunk < n_chunks; chunk += stride, parity ^= 1) {
         int index = chunk * CHUNK_PAGES + warp, next = index + stride * CHUNK_PAGES;
         if (index <= last_page)
-            one_page<KV, RT>(sh, p, kv_head, pages, index, limit - index * ATTN_BLOCK, index == last_page ? slot : -1,
-                             next <= last_page ? next : -1, parity, warp, lane);
+            one_page<KV, RT>(sh, p, kv_head, pages, page, index, limit - index * ATTN_BLOCK,
+                             index == last_page ? slot : -1, next <= last_page ? next : -1, parity, warp, lane);
         __syncthreads();
         int n = has_row ? row_blocks(sh->position[mine.row], chunk) : 0;
         if (n > 0) {
@@ -471,8 +497,8 @@ static attention_params params_for(const struct op_ctx *ctx, const struct attent
     return p;
 }
 
-template <typename KV> static size_t attention_bytes(int rows) {
-    return sizeof(attention_shared<KV>) + CHUNK_PAGES * (size_t)rows * KV::HD * sizeof(float);
+template <typename KV, int RT, bool TWO> static size_t attention_bytes(int rows) {
+    return sizeof(attention_shared<KV, RT, TWO>) + CHUNK_PAGES * (size_t)rows * KV::HD * sizeof(float);
 }
 
 template <typename KV, bool FUSED>
@@ -480,10 +506,18 @@ static void launch_attention(struct cuda_state *s, const attention_params &p, si
     // As many blocks as the SMs hold at once: each loads its next chunk while it works on one.
     size_t tiles = n_tokens * (size_t)p.kv.n_kv_heads, fit = (size_t)s->n_sms / tiles, blocks = 1;
     if (p.split) blocks = fit == 0 ? 1 : chunks < fit ? chunks : fit;
-    struct launch l = {grid_for(n_tokens, (size_t)p.kv.n_kv_heads, blocks), ATTN_THREADS, attention_bytes<KV>(p.rows)};
-    if (p.rows <= 2) launch_kernel(s, "attention", k_attention<KV, FUSED, 2>, l, p);
-    else if (p.rows <= 8) launch_kernel(s, "attention", k_attention<KV, FUSED, 8>, l, p);
-    else launch_kernel(s, "attention", k_attention<KV, FUSED, 16>, l, p);
+    auto launch = [&](void (*kernel)(attention_params), size_t shared) {
+        attention_params q = p;
+        q.split = blocks > 1;
+        launch_kernel(s, "attention", kernel,
+                      {grid_for(n_tokens, (size_t)p.kv.n_kv_heads, blocks), ATTN_THREADS, shared}, q);
+    };
+    if constexpr (FUSED)
+        if (HOPPER && tiles > (size_t)s->n_sms && p.rows <= 2)
+            return launch(k_attention<KV, FUSED, 2, true>, attention_bytes<KV, 2, true>(p.rows));
+    if (p.rows <= 2) launch(k_attention<KV, FUSED, 2, false>, attention_bytes<KV, 2, false>(p.rows));
+    else if (p.rows <= 8) launch(k_attention<KV, FUSED, 8, false>, attention_bytes<KV, 8, false>(p.rows));
+    else launch(k_attention<KV, FUSED, 16, false>, attention_bytes<KV, 16, false>(p.rows));
 }
 
 static void attention(const struct op_ctx *ctx, const struct attention_args *a) {
@@ -526,20 +560,24 @@ size_t cuda_split_floats(const struct ops *ops, const struct ops_limits *l) {
     return floats > stream ? floats : stream;
 }
 
-template <typename KV, bool FUSED, int RT> static void allow(struct cuda_state *s) {
+template <typename KV, bool FUSED, int RT, bool TWO> static void allow(struct cuda_state *s) {
     cuda_check(s,
-               cudaFuncSetAttribute(k_attention<KV, FUSED, RT>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    (int)attention_bytes<KV>(RT)),
+               cudaFuncSetAttribute(k_attention<KV, FUSED, RT, TWO>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    (int)attention_bytes<KV, RT, TWO>(RT)),
                "preparing attention");
 }
 
 template <typename KV> static void allow_shared(struct cuda_state *s) {
-    allow<KV, false, 2>(s);
-    allow<KV, false, 8>(s);
-    allow<KV, false, 16>(s);
-    allow<KV, true, 2>(s);
-    allow<KV, true, 8>(s);
-    allow<KV, true, 16>(s);
+    static_assert(!HOPPER || attention_shared<KV, 2, true>::V_PAGES == ATTN_WARPS ||
+                      sizeof(attention_shared<KV, 2, true>) + CHUNK_PAGES * 2 * KV::HD * sizeof(float) <= HALF_SM,
+                  "two blocks an SM");
+    allow<KV, false, 2, false>(s);
+    allow<KV, false, 8, false>(s);
+    allow<KV, false, 16, false>(s);
+    allow<KV, true, 2, true>(s);
+    allow<KV, true, 2, false>(s);
+    allow<KV, true, 8, false>(s);
+    allow<KV, true, 16, false>(s);
 }
 
 extern "C" bool cuda_attention_setup(struct cuda_state *s) {

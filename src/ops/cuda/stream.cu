@@ -481,9 +481,11 @@ bool cuda_stream_attention(struct cuda_state *s, const attention_params &params,
                            int head_dim) {
     attention_params p = params;
     size_t tiles = n_tokens * (size_t)p.kv.n_kv_heads;
-    // With fewer tiles, a block a tile has them all at once; and of longer contexts in bf16 such blocks read more.
+    // Fewer tiles, up to two on an SM at once and two after those, are better off with a block each; and of longer
+    // contexts in bf16 such blocks read more.
     enum { MOST_CHUNKS = 8 };
-    if (!(s->device.variants & VARIANT_STREAM_ATTENTION) || tiles <= (size_t)s->n_sms || n_tokens > STREAM_TOKENS ||
+    size_t few = (size_t)s->n_sms * (p.rows <= 2 ? 4 : 1);
+    if (!(s->device.variants & VARIANT_STREAM_ATTENTION) || tiles <= few || n_tokens > STREAM_TOKENS ||
         p.rows > STREAM_ROWS || (!p.kv.is_fp8 && p.max_chunks > MOST_CHUNKS))
         return false;
     p.split =
