@@ -86,14 +86,15 @@ struct fetcher {
     }
 };
 
-template <int GROUP>
+template <typename W, int GROUP>
 static __device__ __forceinline__ void fetch_all(const persistent_args &p, persistent_shared *sh, const block_place &me,
                                                  int lane) {
     fetcher f = {p, sh, {0, 0}, false, cycles()};
     int before_pages = me.kv_head >= 0 ? 2 * GROUP + 4 : 0;
     int first_of_mlp = me.kv_head >= 0 ? 4 * GROUP + 4 : 0, n_steps = first_of_mlp + 6 * me.n_slices;
     unsigned turn = 0;
-    uint32_t pace = LAYER_CYCLES / (uint32_t)max(1, n_steps);
+    constexpr uint32_t CYCLES = W::RECORD < bf16_weights::RECORD ? QUANTISED_LAYER_CYCLES : LAYER_CYCLES;
+    uint32_t pace = CYCLES / (uint32_t)max(1, n_steps);
     size_t page_bytes = SLOT_BYTES / 2, head = (size_t)sh->share.head * page_bytes, stride = p.n_kv_heads * page_bytes;
 #pragma unroll 1
     for (int l = 0; l < p.n_layers; l++) {
@@ -580,7 +581,7 @@ static __global__ void __launch_bounds__(PERSISTENT_THREADS, 1) k_layers(const _
     bool idle = me.kv_head < 0 && me.n_slices == 0 && me.cluster != 0;
     if (thread >= WORKERS) {
         if (PACE == OWN_PACE) registers_down<FETCHER_REGISTERS>();
-        if (!idle && thread < WORKERS + 32) fetch_all<GROUP>(p, sh, me, thread % 32);
+        if (!idle && thread < WORKERS + 32) fetch_all<W, GROUP>(p, sh, me, thread % 32);
         dependency_wait();
     } else if (!idle) {
         if (PACE == OWN_PACE) registers_up<WORKER_REGISTERS>();

@@ -26,8 +26,9 @@ enum {
     COLLECTED = 32,                                             // channels that a block collects of every chunk
     CHUNK_NOTES = MOST_GROUP * (HEAD + 2),                      // what is noted of a chunk: o, maxima and sums
     HEAD_NOTES = MOST_GROUP * HEAD + MOST_CHUNKS * CHUNK_NOTES, // of a KV head: q, the chunks
-    LAYER_CYCLES = 13000, // over which a block's copies of a layer's weights are spread
-    MOST_SHARE = 4,       // slices of n_ff of one cluster
+    LAYER_CYCLES = 13000,          // over which a block's copies of a layer's weights are spread
+    QUANTISED_LAYER_CYCLES = 8000, // the same where weights have fewer bytes
+    MOST_SHARE = 4,                // slices of n_ff of one cluster
     SLOT_BYTES = 16 * 1024,
     N_SLOTS = 11,
     MOST_STEPS = 2 * MOST_GROUP + 4 + 2 * MOST_GROUP + 6 * MOST_SHARE,
