@@ -23,6 +23,7 @@ struct act_row {
     int16_t *sum;      // [n / ACT_GROUP]
     int16_t *lanes16;  // [n / ACT_GROUP, 2] sums of the q_i with i % 4 < 2, and of the others
     int16_t *lanes32;  // [n / ACT_BLOCK, 2] the same of a block
+    int32_t *less;     // [n / ACT_BLOCK] -8 times the sum of the block's q
     int16_t *wide;     // [n] the integers of 13 bits, each four in the order 0, 2, 1, 3
     float *wide_scale; // [n / ACT_BLOCK]
     size_t apart;
@@ -30,7 +31,7 @@ struct act_row {
 
 // Floats of scratch that a row takes: at most n.
 static inline size_t act_row_floats(size_t n) {
-    return (n / 4 + n / 2 + 7 * (n / ACT_BLOCK) + 15) & ~(size_t)15;
+    return (n / 4 + n / 2 + 8 * (n / ACT_BLOCK) + 15) & ~(size_t)15;
 }
 
 // Row i of `apart` from `q` on.
@@ -38,13 +39,14 @@ static inline struct act_row act_row_of(float *q, size_t n, size_t i, size_t apa
     const size_t blocks = apart * (n / ACT_BLOCK);
     float *wide = q + apart * (n / 4), *wide_scale = wide + apart * (n / 2);
     float *scale = wide_scale + blocks, *weighted = scale + blocks, *sum = weighted + blocks;
-    float *lanes16 = sum + blocks, *lanes32 = lanes16 + 2 * blocks;
+    float *lanes16 = sum + blocks, *lanes32 = lanes16 + 2 * blocks, *less = lanes32 + blocks;
     return (struct act_row){.q = (int8_t *)(q + i),
                             .scale = scale + i,
                             .weighted = weighted + i,
                             .sum = (int16_t *)(void *)(sum + i),
                             .lanes16 = (int16_t *)(void *)(lanes16 + i),
                             .lanes32 = (int16_t *)(void *)(lanes32 + i),
+                            .less = (int32_t *)(void *)(less + i),
                             .wide = (int16_t *)(void *)(wide + 2 * i),
                             .wide_scale = wide_scale + i,
                             .apart = apart};
@@ -66,6 +68,7 @@ struct act_tile {
     const int8_t *q;                  // [columns / 4][apart][4]
     const int16_t *wide;              // [columns / 4][apart][4]
     const int16_t *lanes16, *lanes32; // [columns / ACT_GROUP][apart][2], [columns / ACT_BLOCK][apart][2]
+    const int32_t *less;              // [columns / ACT_BLOCK][apart]
     const float *scale, *weighted;    // [columns / ACT_BLOCK][apart]
     const float *wide_scale;          // [columns / ACT_BLOCK][apart]
     size_t apart;
@@ -79,6 +82,7 @@ static inline struct act_tile act_tile_at(const float *x, size_t n_in, size_t t,
                              .wide = row.wide + k * row.apart,
                              .lanes16 = row.lanes16 + k / ACT_GROUP * 2 * row.apart,
                              .lanes32 = row.lanes32 + k / ACT_BLOCK * 2 * row.apart,
+                             .less = row.less + k / ACT_BLOCK * row.apart,
                              .scale = row.scale + k / ACT_BLOCK * row.apart,
                              .weighted = row.weighted + k / ACT_BLOCK * row.apart,
                              .wide_scale = row.wide_scale + k / ACT_BLOCK * row.apart,

@@ -43,6 +43,10 @@ struct cpu_kernels {
     void (*dense)(float *out, const struct matrix *w, size_t row, size_t n_rows, const float *x, size_t n_tokens);
     // x: act_rows, `beside` of them side by side (act_row_beside).
     void (*quantised)(float *out, const struct matrix *w, size_t row, size_t n_rows, const float *x, size_t n_tokens);
+    // NULL, or the same of two whole tiles, w[i] from row[i] on to out[i], of one type and width, together, for several
+    // tokens; false: not of this type.
+    bool (*quantised_pair)(float *const *out, const struct matrix *const *w, const size_t *row, const float *x,
+                           size_t n_tokens);
     // From f32 values to what `dense` wants of BF16: of each 16 the odd ones, then the even ones.
     void (*deal_pairs)(float *to, const float *from, size_t n);
     const struct lane_kernels *lanes; // or NULL

@@ -12,6 +12,7 @@
 
 enum {
     ROUND_GRAIN = 16384,
+    PAIR_FROM = 16, // tokens from which on two tiles go together
 };
 
 // ---- Tiles and epilogues
@@ -57,44 +58,66 @@ static void dots(const struct product *p, float *out, const struct matrix *w, si
     else k->dense(out, w, row, n_rows, x, n_tokens);
 }
 
-// out[t][r] to y[t][row + r].
-static void write_tile(const struct part *p, const float *out, size_t row, size_t n_rows, size_t t0, size_t n_tokens) {
-    for (size_t t = 0; t < n_tokens; t++) {
-        float *y = p->y + (t0 + t) * p->w->n_out + row;
-        const float *v = out + t * TILE_ROWS;
-        size_t r = 0;
-        for (; r + 8 <= n_rows; r += 8) {
-            __m256 x = _mm256_load_ps(v + r);
-            if (p->bias) x = _mm256_add_ps(x, _mm256_loadu_ps(p->bias + row + r));
-            if (p->add) x = _mm256_add_ps(_mm256_loadu_ps(y + r), x);
-            _mm256_storeu_ps(y + r, x);
-        }
-        for (; r < n_rows; r++) {
-            float x = p->bias ? v[r] + p->bias[row + r] : v[r];
-            y[r] = p->add ? y[r] + x : x;
-        }
+// v[r] to y[t][row + r].
+static void write_row(const struct part *p, const float *v, size_t row, size_t n_rows, size_t t) {
+    float *y = p->y + t * p->w->n_out + row;
+    size_t r = 0;
+    for (; r + 8 <= n_rows; r += 8) {
+        __m256 x = _mm256_load_ps(v + r);
+        if (p->bias) x = _mm256_add_ps(x, _mm256_loadu_ps(p->bias + row + r));
+        if (p->add) x = _mm256_add_ps(_mm256_loadu_ps(y + r), x);
+        _mm256_storeu_ps(y + r, x);
+    }
+    for (; r < n_rows; r++) {
+        float x = p->bias ? v[r] + p->bias[row + r] : v[r];
+        y[r] = p->add ? y[r] + x : x;
     }
 }
 
-// Tokens t0 .. t0 + n of a tile, n <= TILE_TOKENS.
-static void run_tile(const struct product *product, const struct part *p, size_t tile, size_t t0, size_t n,
-                     int thread) {
+// Whether two tiles can go through `quantised_pair`.
+static bool pairs(const struct product *p, const struct matrix *a, const struct matrix *b, size_t last_row, size_t n) {
+    return p->kernels->quantised_pair && n >= PAIR_FROM && a->type == b->type && input_of(a) == INPUT_INTEGERS &&
+           last_row + TILE_ROWS <= a->n_out;
+}
+
+// Two tiles, of gate and of up or neighbours.
+static void dots_pair(const struct product *p, float *const *out, const struct matrix *a, const struct matrix *b,
+                      size_t row_a, size_t row_b, const float *x, size_t n_tokens, int thread) {
+    const struct matrix *w[2] = {a, b};
+    const size_t row[2] = {row_a, row_b};
+    if (pairs(p, a, b, row_b, n_tokens) && p->kernels->quantised_pair(out, w, row, x, n_tokens)) return;
+    for (size_t i = 0; i < 2; i++) {
+        size_t left = w[i]->n_out - row[i];
+        dots(p, out[i], w[i], row[i], left < TILE_ROWS ? left : TILE_ROWS, x, n_tokens, thread);
+    }
+}
+
+// Tokens t0 .. t0 + n of a tile, or of two neighbours, n <= TILE_TOKENS.
+static void run_tiles(const struct product *product, const struct part *p, size_t tile, size_t count, size_t t0,
+                      size_t n, int thread) {
     float out[TILE_ROWS * TILE_TOKENS] __attribute__((aligned(64)));
-    float up[TILE_ROWS * TILE_TOKENS] __attribute__((aligned(64)));
+    float second[TILE_ROWS * TILE_TOKENS] __attribute__((aligned(64)));
+    float *const both[2] = {out, second};
     size_t row = tile * TILE_ROWS, n_rows = p->w->n_out - row < TILE_ROWS ? p->w->n_out - row : TILE_ROWS;
     const float *x = p->x + t0 * input_floats(p->w);
-    dots(product, out, p->w, row, n_rows, x, n, thread);
     if (p->up) {
-        dots(product, up, p->up, row, n_rows, x, n, thread);
+        dots_pair(product, both, p->w, p->up, row, row, x, n, thread);
         for (size_t t = 0; t < n; t++) {
-            float *g = out + t * TILE_ROWS, *u = up + t * TILE_ROWS;
+            float *g = out + t * TILE_ROWS, *u = second + t * TILE_ROWS;
             size_t r = 0;
             for (; r + 8 <= n_rows; r += 8)
                 _mm256_storeu_ps(g + r, silu_mul_8(_mm256_load_ps(g + r), _mm256_load_ps(u + r)));
             for (; r < n_rows; r++) g[r] = g[r] / (1.0f + exp32(-g[r])) * u[r];
         }
+    } else if (count == 2) {
+        dots_pair(product, both, p->w, p->w, row, row + TILE_ROWS, x, n, thread);
+    } else {
+        dots(product, out, p->w, row, n_rows, x, n, thread);
     }
-    write_tile(p, out, row, n_rows, t0, n);
+    for (size_t t = 0; t < n; t++) { // neighbours side by side: the results are not in the cache
+        write_row(p, out + t * TILE_ROWS, row, n_rows, t0 + t);
+        if (count == 2) write_row(p, second + t * TILE_ROWS, row + TILE_ROWS, TILE_ROWS, t0 + t);
+    }
 }
 
 // All tiles of a piece meet the same tokens before others come: those stay in L2.
@@ -106,10 +129,13 @@ static void product_piece(void *user, size_t begin, size_t end, int thread) {
     const size_t most = p->panels ? TILE_TOKENS / beside * beside : TILE_TOKENS / 2;
     for (size_t t = 0; t < p->n_tokens; t += most) {
         const size_t n = p->n_tokens - t < most ? p->n_tokens - t : most;
-        for (size_t i = begin; i < end; i++) {
+        for (size_t i = begin, together; i < end; i += together) {
             size_t part = 0, tile = i;
             while (tile >= n_tiles(p->parts[part].w)) tile -= n_tiles(p->parts[part++].w);
-            run_tile(p, &p->parts[part], tile, t, n, thread);
+            const struct matrix *w = p->parts[part].w;
+            const bool two = i + 1 < end && !p->parts[part].up && pairs(p, w, w, (tile + 1) * TILE_ROWS, n);
+            together = two ? 2 : 1;
+            run_tiles(p, &p->parts[part], tile, together, t, n, thread);
         }
     }
 }
@@ -292,9 +318,9 @@ static void norm_head(const struct op_ctx *ctx, const struct norm_head_args *a) 
     run_product(ctx, &p);
 }
 
-const struct cpu_kernels avx2_kernels = {avx2_dense,       avx2_quantised,   deal_pairs,
-                                         &avx2_lanes,      AVX2_BESIDE,      avx2_wide_scores,
-                                         avx2_wide_values, avx2_byte_scores, avx2_byte_values};
+const struct cpu_kernels avx2_kernels = {
+    avx2_dense,       avx2_quantised,  NULL, deal_pairs, &avx2_lanes, AVX2_BESIDE, avx2_wide_scores, avx2_wide_values,
+    avx2_byte_scores, avx2_byte_values};
 
 void avx2_fill_matmul(struct ops *ops) {
     ops->kernels = &avx2_kernels;

@@ -70,6 +70,7 @@ static void round_block(const struct act_row *row, size_t b, const __m256 v[4], 
     put_bytes(row, b, bytes);
     int first = row->sum[2 * at], second = row->sum[2 * at + 1];
     row->weighted[at] = row->scale[at] * (float)(first + second);
+    row->less[at] = -8 * (first + second);
 }
 
 // act_wide_block, each four dealt out.

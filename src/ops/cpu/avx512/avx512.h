@@ -15,6 +15,9 @@ bool avx512bf16_adds_pairs(void);
 
 extern const struct lane_kernels avx512bf16_lanes;
 
+bool avx512_pair(float *const *out, const struct matrix *const *w, const size_t *row, const float *x, size_t n_tokens);
+bool avx512vnni_pair(float *const *out, const struct matrix *const *w, const size_t *row, const float *x,
+                     size_t n_tokens);
 void avx512_dense(float *out, const struct matrix *w, size_t row, size_t n_rows, const float *x, size_t n_tokens);
 void avx512_quantised(float *out, const struct matrix *w, size_t row, size_t n_rows, const float *x, size_t n_tokens);
 void avx512_wide_scores(float *s, const float *const *q, size_t n_rows, const float *k, size_t n, size_t head_dim,

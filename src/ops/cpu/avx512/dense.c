@@ -67,9 +67,9 @@ void avx512_dense(float *out, const struct matrix *w, size_t row, size_t n_rows,
     else all_tokens(DTYPE_F32, out, w, row, n_rows, x, n_tokens);
 }
 
-static const struct cpu_kernels kernels = {avx512_dense,    avx512_quantised,   avx512_deal_pairs,  NULL,
-                                           AVX512_BESIDE,   avx512_wide_scores, avx512_wide_values, avx2_byte_scores,
-                                           avx2_byte_values};
+static const struct cpu_kernels kernels = {
+    avx512_dense,  avx512_quantised,   avx512_pair,        avx512_deal_pairs, NULL,
+    AVX512_BESIDE, avx512_wide_scores, avx512_wide_values, avx2_byte_scores,  avx2_byte_values};
 
 void avx512_fill(struct ops *ops) {
     ops->name = "cpu/avx512";

@@ -91,6 +91,7 @@ bool avx512bf16_adds_pairs(void) {
 
 static const struct cpu_kernels kernels = {dense,
                                            avx512vnni_quantised,
+                                           avx512vnni_pair,
                                            pack,
                                            &avx512bf16_lanes,
                                            AVX512_BESIDE,

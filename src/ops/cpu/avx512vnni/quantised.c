@@ -14,13 +14,17 @@ INLINE __m512i wide_step(__m512i sum, __m512i w, __m512i x) {
     return _mm512_dpwssd_epi32(sum, w, x);
 }
 
-INLINE void integer_sums(enum dtype type, const struct weight_tile *tile, size_t g, size_t len, const int8_t *q,
-                         const size_t apart, __m512i *sum, const size_t N) {
+INLINE void integer_sums(enum dtype type, const struct weight_tile *tiles, size_t g, size_t len, const int8_t *q,
+                         const size_t apart, __m512i (*sum)[MAX_N], const size_t R, const size_t N) {
     (void)type;
 #pragma GCC unroll 8
     for (size_t i = 0; i < len / 4; i++, q += 4 * apart) {
-        __m512i w = _mm512_load_si512(tile->q[g * len / 4 + i]);
-        for (size_t t = 0; t < N; t++) sum[t] = _mm512_dpbusd_epi32(sum[t], w, spread(q + 4 * t));
+        __m512i w[2];
+        for (size_t r = 0; r < R; r++) w[r] = _mm512_load_si512(tiles[r].q[g * len / 4 + i]);
+        for (size_t t = 0; t < N; t++) {
+            const __m512i x = spread(q + 4 * t);
+            for (size_t r = 0; r < R; r++) sum[r][t] = _mm512_dpbusd_epi32(sum[r][t], w[r], x);
+        }
     }
 }
 
@@ -31,9 +35,14 @@ void avx512vnni_quantised(float *out, const struct matrix *w, size_t row, size_t
     any_type(out, w, row, n_rows, x, n_tokens);
 }
 
+bool avx512vnni_pair(float *const *out, const struct matrix *const *w, const size_t *row, const float *x,
+                     size_t n_tokens) {
+    return any_pair(out, w, row, x, n_tokens);
+}
+
 static const struct cpu_kernels kernels = {
-    avx512_dense,       avx512vnni_quantised,   avx512_deal_pairs,     NULL, AVX512_BESIDE, avx512_wide_scores,
-    avx512_wide_values, avx512vnni_byte_scores, avx512vnni_byte_values};
+    avx512_dense,  avx512vnni_quantised, avx512vnni_pair,    avx512_deal_pairs,      NULL,
+    AVX512_BESIDE, avx512_wide_scores,   avx512_wide_values, avx512vnni_byte_scores, avx512vnni_byte_values};
 
 void avx512vnni_fill(struct ops *ops) {
     ops->name = "cpu/avx512vnni";
