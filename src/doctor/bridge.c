@@ -346,6 +346,7 @@ static void bridge_attention(const struct op_ctx *ctx, const struct attention_ar
     struct bridge *b = begin(ctx);
     struct op_ctx own;
     struct attention_args d = *a;
+    d.reader = NULL;
     struct batch placed;
     struct kv_layer pages;
     size_t n = a->batch->n_tokens * a->n_heads * a->head_dim;
@@ -388,6 +389,7 @@ static void bridge_norm_gate_up(const struct op_ctx *ctx, const struct norm_gate
     struct bridge *b = begin(ctx);
     struct op_ctx own;
     struct norm_gate_up_args d = *a;
+    d.reader = NULL;
     size_t t = a->n_tokens, hidden = a->w_gate->n_in, n = t * a->w_gate->n_out;
     d.w_gate = matrix_of(b, a->w_gate), d.w_up = matrix_of(b, a->w_up);
     d.x = put_floats(b, a->x, t * hidden);

@@ -872,6 +872,7 @@ static void spy_attention(const struct op_ctx *ctx, const struct attention_args 
     struct walk *w = walk_of(ctx);
     size_t n = f->batch->n_tokens * f->n_heads * f->head_dim;
     struct op_args a = {.op = OP_FUSED, .fused = FUSED_ATTENTION, .n_rows = f->batch->n_tokens, .f.attention = *f};
+    a.f.attention.reader = NULL; // the walk reads the result, too
     const struct entry *e = walk_next(w, OP_FUSED, FUSED_ATTENTION);
     bool good = e && walk_batch(w, e, f->batch) && walk_input(w, SLOT_Q, e, f->q, n, f->n_heads * f->head_dim);
     if (run_call(ctx, e, &a, good)) walk_keep(w, SLOT_ATTN, e, f->out, n);
@@ -902,6 +903,7 @@ static void spy_norm_gate_up(const struct op_ctx *ctx, const struct norm_gate_up
     struct walk *w = walk_of(ctx);
     size_t hidden = w->o.model->config.hidden;
     struct op_args a = {.op = OP_FUSED, .fused = FUSED_NORM_GATE_UP, .n_rows = f->n_tokens, .f.gate_up = *f};
+    a.f.gate_up.reader = NULL;
     const struct entry *e = walk_next(w, OP_FUSED, FUSED_NORM_GATE_UP);
     bool good = e && eps_ok(w, e, f->eps) && vector_ok(w, e, PART_MLP_NORM, f->norm, hidden) &&
                 matrix_ok(w, e, PART_GATE, f->w_gate) && matrix_ok(w, e, PART_UP, f->w_up) &&

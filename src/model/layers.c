@@ -278,7 +278,8 @@ static void attention_block(const struct model *m, struct run *r, struct kv_laye
                                        .scale = (float)(1 / sqrt((double)c->head_dim)),
                                        .q = r->q,
                                        .kv = kv,
-                                       .out = r->attn};
+                                       .out = r->attn,
+                                       .reader = &w->wo};
     ops_rope_attention(&r->ctx, &(struct rope_attention_args){&store, &attention});
     ops_out_residual(&r->ctx,
                      &(struct proj_residual_args){
@@ -296,7 +297,8 @@ static void mlp_block(const struct model *m, struct run *r, const struct batch *
                                                           .normed = r->normed,
                                                           .gate = r->gate,
                                                           .up = r->up,
-                                                          .act = r->gate});
+                                                          .act = r->gate,
+                                                          .reader = &w->w_down});
     ops_down_residual(
         &r->ctx, &(struct proj_residual_args){
                      .n_tokens = b->n_tokens, .in = r->gate, .w = &w->w_down, .projected = r->projected, .x = r->x});

@@ -174,7 +174,8 @@ struct attention_args {
     float scale;    // 1 / sqrt(head_dim)
     const float *q; // [n_tokens, n_heads * head_dim]
     const struct kv_layer *kv;
-    float *out; // [n_tokens, n_heads * head_dim]
+    float *out;                  // [n_tokens, n_heads * head_dim]
+    const struct matrix *reader; // as norm_gate_up_args.reader
 };
 
 // rope_attention: qk_norm_rope_store, then attention; q and k need not hold their rotated values afterwards.
@@ -202,6 +203,9 @@ struct norm_gate_up_args {
     float *normed;    // [n_tokens, hidden] for the composition
     float *gate, *up; // [n_tokens, n_ff] for the composition
     float *act;       // [n_tokens, n_ff]; may be the same memory as gate
+    // The matrix of the product that follows at once (out_residual, down_residual) and alone reads the result: a
+    // backend that hands results on rounded and packed need not write them to memory as floats. NULL: others read it.
+    const struct matrix *reader;
 };
 
 // norm_head: rows = x[logit_rows]; n = rmsnorm(rows, norm); logits = matmul(n, head).

@@ -114,17 +114,25 @@ template <typename W> static __global__ void __launch_bounds__(PRODUCT_THREADS) 
     *to = before + sum;
 }
 
-// False where it is not in use, or the GPU does not hold all clusters at once: `n_clusters` of them that take an SM's
+// Whether it is in use, and the GPU holds all clusters at once: `n_clusters` of them that take an SM's
 // shared memory each, or more of smaller ones.
+template <typename W> static bool may_share(const struct cuda_state *s, size_t n_out, size_t columns, size_t n_tokens) {
+    sharing_layout<W> layout((int)columns / SLICE);
+    size_t tiles = round_up(n_out, SHARING_ROWS) / SHARING_ROWS;
+    size_t tokens = round_up(n_tokens, SHARING_TOKENS) / SHARING_TOKENS;
+    size_t per_sm = MAX_SHARED / ((size_t)layout.bytes + 1024); // which each block takes beside
+    if (!HOPPER || !(s->device.variants & VARIANT_CLUSTERS) || s->tile_shape > 0) return false;
+    if (tiles * tokens > (size_t)s->n_clusters * per_sm && s->tile_shape == 0) return false;
+    return s->n_clusters > 0 && per_sm > 0;
+}
+
+// False: it may not.
 template <typename W> static bool launch_sharing(const struct op_ctx *ctx, const char *what, const product_args &p) {
     struct cuda_state *s = cuda_of(ctx);
     sharing_layout<W> layout(p.columns / SLICE);
     size_t tiles = round_up((size_t)p.n_out[0], SHARING_ROWS) / SHARING_ROWS;
     size_t tokens = round_up((size_t)p.n_tokens, SHARING_TOKENS) / SHARING_TOKENS;
-    size_t per_sm = MAX_SHARED / ((size_t)layout.bytes + 1024); // which each block takes beside
-    if (!HOPPER || !(s->device.variants & VARIANT_CLUSTERS) || s->tile_shape > 0) return false;
-    if (tiles * tokens > (size_t)s->n_clusters * per_sm && s->tile_shape == 0) return false;
-    if (s->n_clusters == 0 || per_sm == 0) return false;
+    if (!may_share<W>(s, (size_t)p.n_out[0], (size_t)p.columns, (size_t)p.n_tokens)) return false;
     launch_kernel(s, what, k_sharing<W>,
                   {grid_for(tiles * SHARING_BLOCKS, tokens), PRODUCT_THREADS, (size_t)layout.bytes, SHARING_BLOCKS}, p);
     return true;

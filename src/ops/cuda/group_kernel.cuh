@@ -40,6 +40,9 @@ struct group_args {
     int token_units, row_tiles, token_tiles;
 };
 
+// Tiles of 128 rows by 256 tokens of bf16 weights (pieces.cu).
+void cuda_piece_product(struct cuda_state *s, const char *what, group_args &a, int rows);
+void cuda_piece_setup(struct cuda_state *s);
 // With weights of such a type (group_quantised.cu); whether it is one.
 void cuda_group_quantised(struct cuda_state *s, const char *what, group_args &a, int rows, enum dtype type);
 bool cuda_has_group_quantised(enum dtype type);
@@ -47,13 +50,18 @@ bool cuda_has_group_quantised(enum dtype type);
 // ---- The product
 // -----------------------------------------------------------------------------------------------------
 
-// Tiles are counted through the tokens first: blocks that run together share weights.
+// Tiles are counted in bands of some tiles of tokens by all rows, within a band through the tokens first: blocks that
+// run together share both weights and tokens, and those of few tiles stay in the cache.
+enum { BAND = 8 };
+
 static __device__ __forceinline__ int row_tile(const group_args &a, int tile) {
-    return tile / a.token_tiles;
+    int first = tile / (BAND * a.row_tiles) * BAND;
+    return (tile - first * a.row_tiles) / min((int)BAND, a.token_tiles - first);
 }
 
 static __device__ __forceinline__ int token_tile(const group_args &a, int tile) {
-    return tile % a.token_tiles;
+    int first = tile / (BAND * a.row_tiles) * BAND;
+    return first + (tile - first * a.row_tiles) % min((int)BAND, a.token_tiles - first);
 }
 
 template <class S> struct ring {
@@ -176,7 +184,7 @@ static __device__ __forceinline__ void finish_chain(const group_args &a, const f
             if (token + i >= p.n_tokens || n <= 0) continue;
             float4 v = make_float4(silu_mul(gate.x, up.x), silu_mul(gate.y, up.y), silu_mul(gate.z, up.z),
                                    silu_mul(gate.w, up.w));
-            put_rows(p.y[0] + (size_t)(token + i) * p.n_out[0] + column, v, n, whole);
+            if (p.y[0]) put_rows(p.y[0] + (size_t)(token + i) * p.n_out[0] + column, v, n, whole);
             if (a.act)
                 *reinterpret_cast<uint2 *>(a.act + packed_at(token + i, column, a.token_units)) =
                     make_uint2(pack_bf16(v.x, v.y), pack_bf16(v.z, v.w));

@@ -9,7 +9,6 @@ typedef group_shape<bf16_weights, 1, 2, 1, 64, 4> shape_64x128;
 typedef group_shape<bf16_weights, 2, 1, 1, 64, 4> shape_128x64;
 typedef group_shape<bf16_weights, 2, 1, 2, 64, 3> shape_128x128;
 typedef group_shape<bf16_weights, 2, 1, 3, 64, 2> shape_128x192;
-typedef group_shape<bf16_weights, 2, 1, 4, 64, 2> shape_128x256;
 
 // ---- Packing
 // ---------------------------------------------------------------------------------------------------------
@@ -276,7 +275,7 @@ template <class S> static void launch(struct cuda_state *s, const char *what, gr
                   a);
 }
 
-static bool has_type(const struct cuda_state *s, enum dtype type) {
+bool cuda_group_has(const struct cuda_state *s, enum dtype type) {
     if (type == DTYPE_BF16) return s->device.variants & VARIANT_WGMMA;
     return s->device.variants & VARIANT_WGMMA_QUANTISED && cuda_has_group_quantised(type);
 }
@@ -284,7 +283,7 @@ static bool has_type(const struct cuda_state *s, enum dtype type) {
 bool cuda_group_product(const struct op_ctx *ctx, const char *what, enum product_mode mode, const product_args &p,
                         enum dtype type, size_t pairs) {
     struct cuda_state *s = cuda_of(ctx);
-    if (!HOPPER || !has_type(s, type)) return false;
+    if (!HOPPER || !cuda_group_has(s, type)) return false;
     size_t token_units = packed_units((size_t)p.n_tokens);
     unsigned char *first = (unsigned char *)ctx->scratch, *second = second_half(ctx);
     int rows = (int)pairs * 16,
@@ -298,7 +297,9 @@ bool cuda_group_product(const struct op_ctx *ctx, const char *what, enum product
         pack<false>(s, what, p, first, (int)token_units);
     }
     bool packs = mode == PRODUCT_GATE_UP && p.n_out[0] % SLICE == 0;
+    const float *y = p.y[0];
     if (packs) a.act = second;
+    if (packs && p.packed_only) a.p.y[0] = NULL;
     if (type != DTYPE_BF16) shape = -1;
     switch (shape) {
     case -1: cuda_group_quantised(s, what, a, rows, type); break;
@@ -308,10 +309,10 @@ bool cuda_group_product(const struct op_ctx *ctx, const char *what, enum product
     case 3: launch<shape_128x64>(s, what, a, rows); break;
     case 4: launch<shape_128x128>(s, what, a, rows); break;
     case 5: launch<shape_128x192>(s, what, a, rows); break;
-    default: launch<shape_128x256>(s, what, a, rows); break;
+    default: cuda_piece_product(s, what, a, rows); break;
     }
     if (packs) {
-        s->packed = p.y[0];
+        s->packed = y;
         s->packed_tokens = p.n_tokens;
     }
     return true;
@@ -336,6 +337,6 @@ extern "C" bool cuda_groups_setup(struct cuda_state *s) {
     allow<shape_128x64>(s);
     allow<shape_128x128>(s);
     allow<shape_128x192>(s);
-    allow<shape_128x256>(s);
+    cuda_piece_setup(s);
     return s->failed == cudaSuccess;
 }

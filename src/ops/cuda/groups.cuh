@@ -52,6 +52,16 @@ template <int P> static __device__ __forceinline__ void group_wait(float (&d)[32
 #endif
 }
 
+template <int P> static __device__ __forceinline__ void group_wait(float (&d)[64]) {
+#if HOPPER
+    asm volatile("wgmma.wait_group.sync.aligned %64;"
+                 : GROUP_D8(d, 0), GROUP_D8(d, 8), GROUP_D8(d, 16), GROUP_D8(d, 24), GROUP_D8(d, 32), GROUP_D8(d, 40),
+                   GROUP_D8(d, 48), GROUP_D8(d, 56)
+                 : "n"(P)
+                 : "memory");
+#endif
+}
+
 // `add`: 0 takes d as +0.
 static __device__ __forceinline__ void group_mma(float (&d)[16], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
                                                  uint64_t b, uint32_t add) {
@@ -70,6 +80,19 @@ static __device__ __forceinline__ void group_mma(float (&d)[32], uint32_t a0, ui
                  "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,"
                  "%27,%28,%29,%30,%31}, {%32,%33,%34,%35}, %36, p, 1, 1, 0;}"
                  : GROUP_D8(d, 0), GROUP_D8(d, 8), GROUP_D8(d, 16), GROUP_D8(d, 24)
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(add));
+#endif
+}
+
+static __device__ __forceinline__ void group_mma(float (&d)[64], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                                                 uint64_t b, uint32_t add) {
+#if HOPPER
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %69, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+                 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,"
+                 "%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,"
+                 "%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, {%64,%65,%66,%67}, %68, p, 1, 1, 0;}"
+                 : GROUP_D8(d, 0), GROUP_D8(d, 8), GROUP_D8(d, 16), GROUP_D8(d, 24), GROUP_D8(d, 32), GROUP_D8(d, 40),
+                   GROUP_D8(d, 48), GROUP_D8(d, 56)
                  : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(add));
 #endif
 }

@@ -97,6 +97,14 @@ static void normed(const struct op_ctx *ctx, const char *what, const struct norm
     product_of<PRODUCT_PLAIN, true>(ctx, what, p, w->type, (size_t)p.n_pairs[0]);
 }
 
+bool cuda_reads_packed(const struct op_ctx *ctx, enum fused_op op, const struct matrix *w, size_t n_tokens) {
+    const struct cuda_state *s = cuda_of(ctx);
+    if (!HOPPER || !w || ctx->tap || !(ctx->fusion >> op & 1)) return false;
+    if (n_tokens < GROUP_TOKENS || n_tokens < 2 * (size_t)s->n_sms || !cuda_group_has(s, w->type)) return false;
+    return !(w->type == DTYPE_BF16 ? may_share<W>(s, w->n_out, padded_columns(w->n_in), n_tokens)
+                                   : quantised_may_share(s, w, n_tokens));
+}
+
 static void norm_gate_up(const struct op_ctx *ctx, const struct norm_gate_up_args *a) {
     if (a->w_gate->type != a->w_up->type) {
         normed(ctx, "norm_gate_up", a, a->w_gate, a->gate);
@@ -107,6 +115,7 @@ static void norm_gate_up(const struct op_ctx *ctx, const struct norm_gate_up_arg
     product_args p = args_for(a->w_gate, a->n_tokens, a->x);
     add_segment(&p, 1, a->w_up, NULL, NULL);
     p.y[0] = a->act;
+    p.packed_only = cuda_reads_packed(ctx, FUSED_DOWN_RESIDUAL, a->reader, a->n_tokens);
     p.norm = a->norm;
     p.eps = a->eps;
     product_of<PRODUCT_GATE_UP, true>(ctx, "norm_gate_up", p, a->w_gate->type, round_up(a->w_gate->n_out, 8) / 8);

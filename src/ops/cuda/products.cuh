@@ -31,6 +31,7 @@ struct product_args {
     const int32_t *rows; // [n_tokens] or NULL
     const float *norm;   // [n_in]
     float eps;
+    bool packed_only; // GATE_UP: y need not be written where the next product reads it packed (packed.cuh)
 };
 
 static __device__ __forceinline__ const float *input_row(const product_args &p, int i) {
@@ -200,10 +201,17 @@ void quantised_matmul(const struct op_ctx *ctx, float *y, const float *x, const 
 void quantised_product(const struct op_ctx *ctx, const char *what, const product_args &p, enum product_mode mode,
                        enum dtype type, size_t pairs);
 
+// Whether such a product of the residual stream is one for clusters (clusters.cuh).
+bool quantised_may_share(const struct cuda_state *s, const struct matrix *w, size_t n_tokens);
+
 // Products by warp groups (groups.cu): of `pairs` pairs of units. False: they are not in use.
 enum { GROUP_TOKENS = 9 }; // from here on
 bool cuda_group_product(const struct op_ctx *ctx, const char *what, enum product_mode mode, const product_args &p,
                         enum dtype type, size_t pairs);
+bool cuda_group_has(const struct cuda_state *s, enum dtype type);
+// Whether out_residual or down_residual (`op`) of that many tokens with `w` reads its input packed, and nothing else
+// reads it. `w` may be NULL.
+bool cuda_reads_packed(const struct op_ctx *ctx, enum fused_op op, const struct matrix *w, size_t n_tokens);
 size_t cuda_group_floats(const struct ops_limits *limits);
 
 // Floats of scratch that attention's partial results take.

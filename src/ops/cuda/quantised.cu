@@ -87,6 +87,14 @@ void quantised_matmul(const struct op_ctx *ctx, float *y, const float *x, const 
     with_format(w->type, [&](auto q) { launch_matmul<quantised_weights<decltype(q)>>(ctx, y, x, w, n_tokens); });
 }
 
+bool quantised_may_share(const struct cuda_state *s, const struct matrix *w, size_t n_tokens) {
+    bool may = false;
+    with_format(w->type, [&](auto q) {
+        may = may_share<quantised_weights<decltype(q)>>(s, w->n_out, padded_columns(w->n_in), n_tokens);
+    });
+    return may;
+}
+
 // As many pairs a block as give each SM about one block.
 template <enum product_mode MODE> static constexpr int most_pairs() {
     return MODE == PRODUCT_RESIDUAL ? 1 : MODE == PRODUCT_QKV ? 2 : 3;

@@ -1,0 +1,166 @@
+// pieces.cu: products of most tokens: tiles of 128 rows by 256 tokens, with a ring that is given back in pieces. A
+// slice of such a tile is 96 KB, of which shared memory holds two: given back as a whole, nothing is on its way while
+// the last of a slice is multiplied. Here a slice's weights are given back as soon as they are in registers, and the
+// tokens of each of its two chains, of 128 tokens, when that chain has ended. The arithmetic, and the bits, are those
+// of groups.cu.
+//
+// Who orders what: a producer warp asks for a quarter of a slice's weights and for half of a chain's tokens. A copy
+// into a place of the ring is asked for when all eight consumer warps have reported at its `empty` barrier; they do so
+// when their lanes have read the weights, or when the matrix instructions that read the tokens have ended.
+#include "ops/cuda/group_kernel.cuh"
+
+typedef group_shape<bf16_weights, 2, 1, 4, 64, 2> shape; // its chains are the parts in which results are written
+enum { CHAINS = 2, N = 128, WEIGHT_BYTES = shape::UNITS * shape::UNIT_BYTES, CHAIN_BYTES = N * SLICE * 2 };
+enum { PIECE_BYTES = CHAIN_BYTES / 2 }; // a producer warp's
+static_assert((int)CHAINS * 2 == (int)PRODUCERS, "half a chain's tokens a producer warp");
+
+struct piece_ring {
+    unsigned char *stages; // a stage: weights, then tokens: [half of the slice][TOKEN_UNITS][HALF_BYTES]
+    uint64_t *weights_full, *weights_empty;                   // [STAGES]
+    uint64_t (*tokens_full)[CHAINS], (*tokens_empty)[CHAINS]; // [STAGES]
+};
+
+// Warp `own`. Weights of the first stages are asked for before the kernel before has ended.
+static __device__ __forceinline__ void produce_pieces(const group_args &a, const piece_ring &r, int own, int lane) {
+    constexpr int UNITS = shape::UNITS / PRODUCERS;
+    int steps = a.p.columns / SLICE, n_tiles = a.row_tiles * a.token_tiles, mine = own * UNITS + lane;
+    int stage = 0, round = 0, filled = 0, ahead = min((int)shape::STAGES, steps);
+    size_t half_bytes = (size_t)a.token_units * HALF_BYTES;
+    unsigned char *weights_to = r.stages + mine * shape::UNIT_BYTES;
+    unsigned char *tokens_to = r.stages + WEIGHT_BYTES + own * (PIECE_BYTES / 2) + (lane - 30) * shape::TOKEN_BYTES;
+    for (int tile = (int)blockIdx.x; tile < n_tiles; tile += (int)gridDim.x) {
+        const unsigned char *unit =
+            unit_of<bf16_weights>(a, row_tile(a, tile) * (shape::UNITS / 2) + mine / 2, mine % 2);
+        const unsigned char *tokens = a.tokens + (size_t)token_tile(a, tile) * shape::TOKEN_BYTES +
+                                      own * (PIECE_BYTES / 2) + (size_t)(lane - 30) * half_bytes;
+        for (int h = 0; h < steps; h++, filled++) {
+            auto ask_weights = [&](int at, int slice) {
+                if (lane == 0) barrier_expect(&r.weights_full[at], WEIGHT_BYTES / PRODUCERS);
+                __syncwarp();
+                if (lane < UNITS)
+                    bulk_copy(weights_to + at * shape::STAGE, unit + slice * shape::UNIT_BYTES, shape::UNIT_BYTES,
+                              &r.weights_full[at]);
+            };
+            if (filled == 0) {
+                for (int i = 0; i < ahead; i++) ask_weights(i, i);
+                dependency_wait();
+            }
+            if (filled >= ahead) {
+                if (round > 0) barrier_wait(&r.weights_empty[stage], (uint32_t)(round - 1) & 1);
+                ask_weights(stage, h);
+            }
+            if (round > 0) barrier_wait(&r.tokens_empty[stage][own / 2], (uint32_t)(round - 1) & 1);
+            if (lane == 0) barrier_expect(&r.tokens_full[stage][own / 2], PIECE_BYTES);
+            __syncwarp();
+            if (lane >= 30)
+                bulk_copy(tokens_to + stage * shape::STAGE, tokens + (size_t)h * 2 * half_bytes, PIECE_BYTES / 2,
+                          &r.tokens_full[stage][own / 2]);
+            if (++stage == shape::STAGES) stage = 0, round++;
+        }
+    }
+}
+
+// A slice's weights of this warp's 16 rows, as the instructions take them.
+static __device__ __forceinline__ void load_weights(uint32_t (&w)[8][4], const piece_ring &r, const position &at,
+                                                    int own, int lane) {
+    const uint4 *weights = reinterpret_cast<const uint4 *>(r.stages + at.stage * shape::STAGE + own);
+    barrier_wait(&r.weights_full[at.stage], (uint32_t)at.round & 1);
+#pragma unroll
+    for (int c = 0; c < SLICE / 32; c++) {
+        uint4 u = weights[c * CHUNK_LANES], v = weights[c * CHUNK_LANES + shape::UNIT_BYTES / 16];
+        uint32_t *a = w[c * 2];
+        a[0] = u.x, a[1] = v.x, a[2] = u.y, a[3] = v.y;
+        a[4] = u.z, a[5] = v.z, a[6] = u.w, a[7] = v.w;
+    }
+    __syncwarp(); // all lanes have read them
+    if (lane == 0) barrier_arrive(&r.weights_empty[at.stage]);
+}
+
+static __device__ __forceinline__ void multiply_chain(float (&d)[N / 2], const uint32_t (&w)[8][4], uint64_t tokens) {
+    group_fence();
+#pragma unroll
+    for (int k = 0; k < 8; k++) {
+        int at = k / 4 * shape::TOKEN_BYTES + k % 4 * 2 * K_STEP;
+        group_mma(d, w[k][0], w[k][1], w[k][2], w[k][3], tokens + (uint64_t)(at >> 4), k > 0);
+    }
+    group_commit();
+}
+
+static __device__ __forceinline__ void consume_pieces(const group_args &a, const piece_ring &r, int thread) {
+    int lane = thread % 32, own = (thread / 128 * 8 + thread / 32 % 4 * 2) * shape::UNIT_BYTES + lane * 16;
+    int n_slices = a.p.columns / SLICE, n_tiles = a.row_tiles * a.token_tiles;
+    ring<shape> staged = {r.stages, NULL, NULL}; // for finish_tile
+    position at = {0, 0};
+    for (int tile = (int)blockIdx.x; tile < n_tiles; tile += (int)gridDim.x) {
+        float total[shape::C][shape::N / 2], d[N / 2];
+#pragma unroll
+        for (int c = 0; c < shape::C; c++)
+#pragma unroll
+            for (int i = 0; i < shape::N / 2; i++) total[c][i] = -0.0f; // -0 + x is x, also for -0
+        uint32_t w[8][4];
+        load_weights(w, r, at, own, lane);
+#pragma unroll 1
+        for (int s = 0; s < n_slices; s++) {
+            uint64_t tokens = group_operand(r.stages + at.stage * shape::STAGE + WEIGHT_BYTES, K_STEP, COLUMN_STEP);
+            int stage = at.stage, round = at.round;
+            barrier_wait(&r.tokens_full[stage][0], (uint32_t)round & 1);
+#pragma unroll
+            for (int c = 0; c < CHAINS; c++) {
+                multiply_chain(d, w, tokens + (uint64_t)(c * (CHAIN_BYTES / 2) >> 4));
+                if (c + 1 < CHAINS) barrier_wait(&r.tokens_full[stage][c + 1], (uint32_t)round & 1);
+                group_wait<0>(d);
+                if (lane == 0) barrier_arrive(&r.tokens_empty[stage][c]);
+                if (c + 1 == CHAINS) { // the next slice's weights come while this one is added
+                    advance<shape>(at);
+                    if (s + 1 < n_slices) load_weights(w, r, at, own, lane);
+                }
+#pragma unroll
+                for (int i = 0; i < N / 2; i++) total[2 * c + i / 32][i % 32] += d[i];
+            }
+        }
+        finish_tile<shape>(a, staged, tile, thread, total);
+    }
+}
+
+static __global__ void __launch_bounds__(shape::THREADS, 1) k_group_pieces(group_args a) {
+#if HOPPER
+    DYNAMIC_SHARED(shared);
+    __shared__ __align__(8) uint64_t weights_full[shape::STAGES], weights_empty[shape::STAGES];
+    __shared__ __align__(8) uint64_t tokens_full[shape::STAGES][CHAINS], tokens_empty[shape::STAGES][CHAINS];
+    int thread = (int)threadIdx.x, warp = thread / 32;
+    piece_ring r = {shared, weights_full, weights_empty, tokens_full, tokens_empty};
+    if (thread == 0) {
+        for (int i = 0; i < shape::STAGES; i++) {
+            barrier_init_for(&weights_full[i], PRODUCERS);
+            barrier_init_for(&weights_empty[i], shape::WARPS);
+            for (int c = 0; c < CHAINS; c++) {
+                barrier_init_for(&tokens_full[i][c], 2);
+                barrier_init_for(&tokens_empty[i][c], shape::WARPS);
+            }
+        }
+        barrier_fence();
+    }
+    __syncthreads();
+    dependents_may_start();
+    if (warp >= shape::WARPS) {
+        registers_down<24>();
+        produce_pieces(a, r, warp - shape::WARPS, thread % 32);
+    } else {
+        registers_up<240>();
+        dependency_wait();
+        consume_pieces(a, r, thread);
+    }
+#endif
+}
+
+void cuda_piece_product(struct cuda_state *s, const char *what, group_args &a, int rows) {
+    a.row_tiles = (rows + shape::ROWS - 1) / shape::ROWS;
+    a.token_tiles = (a.p.n_tokens + shape::TOKENS - 1) / shape::TOKENS;
+    size_t tiles = (size_t)a.row_tiles * (size_t)a.token_tiles, most = (size_t)s->n_sms;
+    launch_kernel(s, what, k_group_pieces, {grid_for(tiles < most ? tiles : most), shape::THREADS, shape::SHARED}, a);
+}
+
+void cuda_piece_setup(struct cuda_state *s) {
+    cuda_check(s, cudaFuncSetAttribute(k_group_pieces, cudaFuncAttributeMaxDynamicSharedMemorySize, shape::SHARED),
+               "preparing products");
+}
