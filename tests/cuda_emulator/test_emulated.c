@@ -87,6 +87,17 @@ static void test_split(void **state) {
         13, 1);
 }
 
+// Prompts deep enough for every stage of attention's ring to be used again; in chunks that leave half of the last
+// tile's rows empty, too.
+static void test_prompts(void **state) {
+    (void)state;
+    static const size_t chunks[] = {40, 100};
+    for (size_t i = 0; i < 2; i++)
+        same_bits("models/tandem-tiny", (struct part){1, 64, 64, 2, i ? 2 : 1, i ? 64 : 128},
+                  (struct plan){.length = 330, .lead = 328, .standard_chunk = 165, .chunks = chunks, .n_chunks = 2},
+                  31 + i, 2);
+}
+
 // Sequences of all depths side by side, their chunks dealt out to few warps and to many.
 static void test_company(void **state) {
     (void)state;
@@ -463,13 +474,21 @@ static int say_counts(void **state) {
 
 int main(int argc, char **argv) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_qwen3),           cmocka_unit_test(test_company),
-        cmocka_unit_test(test_split),           cmocka_unit_test(test_tiles),
-        cmocka_unit_test(test_heads),           cmocka_unit_test(test_persistent),
-        cmocka_unit_test(test_choices),         cmocka_unit_test(test_oracle),
-        cmocka_unit_test(test_doctor),          cmocka_unit_test(test_quantised),
-        cmocka_unit_test(test_quantised_tiles), cmocka_unit_test(test_quantised_values),
-        cmocka_unit_test(test_groups),          cmocka_unit_test(test_sampling),
+        cmocka_unit_test(test_qwen3),
+        cmocka_unit_test(test_company),
+        cmocka_unit_test(test_prompts),
+        cmocka_unit_test(test_split),
+        cmocka_unit_test(test_tiles),
+        cmocka_unit_test(test_heads),
+        cmocka_unit_test(test_persistent),
+        cmocka_unit_test(test_choices),
+        cmocka_unit_test(test_oracle),
+        cmocka_unit_test(test_doctor),
+        cmocka_unit_test(test_quantised),
+        cmocka_unit_test(test_quantised_tiles),
+        cmocka_unit_test(test_quantised_values),
+        cmocka_unit_test(test_groups),
+        cmocka_unit_test(test_sampling),
         cmocka_unit_test(test_clusters),
     };
     if (argc > 1) cmocka_set_test_filter(argv[1]);

@@ -2,6 +2,7 @@
 // a page of a chunk.
 #include "ops/cuda/attention.cuh"
 #include "ops/cuda/products.cuh"
+#include "ops/cuda/wide.cuh"
 
 // ---- Primitives
 // ------------------------------------------------------------------------------------------------------
@@ -525,15 +526,36 @@ static void attention(const struct op_ctx *ctx, const struct attention_args *a) 
     bool one_each = a->batch->n_tokens == a->batch->n_seqs;
     attention_params p = params_for(ctx, a, one_each);
 #define ATTENTION(KV) launch_attention<KV, false>(s, p, a->batch->n_tokens, most_chunks(a->batch))
-    if (one_each || !cuda_wide_attention(s, p, a->batch->host ? a->batch->host : a->batch, (int)a->head_dim))
+    bool packed_only = cuda_reads_packed(ctx, FUSED_OUT_RESIDUAL, a->reader, a->batch->n_tokens);
+    if (one_each ||
+        !cuda_wide_attention(s, p, a->batch->host ? a->batch->host : a->batch, (int)a->head_dim, packed_only))
         BY_KV(p.kv.is_fp8, a->head_dim, ATTENTION);
     say_packed(s, p);
+}
+
+// Of prompts: attention norms and rotates q itself. False: not for this batch.
+static bool prompt_attention(const struct op_ctx *ctx, const struct rope_attention_args *r) {
+    const struct attention_args *a = r->attention;
+    const struct batch *host = a->batch->host ? a->batch->host : a->batch;
+    struct cuda_state *s = cuda_of(ctx);
+    if (!cuda_wide_takes(s, host) || !cuda_group_attention_takes(s, is_fp8(a->kv), a->head_dim) ||
+        !cuda_store_kv(ctx, r->store))
+        return false;
+    attention_params p = params_for(ctx, a, false);
+    p.q_norm = r->store->q_norm;
+    p.cos_sin = r->store->cos_sin;
+    p.eps = r->store->eps;
+    cuda_wide_attention(s, p, host, (int)a->head_dim,
+                        cuda_reads_packed(ctx, FUSED_OUT_RESIDUAL, a->reader, a->batch->n_tokens));
+    say_packed(s, p);
+    return true;
 }
 
 // For a batch of one token a sequence; else its parts.
 static void rope_attention(const struct op_ctx *ctx, const struct rope_attention_args *r) {
     const struct attention_args *a = r->attention;
     struct cuda_state *s = cuda_of(ctx);
+    if (a->batch->n_tokens != a->batch->n_seqs && prompt_attention(ctx, r)) return;
     if (a->batch->n_tokens != a->batch->n_seqs) {
         ops_qk_norm_rope_store(ctx, r->store);
         ops_attention(ctx, a);

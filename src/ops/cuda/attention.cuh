@@ -23,7 +23,7 @@ struct attention_params {
     kv_view kv;
     batch_view b;
     const float *q;                 // [n_tokens, n_heads * head_dim]
-    float *out;                     // the same
+    float *out;                     // the same; of prompts NULL where only the packed ones are read
     float scale;                    // 1 / sqrt(head_dim), times log2 e
     int n_heads, tile_tokens, rows; // rows: tile_tokens * heads of a KV head
     // Chunks spread over blocks (block z takes z, z + gridDim.z, ...) or warps (stream.cu), or all in one.
@@ -251,7 +251,10 @@ static __device__ __forceinline__ float chain_value(float sum, float a, float of
     } while (0)
 
 // Attention of many tokens of few sequences: wide.cu. False: this batch is not for it.
-bool cuda_wide_attention(struct cuda_state *s, const attention_params &p, const struct batch *host, int head_dim);
+bool cuda_wide_attention(struct cuda_state *s, attention_params p, const struct batch *host, int head_dim,
+                         bool packed_only);
+// The same by warp groups: group_attention.cu. False: not this shape.
+bool cuda_group_attention(struct cuda_state *s, const attention_params &p, size_t tiles, int head_dim);
 // Attention of many sequences of one token each, with norms, rotation and store: stream.cu. False: this batch is not
 // for it.
 bool cuda_stream_attention(struct cuda_state *s, const attention_params &p, size_t n_tokens, size_t scratch_floats,

@@ -14,10 +14,11 @@ enum { MAX_RECORDINGS = 512, CHIP = 90, STAGING = 64 << 20 };
 // Those that `make gpu-check` has held against the others on a GPU are on by default.
 enum {
     VARIANTS_PROVEN = VARIANT_WIDE_ATTENTION | VARIANT_WGMMA | VARIANT_PERSISTENT | VARIANT_STREAM_ATTENTION |
-                      VARIANT_CLUSTERS | VARIANT_WGMMA_QUANTISED | VARIANT_STORE_HEADS
+                      VARIANT_CLUSTERS | VARIANT_WGMMA_QUANTISED | VARIANT_STORE_HEADS | VARIANT_WGMMA_ATTENTION
 };
-static const char *const variant_names[N_VARIANTS] = {
-    "wide-attention", "persistent", "wgmma", "stream-attention", "cluster-products", "wgmma-quantised", "store-heads"};
+static const char *const variant_names[N_VARIANTS] = {"wide-attention",   "persistent",       "wgmma",
+                                                      "stream-attention", "cluster-products", "wgmma-quantised",
+                                                      "store-heads",      "wgmma-attention"};
 
 struct recording {
     uint64_t key;
@@ -296,6 +297,7 @@ static bool start(struct cuda_state *s, struct error *err) {
         cuda_quantised_setup(s);
         cuda_attention_setup(s);
         cuda_wide_setup(s);
+        cuda_group_attention_setup(s);
         cuda_persistent_setup(s);
         cuda_groups_setup(s);
         cuda_group_quantised_setup(s);

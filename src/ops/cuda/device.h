@@ -27,7 +27,8 @@ enum {
     VARIANT_CLUSTERS = 1 << 4,
     VARIANT_WGMMA_QUANTISED = 1 << 5,
     VARIANT_STORE_HEADS = 1 << 6,
-    N_VARIANTS = 7
+    VARIANT_WGMMA_ATTENTION = 1 << 7,
+    N_VARIANTS = 8
 };
 
 // One opened GPU. `ops` comes first: a table's address is its state's.
@@ -75,6 +76,7 @@ size_t cuda_sample_bytes(void);
 bool cuda_products_setup(struct cuda_state *s);
 bool cuda_attention_setup(struct cuda_state *s);
 bool cuda_wide_setup(struct cuda_state *s);
+bool cuda_group_attention_setup(struct cuda_state *s);
 bool cuda_persistent_setup(struct cuda_state *s);
 bool cuda_groups_setup(struct cuda_state *s);
 bool cuda_group_quantised_setup(struct cuda_state *s);

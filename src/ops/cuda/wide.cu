@@ -4,7 +4,7 @@
 //
 // A warp goes from page to page by itself: scores, softmax, values, and what it has so far is weighted anew only where
 // a row's maximum has grown. Pages come in groups; while one group is used, the next one is on its way.
-#include "ops/cuda/attention.cuh"
+#include "ops/cuda/wide.cuh"
 
 enum {
     FROM_TOKENS = 32, // a sequence, on average: fewer leave warps without rows
@@ -17,28 +17,6 @@ template <typename KV> struct wide_shared {
     float4 sum[ATTN_WARPS][KV::HD / 8][32];
     uint64_t k_arrived[2 * GROUP], v_arrived[2 * GROUP];
 };
-
-// A warp's 16 rows, and its lane's two of them: g and g + 8.
-struct warp_rows {
-    int token, n_tokens; // the first, and how many; 0: the warp has no rows
-    int position[2];     // of the lane's rows; -1: no such row
-    int last_page;       // that any of its rows sees; -1: none
-};
-
-// Which sequence's tokens this block takes: tiles are counted through the sequences, the last ones first, since they
-// see most pages, of all heads side by side. Returns the sequence and sets `token` to the first of at most `size`.
-static __device__ __forceinline__ int find_tile(const batch_view &b, int size, int &token) {
-    int tile = (int)(gridDim.y - 1 - blockIdx.y), start = 0;
-    for (int seq = 0;; seq++) {
-        int end = b.seq_start[seq + 1], n = (end - start + size - 1) / size;
-        if (tile < n) {
-            token = start + tile * size;
-            return seq;
-        }
-        tile -= n;
-        start = end;
-    }
-}
 
 // One warp's page of a kind into shared memory.
 template <typename KV>
@@ -56,29 +34,6 @@ static __device__ __forceinline__ void load_page(wide_shared<KV> *sh, const atte
         reinterpret_cast<uint4 *>(to)[i] = reinterpret_cast<const uint4 *>(from)[i];
 #endif
 }
-
-// A lane's share of its warp's rows of q as scores takes them, rounded in two parts.
-template <int HD> struct wide_q {
-    uint32_t high[HD / 32][8], low[HD / 32][8];
-
-    __device__ __forceinline__ void load(const attention_params &p, const warp_rows &rows, int kv_head, int lane) {
-        int group = p.n_heads / p.kv.n_kv_heads, g = lane / 4, t = lane % 4;
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            int row = g + 8 * half;
-            const float *x =
-                p.q + ((size_t)(rows.token + row / group) * p.n_heads + (size_t)kv_head * group + row % group) * HD;
-#pragma unroll
-            for (int e = 0; e < HD / 8; e++) {
-                float2 v = make_float2(0, 0);
-                if (rows.position[half] >= 0) v = *reinterpret_cast<const float2 *>(x + e * 8 + 2 * t);
-                uint32_t pair = pack_bf16(v.x, v.y);
-                high[e / 4][e % 4 * 2 + half] = pair;
-                low[e / 4][e % 4 * 2 + half] = pack_bf16(v.x - bf16_low(pair), v.y - bf16_high(pair));
-            }
-        }
-    }
-};
 
 // scores of attention.cuh, with q in registers.
 template <typename KV>
@@ -106,53 +61,6 @@ static __device__ __forceinline__ void wide_scores(float (&s)[4][4], const wide_
 #pragma unroll
         for (int e = 0; e < 4; e++) s[j][e] = (s[j][e] + low[j][e]) * scale;
 }
-
-// A warp's two rows a lane: what a chunk has so far, and, in shared memory, what the chunks before have: a float4 for
-// every 8 channels and lane.
-template <int HD> struct wide_sums {
-    chain chunk[2], all[2];
-    float of[HD / 8][4];
-    float4 *sum; // [HD / 8][32], the lane's first
-
-    __device__ __forceinline__ void next_chunk() {
-        chunk[0] = chunk[1] = CHAIN_START;
-#pragma unroll
-        for (int i = 0; i < HD / 8; i++)
-#pragma unroll
-            for (int e = 0; e < 4; e++) of[i][e] = 0;
-    }
-
-    __device__ __forceinline__ void start(float4 *room) {
-        all[0] = all[1] = CHAIN_START;
-        sum = room;
-#pragma unroll
-        for (int i = 0; i < HD / 8; i++) sum[i * 32] = make_float4(0, 0, 0, 0);
-        next_chunk();
-    }
-
-    // The chunk has ended: joins those before it, in the rows that see any of it.
-    __device__ __forceinline__ void end_chunk(const int (&position)[2], int first) {
-        float a[2] = {1, 1}, c[2];
-        bool sees[2] = {position[0] >= first, position[1] >= first};
-#pragma unroll
-        for (int half = 0; half < 2; half++)
-            if (sees[half]) chain_add(all[half], chunk[half].m, chunk[half].l, a[half], c[half]);
-#pragma unroll
-        for (int i = 0; i < HD / 8; i++) {
-            float4 v = sum[i * 32];
-            if (sees[0]) {
-                v.x = chain_value(v.x, a[0], of[i][0], c[0]);
-                v.y = chain_value(v.y, a[0], of[i][1], c[0]);
-            }
-            if (sees[1]) {
-                v.z = chain_value(v.z, a[1], of[i][2], c[1]);
-                v.w = chain_value(v.w, a[1], of[i][3], c[1]);
-            }
-            sum[i * 32] = v;
-        }
-        next_chunk();
-    }
-};
 
 // A warp's rows and one page, of which n slots are in use.
 template <typename KV>
@@ -248,7 +156,7 @@ template <typename KV> static __global__ void __launch_bounds__(ATTN_THREADS, 1)
             float4 v = sums.sum[i * 32];
             float l = sums.all[half].l;
             float2 x = half ? make_float2(v.z / l, v.w / l) : make_float2(v.x / l, v.y / l);
-            *reinterpret_cast<float2 *>(out + i * 8) = x;
+            if (p.out) *reinterpret_cast<float2 *>(out + i * 8) = x;
             if (p.packed)
                 *reinterpret_cast<uint32_t *>(p.packed + packed_at(to, first + i * 8, p.token_units)) =
                     pack_bf16(x.x, x.y);
@@ -264,11 +172,18 @@ template <typename KV> static void launch(struct cuda_state *s, const attention_
                   {grid_for((size_t)p.kv.n_kv_heads, tiles), ATTN_THREADS, sizeof(wide_shared<KV>)}, p);
 }
 
-bool cuda_wide_attention(struct cuda_state *s, const attention_params &p, const struct batch *host, int head_dim) {
-    if (!(s->device.variants & VARIANT_WIDE_ATTENTION) || host->n_tokens < FROM_TOKENS * host->n_seqs) return false;
+bool cuda_wide_takes(const struct cuda_state *s, const struct batch *host) {
+    return s->device.variants & VARIANT_WIDE_ATTENTION && host->n_tokens >= FROM_TOKENS * host->n_seqs;
+}
+
+bool cuda_wide_attention(struct cuda_state *s, attention_params p, const struct batch *host, int head_dim,
+                         bool packed_only) {
+    if (!cuda_wide_takes(s, host)) return false;
     size_t size = (size_t)p.tile_tokens * ATTN_WARPS, tiles = 0;
+    if (packed_only && p.packed) p.out = NULL;
     for (size_t i = 0; i < host->n_seqs; i++)
         tiles += ((size_t)(host->seq_start[i + 1] - host->seq_start[i]) + size - 1) / size;
+    if (cuda_group_attention(s, p, tiles, head_dim)) return true;
 #define LAUNCH(KV) launch<KV>(s, p, tiles)
     BY_KV(p.kv.is_fp8, head_dim, LAUNCH);
     return true;
