@@ -1,12 +1,12 @@
 // pieces.cu: products of most tokens: tiles of 128 rows by 256 tokens, with a ring that is given back in pieces. A
 // slice of such a tile is 96 KB, of which shared memory holds two: given back as a whole, nothing is on its way while
-// the last of a slice is multiplied. Here a slice's weights are given back as soon as they are in registers, and the
-// tokens of each of its two chains, of 128 tokens, when that chain has ended. The arithmetic, and the bits, are those
-// of groups.cu.
+// the last of a slice is multiplied. Here a slice's weights are given back as soon as a matrix instruction has taken
+// them (before, their loads may still be under way, and a copy may overtake them), and the tokens of each of its two
+// chains, of 128 tokens, when that chain has ended. The arithmetic, and the bits, are those of groups.cu.
 //
 // Who orders what: a producer warp asks for a quarter of a slice's weights and for half of a chain's tokens. A copy
 // into a place of the ring is asked for when all eight consumer warps have reported at its `empty` barrier; they do so
-// when their lanes have read the weights, or when the matrix instructions that read the tokens have ended.
+// behind the instructions that take the weights, or when the matrix instructions that read the tokens have ended.
 #include "ops/cuda/group_kernel.cuh"
 
 typedef group_shape<bf16_weights, 2, 1, 4, 64, 2> shape; // its chains are the parts in which results are written
@@ -62,7 +62,7 @@ static __device__ __forceinline__ void produce_pieces(const group_args &a, const
 
 // A slice's weights of this warp's 16 rows, as the instructions take them.
 static __device__ __forceinline__ void load_weights(uint32_t (&w)[8][4], const piece_ring &r, const position &at,
-                                                    int own, int lane) {
+                                                    int own) {
     const uint4 *weights = reinterpret_cast<const uint4 *>(r.stages + at.stage * shape::STAGE + own);
     barrier_wait(&r.weights_full[at.stage], (uint32_t)at.round & 1);
 #pragma unroll
@@ -72,8 +72,6 @@ static __device__ __forceinline__ void load_weights(uint32_t (&w)[8][4], const p
         a[0] = u.x, a[1] = v.x, a[2] = u.y, a[3] = v.y;
         a[4] = u.z, a[5] = v.z, a[6] = u.w, a[7] = v.w;
     }
-    __syncwarp(); // all lanes have read them
-    if (lane == 0) barrier_arrive(&r.weights_empty[at.stage]);
 }
 
 static __device__ __forceinline__ void multiply_chain(float (&d)[N / 2], const uint32_t (&w)[8][4], uint64_t tokens) {
@@ -98,7 +96,7 @@ static __device__ __forceinline__ void consume_pieces(const group_args &a, const
 #pragma unroll
             for (int i = 0; i < shape::N / 2; i++) total[c][i] = -0.0f; // -0 + x is x, also for -0
         uint32_t w[8][4];
-        load_weights(w, r, at, own, lane);
+        load_weights(w, r, at, own);
 #pragma unroll 1
         for (int s = 0; s < n_slices; s++) {
             uint64_t tokens = group_operand(r.stages + at.stage * shape::STAGE + WEIGHT_BYTES, K_STEP, COLUMN_STEP);
@@ -107,12 +105,16 @@ static __device__ __forceinline__ void consume_pieces(const group_args &a, const
 #pragma unroll
             for (int c = 0; c < CHAINS; c++) {
                 multiply_chain(d, w, tokens + (uint64_t)(c * (CHAIN_BYTES / 2) >> 4));
+                if (c == 0) {
+                    __syncwarp(); // all lanes have used what they loaded
+                    if (lane == 0) barrier_arrive(&r.weights_empty[stage]);
+                }
                 if (c + 1 < CHAINS) barrier_wait(&r.tokens_full[stage][c + 1], (uint32_t)round & 1);
                 group_wait<0>(d);
                 if (lane == 0) barrier_arrive(&r.tokens_empty[stage][c]);
                 if (c + 1 == CHAINS) { // the next slice's weights come while this one is added
                     advance<shape>(at);
-                    if (s + 1 < n_slices) load_weights(w, r, at, own, lane);
+                    if (s + 1 < n_slices) load_weights(w, r, at, own);
                 }
 #pragma unroll
                 for (int i = 0; i < N / 2; i++) total[2 * c + i / 32][i % 32] += d[i];
