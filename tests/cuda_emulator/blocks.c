@@ -39,6 +39,7 @@ void emulated_push(void *at, const void *data, unsigned bytes, uint64_t *barrier
 uint32_t emulated_shared_address(const void *p);
 void emulated_group_fence(void);
 void emulated_group_mma(float *d, int n, const uint32_t a[4], uint64_t b, bool add);
+void emulated_load_staged(const void *at);
 void emulated_group_commit(void);
 void emulated_group_wait(int most);
 void emulated_group_registers(int n);
@@ -116,6 +117,16 @@ struct copy {
     unsigned char data[16];
 };
 
+// What a thread has loaded from a stage, and no matrix instruction has taken yet.
+enum { MOST_LOADS = 16, LOAD = 16 };
+struct loads {
+    unsigned n;
+    struct {
+        const void *at;
+        unsigned char value[LOAD];
+    } list[MOST_LOADS];
+};
+
 struct block {
     const struct kernel_node *kernel;
     dim3 index;
@@ -127,6 +138,7 @@ struct block {
     uint16_t ready[MOST_THREADS]; // [n_in[READY]]
     struct warp warps[MOST_WARPS];
     struct group_warp groups[MOST_WARPS];
+    struct loads loads[MOST_THREADS];
     struct copy copies[MOST_COPIES];
     unsigned n_copies;
     unsigned n_at_some[MOST_SOME];
@@ -557,7 +569,24 @@ void emulated_group_fence(void) {
     meet(GROUP_FENCE);
 }
 
+void emulated_load_staged(const void *at) {
+    struct loads *l = &now->loads[now->current->number];
+    if (l->n == MOST_LOADS) emulated_fail("more than %d loads that nothing has used", MOST_LOADS);
+    l->list[l->n].at = at;
+    memcpy(l->list[l->n++].value, at, LOAD);
+}
+
+// A load may take until its value is used: by then it must not be another.
+static void end_loads(void) {
+    struct loads *l = &now->loads[now->current->number];
+    for (unsigned i = 0; i < l->n; i++)
+        if (memcmp(l->list[i].at, l->list[i].value, LOAD) != 0)
+            emulated_fail("a stage was overwritten before what was loaded from it was used");
+    l->n = 0;
+}
+
 void emulated_group_mma(float *d, int n, const uint32_t a[4], uint64_t b, bool add) {
+    end_loads();
     struct share *mine = my_share();
     memcpy(mine->a, a, sizeof mine->a);
     memcpy(mine->b, &b, sizeof mine->b);
@@ -760,6 +789,7 @@ static void prepare_block(struct block *b, const struct kernel_node *k, size_t i
         struct fiber *f = &b->threads[i];
         f->number = i;
         f->state = RUNNING;
+        b->loads[i].n = 0;
         b->n_in[RUNNING]++;
         // Not all stacks at the same place of a page, for the cache's sake.
         prepare(f, b->stacks + (size_t)i * STACK + GUARD, STACK - GUARD - i % 32 * 192, thread_main);

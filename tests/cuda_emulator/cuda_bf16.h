@@ -46,6 +46,7 @@ uint32_t emulated_shared_address(const void *p);
 // The asynchronous matrix instructions of a group of four warps (src/ops/cuda/groups.cuh): d [n / 2] of this lane.
 void emulated_group_fence(void);
 void emulated_group_mma(float *d, int n, const uint32_t a[4], uint64_t b, bool add);
+void emulated_load_staged(const void *at);
 void emulated_group_commit(void);
 void emulated_group_wait(int most);
 void emulated_group_registers(int n);

@@ -11,6 +11,8 @@
 // - Some blocks of the next three kernels of a stream begin early, up to their dependency_wait, while device memory can
 //   only be read; a graph's first kernel does not.
 // - Bulk copies happen any time between being asked for and being waited for.
+// - What load_staged loads may come as late as the matrix instruction that takes it: until then its stage must be
+//   whole.
 // - A recorded graph holds its kernels' arguments as they were.
 // What it refuses, by ending the program with a line: reads and writes outside an allocation (both ends are guarded),
 // before dependency_wait also writes; warps whose lanes meet at different instructions; blocks that hang; misplaced or

@@ -138,15 +138,21 @@ static void test_tiles(void **state) {
                   n_sms);
 }
 
-// Every tile of the products by warp groups.
+// Every tile of the products by warp groups, those that add to the residual stream in parts and not.
 static void test_groups(void **state) {
     (void)state;
     static const size_t chunks[] = {40};
-    for (int shape = 1; shape <= 7; shape++) {
+    for (int shape = 1; shape <= 10; shape++) {
         struct subject s;
-        struct plan plan = {.length = 68, .lead = 66, .standard_chunk = 34, .chunks = chunks, .n_chunks = 1};
+        struct plan plan = {.length = 68,
+                            .lead = 66,
+                            .standard_chunk = 34,
+                            .chunks = chunks,
+                            .n_chunks = 1,
+                            .variants = VARIANT_WGMMA | VARIANT_PARTS};
         size_t n_ways = 0;
-        open_gpu((uint64_t)shape, 2);
+        open_gpu((uint64_t)shape, 4);
+        cuda->device->variants |= VARIANT_PARTS;
         ((struct cuda_state *)(uintptr_t)cuda)->tile_shape = shape;
         open_part(&s, "synthetic:tiny-qwen3",
                   &(struct part){.n_layers = 1, .n_vocab = 150, .n_ff = shape % 2 ? 256 : 200});
@@ -178,6 +184,7 @@ static void test_clusters(void **state) {
         size_t n_ways = 0;
         open_gpu(60 + i, cases[i].n_sms);
         cuda->device->variants |= VARIANT_CLUSTERS | VARIANT_WGMMA_QUANTISED;
+        cuda->device->variants &= ~(uint32_t)VARIANT_PARTS;
         ((struct cuda_state *)(uintptr_t)cuda)->tile_shape = cases[i].shape;
         open_part(&s, cases[i].model, &(struct part){.n_layers = 1, .n_vocab = 75, .n_ff = (size_t)cases[i].n_ff});
         size_t different = compare_ways(&s, "clusters", &plan, &n_ways);

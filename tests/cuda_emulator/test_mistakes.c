@@ -120,7 +120,7 @@ static bool is_found_in_part(enum place place, uint64_t seed) {
     const struct part parts[] = {[PAGES] = {.n_layers = 2, .n_vocab = 64, .n_ff = 72},
                                  [SPLIT] = {.n_layers = 1, .n_vocab = 64, .n_ff = 72},
                                  [TILES] = {.n_layers = 1, .n_vocab = 64, .n_ff = 768}};
-    emulator_set(&(struct emulator_options){.seed = seed, .n_sms = place == TILES ? 1 : 8});
+    emulator_set(&(struct emulator_options){.seed = seed, .n_sms = place == TILES ? 1 : 16});
     struct subject s;
     open_gpu();
     open_part(&s, place == TILES ? "synthetic:tiny-llama" : "synthetic:tiny-qwen3", &parts[place]);

@@ -168,7 +168,9 @@ static void add_variants(struct ways *all, const struct plan *p) {
     const uint32_t on = all_fused(), watched = on & ~unwatched;
     for (size_t i = 0; i < cuda->device->n_variants; i++) {
         const char *name = cuda->device->variant_names[i];
-        size_t from = all->n, least = strcmp(name, "cluster-products") == 0 ? 8 : 31;
+        if (p->variants && !(p->variants >> i & 1)) continue;
+        size_t from = all->n,
+               least = strcmp(name, "cluster-products") == 0 || strcmp(name, "products-in-parts") == 0 ? 8 : 31;
         if (strcmp(name, "stream-attention") != 0) {
             for (size_t k = 0; k < p->n_chunks; k++)
                 if (p->chunks[k] > least && p->chunks[k] <= p->length) add_way(all, watched, p->chunks[k], 1, k % 2);

@@ -17,7 +17,17 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { MAX_LAYERS = 28, MOST_TIMES = 8, N_SHAPES = 9 };
+enum { MAX_LAYERS = 28, MOST_TIMES = 8, N_SHAPES = 10, MOST_IN_PARTS = 64 };
+enum way {
+    TILES,
+    GROUPS,
+    CLUSTERS,
+    STORE_HEADS,
+    PARTS,
+    SHAPES,
+    PARTS_SHAPES = SHAPES + N_SHAPES,
+    N_WAYS = PARTS_SHAPES + N_SHAPES
+};
 
 struct layer {
     struct matrix wq, wk, wv, wo, gate, up, down;
@@ -99,10 +109,10 @@ static void matrices(struct bench *b, size_t n_out, size_t n_in, size_t n, size_
     free(host);
 }
 
-// QKV_STORE: with the heads' norm, rotation and storing, of a prompt.
-enum op { QKV, OUT, GATE_UP, DOWN, MLP, QKV_STORE, HEAD, N_PRODUCTS, ATTENTION = N_PRODUCTS, CHOOSE, N_OPS };
-static const char *const op_names[] = {"qkv",       "out",  "gate_up",   "down",  "gate_up+down",
-                                       "qkv+store", "head", "attention", "choose"};
+// LAYER: all products of a layer. QKV_STORE: with the heads' norm, rotation and storing, of a prompt.
+enum op { QKV, OUT, GATE_UP, DOWN, MLP, LAYER, QKV_STORE, HEAD, N_PRODUCTS, ATTENTION = N_PRODUCTS, CHOOSE, N_OPS };
+static const char *const op_names[] = {"qkv",   "out",       "gate_up", "down",      "gate_up+down",
+                                       "layer", "qkv+store", "head",    "attention", "choose"};
 
 static void run_op(struct bench *b, enum op op, size_t layer, size_t n_tokens) {
     const struct layer *w = &b->layers[b->warm ? 0 : layer];
@@ -122,7 +132,7 @@ static void run_op(struct bench *b, enum op op, size_t layer, size_t n_tokens) {
                                             .v = b->qkv[2],
                                             .kv = &b->prompt_cache};
     struct batch batch = {.n_tokens = n_tokens, .n_logit_rows = n_tokens, .logit_rows = b->rows};
-    if (op == QKV || op == QKV_STORE)
+    if (op == QKV || op == QKV_STORE || op == LAYER)
         ops_norm_qkv(&b->ctx, &(struct norm_qkv_args){.n_tokens = n_tokens,
                                                       .x = b->x,
                                                       .norm = b->norm,
@@ -135,11 +145,11 @@ static void run_op(struct bench *b, enum op op, size_t layer, size_t n_tokens) {
                                                       .k = b->qkv[1],
                                                       .v = b->qkv[2]});
     if (op == QKV_STORE) ops_qk_norm_rope_store(&b->ctx, &store);
-    if (op == OUT)
+    if (op == OUT || op == LAYER)
         ops_out_residual(&b->ctx,
                          &(struct proj_residual_args){
                              .n_tokens = n_tokens, .in = b->in, .w = &w->wo, .projected = b->projected, .x = b->x});
-    if (op == GATE_UP || op == MLP)
+    if (op == GATE_UP || op == MLP || op == LAYER)
         ops_norm_gate_up(&b->ctx, &(struct norm_gate_up_args){.n_tokens = n_tokens,
                                                               .x = b->x,
                                                               .norm = b->norm,
@@ -150,9 +160,9 @@ static void run_op(struct bench *b, enum op op, size_t layer, size_t n_tokens) {
                                                               .gate = b->act,
                                                               .up = b->up,
                                                               .act = b->act});
-    if (op == DOWN || op == MLP)
+    if (op == DOWN || op == MLP || op == LAYER)
         ops_down_residual(&b->ctx, &(struct proj_residual_args){.n_tokens = n_tokens,
-                                                                .in = op == MLP ? b->act : b->in,
+                                                                .in = op == DOWN ? b->in : b->act,
                                                                 .w = &w->down,
                                                                 .projected = b->projected,
                                                                 .x = b->x});
@@ -346,13 +356,10 @@ static double time_op(struct bench *b, enum op op, size_t n_tokens) {
 }
 
 static double op_flop(const struct bench *b, enum op op, size_t n_tokens) {
-    const size_t weights[] = {(b->q + 2 * b->kv) * b->hidden,
-                              b->q * b->hidden,
-                              2 * b->ff * b->hidden,
-                              b->ff * b->hidden,
-                              3 * b->ff * b->hidden,
-                              (b->q + 2 * b->kv) * b->hidden,
-                              b->vocab * b->hidden};
+    const size_t weights[] = {(b->q + 2 * b->kv) * b->hidden, b->q * b->hidden,
+                              2 * b->ff * b->hidden,          b->ff * b->hidden,
+                              3 * b->ff * b->hidden,          (2 * b->q + 2 * b->kv + 3 * b->ff) * b->hidden,
+                              (b->q + 2 * b->kv) * b->hidden, b->vocab * b->hidden};
     return 2.0 * (double)weights[op] * (double)n_tokens;
 }
 
@@ -366,14 +373,17 @@ static void measure(struct bench *b, enum op op, size_t n_tokens) {
     float *expected = take_results(b, op, n_tokens, &n);
     b->ctx.fusion = on;
     printf("%-12s T %4zu", op_names[op], n_tokens);
-    const uint32_t apart = ~(uint32_t)(VARIANT_WGMMA | VARIANT_CLUSTERS | VARIANT_STORE_HEADS);
-    const bool fuses = op == QKV_STORE;
-    for (int way = 0; way < (b->shapes ? 4 + N_SHAPES : 4); way++) {
-        if (way == 2 && op != OUT && op != DOWN && op != MLP) continue;
-        if (way == 3 && !fuses) continue;
-        b->device->variants = (proven & apart) | (way > 0 ? VARIANT_WGMMA : 0u) | (way == 2 ? VARIANT_CLUSTERS : 0u) |
-                              (way > 2 ? VARIANT_STORE_HEADS : 0u);
-        s->tile_shape = way < 2 || way == 3 ? 0 : way == 2 ? -1 : way - 3;
+    const uint32_t apart = ~(uint32_t)(VARIANT_WGMMA | VARIANT_CLUSTERS | VARIANT_STORE_HEADS | VARIANT_PARTS);
+    const bool adds = op == OUT || op == DOWN || op == MLP || op == LAYER;
+    for (int way = 0; way < (b->shapes ? N_WAYS : SHAPES); way++) {
+        bool in_parts = way == PARTS || way >= PARTS_SHAPES;
+        if ((way == CLUSTERS || in_parts) && !adds) continue;
+        if (way >= PARTS_SHAPES && n_tokens > MOST_IN_PARTS) continue; // too much passes through memory
+        if (way == STORE_HEADS && op != QKV_STORE) continue;
+        b->device->variants = (proven & apart) | (way > TILES ? VARIANT_WGMMA : 0u) |
+                              (way == CLUSTERS ? VARIANT_CLUSTERS : 0u) | (way > CLUSTERS ? VARIANT_STORE_HEADS : 0u) |
+                              (in_parts ? VARIANT_PARTS : 0u);
+        s->tile_shape = way == CLUSTERS ? -1 : way < SHAPES ? 0 : (way - SHAPES) % N_SHAPES + 1;
         size_t wrong = compare(b, op, n_tokens, expected);
         if (b->check_only) {
             printf("  %s", wrong ? "DIFFERS" : "same");
@@ -381,11 +391,14 @@ static void measure(struct bench *b, enum op op, size_t n_tokens) {
         }
         double seconds = time_op(b, op, n_tokens);
         printf(" %s%6.1f us %3.0f%s",
-               way == 0   ? ""
-               : way == 1 ? "| "
-               : way == 2 ? "| clusters "
-               : way == 3 ? "| store-heads "
-                          : " ",
+               way == TILES          ? ""
+               : way == GROUPS       ? "| "
+               : way == CLUSTERS     ? "| clusters "
+               : way == STORE_HEADS  ? "| store-heads "
+               : way == PARTS        ? "| parts "
+               : way == SHAPES       ? "\n  tiles "
+               : way == PARTS_SHAPES ? "\n  parts "
+                                     : " ",
                seconds * 1e6, op_flop(b, op, n_tokens) / seconds / 1e12, wrong ? " DIFFERS" : "");
     }
     printf("\n");
@@ -474,9 +487,9 @@ int main(int argc, char **argv) {
     }
     create(&b, small);
     printf("%s; without warp groups | with%s; us, TFLOP/s\n", b.device->name,
-           b.shapes
-               ? ", then 64x32 64x64 64x128 128x64 128x128 128x192 128x256, the last two in clusters (rows by tokens)"
-               : "");
+           b.shapes ? ", then 64x32 64x64 64x128 128x64 128x128 128x192 128x256; 64x32 64x64 with more stages; "
+                      "64x32 shared by two (rows by tokens)"
+                    : "");
     for (const char *at = tokens; *at;) {
         char *end;
         size_t n = strtoul(at, &end, 10);

@@ -451,11 +451,11 @@ static size_t most_chunks(const struct batch *b) {
     return longest / ATTN_CHUNK;
 }
 
-// Whether the results shall be packed for the next product. Products in clusters, of up to some 64 tokens on an H200,
-// round their inputs themselves; and of many sequences of one token each the scattered stores cost more than a kernel
-// that packs (docs/SPEED.md).
+// Whether the results shall be packed for the next product. Products in clusters, of up to 32 tokens, round their
+// inputs themselves, but not products in parts; and of many sequences of one token each the scattered stores cost more
+// than a kernel that packs (docs/SPEED.md).
 static void pack_results(attention_params *p, const struct op_ctx *ctx, size_t n_tokens, bool one_each) {
-    enum { MOST_ONE_EACH = 192 };
+    enum { FEWEST = 32, MOST_ONE_EACH = 192 };
     struct cuda_state *s = cuda_of(ctx);
     if (one_each && n_tokens > MOST_ONE_EACH) return;
     size_t width = (size_t)p->n_heads * (size_t)p->kv.head_dim, units = packed_units(n_tokens);
@@ -463,8 +463,8 @@ static void pack_results(attention_params *p, const struct op_ctx *ctx, size_t n
     size_t partial =
         p->split ? n_tokens * (size_t)(p->kv.n_kv_heads * p->max_chunks) * part_floats(p->rows, p->kv.head_dim) : 0;
     if (!HOPPER || !(s->device.variants & VARIANT_WGMMA) || n_tokens <= SMALL_TOKENS ||
-        n_tokens <= 5 * (size_t)s->n_clusters || width % SLICE != 0 || partial > ctx->scratch_floats / 8 * 4 ||
-        bytes > (ctx->scratch_floats - ctx->scratch_floats / 8 * 4) * sizeof(float))
+        (n_tokens <= FEWEST && !(s->device.variants & VARIANT_PARTS)) || width % SLICE != 0 ||
+        partial > half_floats(ctx) || bytes > half_floats(ctx) * sizeof(float))
         return;
     p->packed = second_half(ctx);
     p->token_units = (int)units;
@@ -569,7 +569,7 @@ static void rope_attention(const struct op_ctx *ctx, const struct rope_attention
     p.cos_sin = r->store->cos_sin;
     p.eps = r->store->eps;
 #define ROPE_ATTENTION(KV) launch_attention<KV, true>(s, p, a->batch->n_tokens, most_chunks(a->batch))
-    if (!cuda_stream_attention(s, p, a->batch->n_tokens, ctx->scratch_floats, (int)a->head_dim))
+    if (!cuda_stream_attention(s, p, a->batch->n_tokens, 2 * half_floats(ctx), (int)a->head_dim))
         BY_KV(p.kv.is_fp8, a->head_dim, ROPE_ATTENTION);
     say_packed(s, p);
 }

@@ -134,6 +134,13 @@ static __device__ __forceinline__ void bulk_copy(void *to, const void *from, uin
 #endif
 }
 
+// From a stage that bulk copies fill again. The thread's next instructions may run before the value has come, an arrival
+// at a barrier among them, and only a fence orders that with the copy that follows: a stage is given back when the value
+// has been used.
+static __device__ __forceinline__ uint4 load_staged(const uint4 *at) {
+    return *at;
+}
+
 // ---- Clusters: eight blocks that reach into each other's shared memory
 // -----------------------------------------------
 

@@ -25,6 +25,7 @@ enum { MOST_ATTRIBUTES = 2 };
 
 static inline cudaLaunchConfig_t launch_config(struct cuda_state *s, struct launch l,
                                                cudaLaunchAttribute (&attributes)[MOST_ATTRIBUTES]) {
+    cuda_add_parts(s);
     s->packed = NULL;
     attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[0].val.programmaticStreamSerializationAllowed = 1;

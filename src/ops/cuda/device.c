@@ -14,11 +14,12 @@ enum { MAX_RECORDINGS = 512, CHIP = 90, STAGING = 64 << 20 };
 // Those that `make gpu-check` has held against the others on a GPU are on by default.
 enum {
     VARIANTS_PROVEN = VARIANT_WIDE_ATTENTION | VARIANT_WGMMA | VARIANT_PERSISTENT | VARIANT_STREAM_ATTENTION |
-                      VARIANT_CLUSTERS | VARIANT_WGMMA_QUANTISED | VARIANT_STORE_HEADS | VARIANT_WGMMA_ATTENTION
+                      VARIANT_CLUSTERS | VARIANT_WGMMA_QUANTISED | VARIANT_STORE_HEADS | VARIANT_WGMMA_ATTENTION |
+                      VARIANT_PARTS
 };
-static const char *const variant_names[N_VARIANTS] = {"wide-attention",   "persistent",       "wgmma",
-                                                      "stream-attention", "cluster-products", "wgmma-quantised",
-                                                      "store-heads",      "wgmma-attention"};
+static const char *const variant_names[N_VARIANTS] = {
+    "wide-attention",  "persistent",  "wgmma",           "stream-attention", "cluster-products",
+    "wgmma-quantised", "store-heads", "wgmma-attention", "products-in-parts"};
 
 struct recording {
     uint64_t key;
@@ -45,6 +46,7 @@ static void forget_recordings(struct cuda_state *s) {
 
 static bool begin(struct device *d, uint64_t key) {
     struct cuda_state *s = state(d);
+    cuda_add_parts(s);
     s->packed = NULL;
     if (s->failed != cudaSuccess) return true;
     for (size_t i = 0; i < s->n_recordings; i++) {
@@ -62,6 +64,7 @@ static void end(struct device *d) {
     struct cuda_state *s = state(d);
     cudaGraph_t graph = NULL;
     struct recording *r = &s->recordings[s->n_recordings];
+    cuda_add_parts(s);
     cuda_check(s, cudaStreamEndCapture(s->stream, &graph), "recording a step");
     if (s->failed == cudaSuccess) {
         cuda_check(s, cudaGraphInstantiate(&r->graph, graph, 0), "recording a step");
@@ -98,6 +101,7 @@ static void *device_alloc(struct device *d, size_t bytes, const char *what, stru
 static void device_free(struct device *d, void *memory) {
     struct cuda_state *s = state(d);
     if (!memory) return;
+    cuda_add_parts(s);
     cudaStreamSynchronize(s->stream);
     forget_recordings(s);
     cudaFree(memory);
@@ -118,6 +122,7 @@ static void free_host(struct device *d, void *memory) {
 
 static void copy(struct cuda_state *s, void *to, const void *from, size_t bytes, enum cudaMemcpyKind kind) {
     cudaSetDevice(s->index); // the calling thread may be a new one
+    cuda_add_parts(s);
     s->packed = NULL;
     if (s->failed != cudaSuccess || bytes == 0) return;
     cuda_check(s, cudaMemcpyAsync(to, from, bytes, kind, s->stream), "copying");
@@ -158,6 +163,7 @@ static void move(struct device *d, void *to, const void *from, size_t bytes) {
 
 static void fill(struct device *d, void *to, uint8_t byte, size_t bytes) {
     struct cuda_state *s = state(d);
+    cuda_add_parts(s);
     s->packed = NULL;
     if (s->failed == cudaSuccess) cuda_check(s, cudaMemsetAsync(to, byte, bytes, s->stream), "filling memory");
 }

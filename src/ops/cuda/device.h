@@ -28,7 +28,8 @@ enum {
     VARIANT_WGMMA_QUANTISED = 1 << 5,
     VARIANT_STORE_HEADS = 1 << 6,
     VARIANT_WGMMA_ATTENTION = 1 << 7,
-    N_VARIANTS = 8
+    VARIANT_PARTS = 1 << 8,
+    N_VARIANTS = 9
 };
 
 // One opened GPU. `ops` comes first: a table's address is its state's.
@@ -45,6 +46,7 @@ struct cuda_state {
     void *parts;           // for choose
     unsigned *alarm;       // on the host: a kernel whose blocks wait for each other has waited too long
     int n_clusters;        // of eight blocks that the GPU holds at once, each with an SM's shared memory
+    int n_pairs;           // of two such blocks
     void *sampling;        // for sample
     void *shown;           // for device.show
     size_t shown_bytes;
@@ -55,12 +57,22 @@ struct cuda_state {
     // queued.
     const float *packed;
     int packed_tokens;
+    // Of the last product, what is still to be added to x (parts.cu); x NULL: nothing. Whatever is queued next adds it
+    // first.
+    struct {
+        float *x; // [n_tokens, n_out]
+        const float *parts;
+        int n_out, n_parts, n_tokens;
+    } pending;
     int tile_shape; // of products by warp groups: 0, or one to be measured (groups.cu); -1: clusters.cuh
 };
 
 static inline struct cuda_state *cuda_of(const struct op_ctx *ctx) {
     return (struct cuda_state *)(uintptr_t)ctx->ops;
 }
+
+// Queues what is pending: before anything else that may read or write x, and before the stream changes.
+void cuda_add_parts(struct cuda_state *s);
 
 // Keeps the first error.
 void cuda_check(struct cuda_state *s, cudaError_t e, const char *what);

@@ -2,10 +2,9 @@
 // weights (products.cuh); how a slice of them is multiplied is the consumer's, which groups.cu has for bf16 and
 // group_quantised.cu for the others.
 //
-// Four warps of a block (the producers) have copies run ahead through a ring of stages, a slice of the tile's rows and
-// tokens each; groups of four warps (the consumers) multiply. Weights go from shared memory to
-// registers, in whose order they are stored; tokens are read from shared memory by the instruction itself, and are
-// packed for it.
+// Four warps of a block (the producers) have copies run ahead through rings of stages, a slice of the tile's rows, or
+// of its tokens, each; groups of four warps (the consumers) multiply. Weights go from shared memory to registers, in
+// whose order they are stored; tokens are read from shared memory by the instruction itself, and are packed for it.
 #ifndef TANDEM_OPS_CUDA_GROUP_KERNEL_CUH
 #define TANDEM_OPS_CUDA_GROUP_KERNEL_CUH
 
@@ -14,21 +13,29 @@
 #include "ops/cuda/products.cuh"
 
 enum { HALF = PACKED_COLUMNS, HALF_BYTES = PACKED_BYTES, K_STEP = MATRIX_BYTES, COLUMN_STEP = HALF_BYTES };
-enum { PRODUCERS = 4 }; // warps
+enum { HALF_PRODUCERS = 2 }; // warps of each kind
 
 // WM groups of 64 rows times WN groups of C chains of N tokens. The producer is a group, too, which gives registers
 // away: consumers need more than all threads can have alike.
-// A stage holds a slice: copies of less than 2 KB take the time of longer ones.
-template <typename W_, int WM_, int WN_, int C_, int N_, int STAGES_> struct group_shape {
+// A stage holds a slice, of weights or of tokens: copies of less than 2 KB take the time of longer ones. Weights may be
+// more stages ahead (AHEAD), for they are asked for before the tokens are there. Where blocks share a tile, each keeps
+// the sums of up to HELD slices.
+template <typename W_, int WM_, int WN_, int C_, int N_, int AHEAD_, int STAGES_, int HELD_ = 0> struct group_shape {
     using W = W_;
-    static constexpr int WM = WM_, WN = WN_, C = C_, N = N_, STAGES = STAGES_;
+    static constexpr int WM = WM_, WN = WN_, C = C_, N = N_, AHEAD = AHEAD_, STAGES = STAGES_, HELD = HELD_;
     static constexpr int UNITS = 8 * WM, ROWS = 64 * WM, TOKENS = WN * C * N, TOKEN_UNITS = TOKENS / 8;
     static constexpr int UNIT_BYTES = W::RECORD, TOKEN_BYTES = TOKEN_UNITS * HALF_BYTES; // of a half
-    static constexpr int STAGE = UNITS * UNIT_BYTES + 2 * TOKEN_BYTES, WARPS = 4 * WM * WN;
+    static constexpr int WEIGHT_STAGE = UNITS * UNIT_BYTES, TOKEN_STAGE = 2 * TOKEN_BYTES, WARPS = 4 * WM * WN;
     static constexpr int THREADS = WARPS * 32 + 128;
-    static constexpr int BLOCKS = WARPS == 4 ? 2 : 1; // an SM shall hold
     static constexpr int REGISTERS = WARPS == 4 ? 208 : 232, PRODUCER_REGISTERS = 40;
-    static constexpr int SHARED = STAGE * STAGES + WARPS * N * 16 * (int)sizeof(float);
+    static constexpr int BARRIERS = 2 * (AHEAD + STAGES) + 1;
+    static constexpr int WEIGHTS_AT = 256, TOKENS_AT = WEIGHTS_AT + AHEAD * WEIGHT_STAGE;
+    static constexpr int STAGED_AT = TOKENS_AT + STAGES * TOKEN_STAGE, SUMS = WARPS * N * 16 * (int)sizeof(float);
+    static constexpr int HELD_AT = STAGED_AT + SUMS, INBOX_AT = HELD_AT + HELD * SUMS;
+    static constexpr int SHARED = HELD > 0 ? INBOX_AT + SUMS : HELD_AT;
+    static_assert(BARRIERS * 8 <= WEIGHTS_AT, "barriers");
+    static constexpr int BLOCKS = WARPS == 4 && SHARED <= 113 * 1024 ? 2 : 1; // an SM shall hold
+    static constexpr int LEAST_BLOCKS = WARPS == 4 ? 2 : 1;                   // for which it has registers
     static_assert(BLOCKS * SHARED <= 226 * 1024, "shared memory");
 };
 
@@ -38,6 +45,9 @@ struct group_args {
     const unsigned char *tokens; // packed (packed.cuh)
     unsigned char *act;          // GATE_UP: where the result goes too, so packed and rounded; or NULL
     int token_units, row_tiles, token_tiles;
+    int sharing; // blocks of a cluster, one after the other, which share a tile's slices; 1: one has them all
+    size_t part; // 0: a tile's slices are added up. Else (PLAIN) each is apart, and its results lie so many floats
+                 // behind the last one's (parts.cu)
 };
 
 // Tiles of 128 rows by 256 tokens of bf16 weights (pieces.cu).
@@ -64,9 +74,50 @@ static __device__ __forceinline__ int token_tile(const group_args &a, int tile) 
     return first + (tile - first * a.row_tiles) % min((int)BAND, a.token_tiles - first);
 }
 
+static __host__ __device__ __forceinline__ int all_slices(const group_args &a) {
+    return a.p.columns / SLICE;
+}
+
+// Pieces of work: a tile, or some of its slices.
+static __host__ __device__ __forceinline__ int all_pieces(const group_args &a) {
+    return a.row_tiles * a.token_tiles * (a.part ? all_slices(a) : a.sharing);
+}
+
+struct piece_of_work {
+    int row, token, first, n, rank; // which tile of rows, and of tokens; its first slice, and how many
+};
+
+// Tiles are counted through the tokens first: blocks that run together share weights. Slices apart come last.
+static __device__ __forceinline__ piece_of_work piece_at(const group_args &a, int index) {
+    int all = all_slices(a), tiles = a.row_tiles * a.token_tiles;
+    int tile = a.part ? index % tiles : index / a.sharing, rank = a.part ? index / tiles : index % a.sharing;
+    int of = a.part ? all : a.sharing, first = all * rank / of;
+    return {row_tile(a, tile), token_tile(a, tile), first, all * (rank + 1) / of - first, rank};
+}
+
+// Two rings in shared memory, each with barriers for what has come and for what has been read.
 template <class S> struct ring {
-    unsigned char *stages;
-    uint64_t *full, *empty; // [STAGES]
+    unsigned char *shared;
+    uint64_t *weights_full, *weights_empty; // [AHEAD]
+    uint64_t *tokens_full, *tokens_empty;   // [STAGES]
+    uint64_t *inbox;                        // of sums from the cluster's block before
+
+    __device__ __forceinline__ unsigned char *weights(int stage) const {
+        return shared + S::WEIGHTS_AT + stage * S::WEIGHT_STAGE;
+    }
+
+    __device__ __forceinline__ unsigned char *tokens(int stage) const {
+        return shared + S::TOKENS_AT + stage * S::TOKEN_STAGE;
+    }
+};
+
+// A place in a ring of N stages.
+struct position {
+    int stage, round;
+
+    template <int N> __device__ __forceinline__ void advance() {
+        if (++stage == N) stage = 0, round++;
+    }
 };
 
 template <typename W>
@@ -76,53 +127,49 @@ static __device__ __forceinline__ const unsigned char *unit_of(const group_args 
     return pair_unit<W, PRODUCT_PLAIN>(a.p, pair, odd);
 }
 
-// A producer warp: its quarter of every stage. A warp's lanes ask for copies one after the other, which takes longer
-// than the copies where a single warp asks for all. Weights of the first stages are asked for before the kernel before
-// has ended.
+// Half of the producer warps ask for weights, each for its share of every stage's units: a warp's lanes ask for copies
+// one after the other, which takes longer than the copies where a single warp asks for all. They need not wait for the
+// kernel before.
 template <class S>
-static __device__ __forceinline__ void produce(const group_args &a, const ring<S> &r, int quarter, int lane) {
-    constexpr int UNITS = S::UNITS / PRODUCERS, PIECE = S::TOKEN_BYTES * 2 / PRODUCERS;
-    int steps = a.p.columns / SLICE, n_tiles = a.row_tiles * a.token_tiles;
-    int stage = 0, round = 0, filled = 0, ahead = min((int)S::STAGES, steps), mine = quarter * UNITS + lane;
-    int piece = quarter * PIECE; // of a stage's tokens, whose halves lie apart in memory
-    size_t half_bytes = (size_t)a.token_units * HALF_BYTES;
-    unsigned char *weights_to = r.stages + mine * S::UNIT_BYTES;
-    unsigned char *tokens_to = r.stages + S::UNITS * S::UNIT_BYTES + piece;
-    for (int tile = (int)blockIdx.x; tile < n_tiles; tile += (int)gridDim.x) {
-        const unsigned char *unit = unit_of<typename S::W>(a, row_tile(a, tile) * (S::UNITS / 2) + mine / 2, mine % 2);
-        const unsigned char *tokens = a.tokens + (size_t)token_tile(a, tile) * S::TOKEN_BYTES +
-                                      piece / S::TOKEN_BYTES * half_bytes + piece % S::TOKEN_BYTES;
-        for (int h = 0; h < steps; h++, filled++) {
-            if (filled == 0) { // weights of `ahead` stages, then the wait for the tokens
-                for (int i = 0; i < ahead; i++) {
-                    if (lane == 0) barrier_expect(&r.full[i], S::STAGE / PRODUCERS);
-                    __syncwarp();
-                    if (lane < UNITS)
-                        bulk_copy(weights_to + i * S::STAGE, unit + i * S::UNIT_BYTES, S::UNIT_BYTES, &r.full[i]);
-                }
-                dependency_wait();
-            }
-            if (filled >= ahead) {
-                if (round > 0) barrier_wait(&r.empty[stage], (uint32_t)(round - 1) & 1);
-                if (lane == 0) barrier_expect(&r.full[stage], S::STAGE / PRODUCERS);
-                __syncwarp();
-                if (lane < UNITS)
-                    bulk_copy(weights_to + stage * S::STAGE, unit + h * S::UNIT_BYTES, S::UNIT_BYTES, &r.full[stage]);
-            }
-            if (lane == 31)
-                bulk_copy(tokens_to + stage * S::STAGE, tokens + (size_t)h * 2 * half_bytes, PIECE, &r.full[stage]);
-            if (++stage == S::STAGES) stage = 0, round++;
+static __device__ __forceinline__ void produce_weights(const group_args &a, const ring<S> &r, int part, int lane) {
+    constexpr int UNITS = S::UNITS / HALF_PRODUCERS;
+    int n_pieces = all_pieces(a), mine = part * UNITS + lane;
+    position at = {0, 0};
+    for (int i = (int)blockIdx.x; i < n_pieces; i += (int)gridDim.x) {
+        piece_of_work w = piece_at(a, i);
+        const unsigned char *unit =
+            unit_of<typename S::W>(a, w.row * (S::UNITS / 2) + mine / 2, mine % 2) + (size_t)w.first * S::UNIT_BYTES;
+        for (int k = 0; k < w.n; k++, unit += S::UNIT_BYTES) {
+            uint64_t *full = &r.weights_full[at.stage];
+            if (at.round > 0) barrier_wait(&r.weights_empty[at.stage], (uint32_t)(at.round - 1) & 1);
+            if (lane == 0) barrier_expect(full, S::WEIGHT_STAGE / HALF_PRODUCERS);
+            __syncwarp();
+            if (lane < UNITS) bulk_copy(r.weights(at.stage) + mine * S::UNIT_BYTES, unit, S::UNIT_BYTES, full);
+            at.advance<S::AHEAD>();
         }
     }
 }
 
-// A consumer's view of its ring: the next stage to be waited for, and the next to be given back.
-struct position {
-    int stage, round;
-};
-
-template <class S> static __device__ __forceinline__ void advance(position &at) {
-    if (++at.stage == S::STAGES) at.stage = 0, at.round++;
+// The others ask for tokens, each for half of a slice's columns.
+template <class S>
+static __device__ __forceinline__ void produce_tokens(const group_args &a, const ring<S> &r, int half, int lane) {
+    int n_pieces = all_pieces(a);
+    size_t step = 2 * (size_t)a.token_units * HALF_BYTES;
+    position at = {0, 0};
+    dependency_wait();
+    if (lane > 0) return;
+    for (int i = (int)blockIdx.x; i < n_pieces; i += (int)gridDim.x) {
+        piece_of_work w = piece_at(a, i);
+        const unsigned char *tokens =
+            a.tokens + (size_t)w.token * S::TOKEN_BYTES + (size_t)half * step / 2 + (size_t)w.first * step;
+        for (int k = 0; k < w.n; k++, tokens += step) {
+            uint64_t *full = &r.tokens_full[at.stage];
+            if (at.round > 0) barrier_wait(&r.tokens_empty[at.stage], (uint32_t)(at.round - 1) & 1);
+            barrier_expect(full, S::TOKEN_BYTES);
+            bulk_copy(r.tokens(at.stage) + half * S::TOKEN_BYTES, tokens, S::TOKEN_BYTES, full);
+            at.advance<S::STAGES>();
+        }
+    }
 }
 
 // Which part of a tile a warp has.
@@ -169,10 +216,11 @@ static __device__ __forceinline__ float4 take_rows(const float *from, int n, boo
     return make_float4(n > 0 ? from[0] : 0.0f, n > 1 ? from[1] : 0.0f, n > 2 ? from[2] : 0.0f, n > 3 ? from[3] : 0.0f);
 }
 
-// A warp's finished sums of pair `pair` and a chain's tokens from `token` on.
+// A warp's finished sums of pair `pair` and a chain's tokens from `token` on; `part`: floats to where a part of them
+// begins.
 template <int N>
-static __device__ __forceinline__ void finish_chain(const group_args &a, const float *staged, int pair, int token,
-                                                    int lane) {
+static __device__ __forceinline__ void finish_chain(const group_args &a, const float *staged, size_t part, int pair,
+                                                    int token, int lane) {
     const product_args &p = a.p;
     const float4 *quads = reinterpret_cast<const float4 *>(staged);
     if (a.mode == PRODUCT_GATE_UP) {
@@ -196,7 +244,7 @@ static __device__ __forceinline__ void finish_chain(const group_args &a, const f
         while (segment < 2 && pair >= p.n_pairs[segment]) pair -= p.n_pairs[segment++];
     int n_out = p.n_out[segment], row = pair * 16 + lane % 4 * 4, n = n_out - row;
     bool whole = n >= 4 && n_out % 4 == 0, has_bias = p.b[segment] != NULL;
-    float *to = p.y[segment] + (size_t)(token + lane / 4) * n_out + row;
+    float *to = p.y[segment] + part + (size_t)(token + lane / 4) * n_out + row;
     if (n <= 0) return;
     float4 before[N / 8]; // all asked for before the first is used
 #pragma unroll
@@ -214,43 +262,53 @@ static __device__ __forceinline__ void finish_chain(const group_args &a, const f
     }
 }
 
-// A warp's finished tile, chain after chain.
+// A warp's finished piece of work, chain after chain.
 template <class S>
-static __device__ __forceinline__ void finish_tile(const group_args &a, const ring<S> &r, int tile, int thread,
-                                                   const float (&total)[S::C][S::N / 2]) {
-    int from = opaque(thread), pair = row_tile(a, tile) * (S::UNITS / 2) + from / 128 % S::WM * 4 + from / 32 % 4;
-    int token = token_tile(a, tile) * S::TOKENS + from / 128 / S::WM * S::C * S::N;
-    float *staged = reinterpret_cast<float *>(r.stages + S::STAGE * S::STAGES) + from / 32 * S::N * 16;
+static __device__ __forceinline__ void finish_tile(const group_args &a, const ring<S> &r, const piece_of_work &w,
+                                                   int thread, const float (&total)[S::C][S::N / 2]) {
+    int from = opaque(thread), pair = w.row * (S::UNITS / 2) + from / 128 % S::WM * 4 + from / 32 % 4;
+    int token = w.token * S::TOKENS + from / 128 / S::WM * S::C * S::N;
+    float *staged = reinterpret_cast<float *>(r.shared + S::STAGED_AT) + from / 32 * S::N * 16;
+    size_t part = (size_t)w.first * a.part;
 #pragma unroll 1
     for (int c = 0; c < S::C; c++) {
 #pragma unroll
         for (int k = 0; k < S::C; k++)
             if (k == c) put_chain<S::N>(staged, total[k], from % 32 / 4, from % 4);
         __syncwarp();
-        finish_chain<S::N>(a, staged, pair, token + c * S::N, from % 32);
+        finish_chain<S::N>(a, staged, part, pair, token + c * S::N, from % 32);
         __syncwarp();
     }
 }
 
 template <class S, class CONSUMER>
-static __global__ void __launch_bounds__(S::THREADS, S::BLOCKS) k_group(group_args a) {
+static __global__ void __launch_bounds__(S::THREADS, S::LEAST_BLOCKS) k_group(group_args a) {
 #if HOPPER
     DYNAMIC_SHARED(shared);
-    __shared__ __align__(8) uint64_t full[S::STAGES], empty[S::STAGES];
     int thread = (int)threadIdx.x, warp = thread / 32;
-    ring<S> r = {shared, full, empty};
+    uint64_t *bar = reinterpret_cast<uint64_t *>(shared), *tokens = bar + 2 * S::AHEAD;
+    ring<S> r = {shared, bar, bar + S::AHEAD, tokens, tokens + S::STAGES, tokens + 2 * S::STAGES};
     if (thread == 0) {
-        for (int i = 0; i < S::STAGES; i++) {
-            barrier_init_for(&full[i], PRODUCERS);
-            barrier_init_for(&empty[i], S::WARPS);
+        for (int i = 0; i < S::AHEAD; i++) {
+            barrier_init_for(&r.weights_full[i], HALF_PRODUCERS);
+            barrier_init_for(&r.weights_empty[i], S::WARPS);
         }
+        for (int i = 0; i < S::STAGES; i++) {
+            barrier_init_for(&r.tokens_full[i], HALF_PRODUCERS);
+            barrier_init_for(&r.tokens_empty[i], S::WARPS);
+        }
+        barrier_init(r.inbox);
         barrier_fence();
+        if (S::HELD > 0 && blockIdx.x % (unsigned)a.sharing > 0) barrier_expect(r.inbox, S::SUMS);
     }
-    __syncthreads();
+    if (S::HELD > 0) cluster_sync(); // the others' barriers are there
+    else __syncthreads();
     dependents_may_start();
     if (warp >= S::WARPS) {
+        int which = warp - S::WARPS, lane = thread % 32;
         registers_down<S::PRODUCER_REGISTERS>();
-        produce<S>(a, r, warp - S::WARPS, thread % 32);
+        if (which < HALF_PRODUCERS) produce_weights<S>(a, r, which, lane);
+        else produce_tokens<S>(a, r, which - HALF_PRODUCERS, lane);
     } else {
         registers_up<S::REGISTERS>();
         dependency_wait();

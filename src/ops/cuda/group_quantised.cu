@@ -5,8 +5,8 @@
 #include "ops/cuda/quantised.cuh"
 
 // A stage is a whole slice: of 64 rows by 64 tokens on half an SM, and of 128 by 128.
-template <typename W> using small_shape = group_shape<W, 1, 1, 1, 64, 3>;
-template <typename W> using large_shape = group_shape<W, 2, 1, 2, 64, 3>;
+template <typename W> using small_shape = group_shape<W, 1, 1, 1, 64, 3, 3>;
+template <typename W> using large_shape = group_shape<W, 2, 1, 2, 64, 3, 3>;
 
 // A slice's weights of a warp's 16 rows, as the instructions take them: steps of 16 columns.
 template <typename Q> struct quantised_slice {
@@ -107,33 +107,38 @@ template <typename Q> struct quantised_consumer {
     template <class S> static __device__ __forceinline__ void run(const group_args &a, const ring<S> &r, int thread) {
         int group = thread / 128, lane = thread % 32;
         part at = {group % S::WM, group / S::WM, thread / 32 % 4, lane};
-        int n_slices = a.p.columns / SLICE, n_tiles = a.row_tiles * a.token_tiles;
-        position next = {0, 0};
-        for (int tile = (int)blockIdx.x; tile < n_tiles; tile += (int)gridDim.x) {
+        int n_pieces = all_pieces(a);
+        position weights = {0, 0}, tokens = {0, 0};
+        for (int i = (int)blockIdx.x; i < n_pieces; i += (int)gridDim.x) {
+            piece_of_work w = piece_at(a, i);
             float total[S::C][S::N / 2];
 #pragma unroll
             for (int c = 0; c < S::C; c++)
 #pragma unroll
                 for (int i = 0; i < S::N / 2; i++) total[c][i] = -0.0f; // -0 + x is x, also for -0
-            for (int s = 0; s < n_slices; s++) {
-                const unsigned char *stage = r.stages + next.stage * S::STAGE;
+            for (int s = 0; s < w.n; s++) {
                 quantised_slice<Q> slice;
-                barrier_wait(&r.full[next.stage], (uint32_t)next.round & 1);
-                load_weights<Q>(slice, stage + (at.wm * 8 + at.warp * 2) * S::UNIT_BYTES, lane);
-                uint64_t tokens = group_operand(stage + S::UNITS * S::UNIT_BYTES + at.wn * S::C * S::N / 8 * HALF_BYTES,
-                                                K_STEP, COLUMN_STEP);
+                barrier_wait(&r.weights_full[weights.stage], (uint32_t)weights.round & 1);
+                load_weights<Q>(slice, r.weights(weights.stage) + (at.wm * 8 + at.warp * 2) * S::UNIT_BYTES, lane);
+                barrier_wait(&r.tokens_full[tokens.stage], (uint32_t)tokens.round & 1);
+                uint64_t operand =
+                    group_operand(r.tokens(tokens.stage) + at.wn * S::C * S::N / 8 * HALF_BYTES, K_STEP, COLUMN_STEP);
 #pragma unroll
                 for (int c = 0; c < S::C; c++) {
                     float d[S::N / 2];
-                    sum_slice<S, Q>(d, slice, tokens + (uint64_t)((c * (S::N / 8) * COLUMN_STEP) >> 4));
+                    sum_slice<S, Q>(d, slice, operand + (uint64_t)((c * (S::N / 8) * COLUMN_STEP) >> 4));
 #pragma unroll
                     for (int i = 0; i < S::N / 2; i++) total[c][i] += d[i];
                 }
-                __syncwarp(); // all lanes have read it
-                if (lane == 0) barrier_arrive(&r.empty[next.stage]);
-                advance<S>(next);
+                __syncwarp(); // all lanes have used what they loaded, and waited for what reads tokens
+                if (lane == 0) {
+                    barrier_arrive(&r.weights_empty[weights.stage]);
+                    barrier_arrive(&r.tokens_empty[tokens.stage]);
+                }
+                weights.advance<S::AHEAD>();
+                tokens.advance<S::STAGES>();
             }
-            finish_tile<S>(a, r, tile, thread, total);
+            finish_tile<S>(a, r, w, thread, total);
         }
     }
 };
@@ -154,7 +159,7 @@ template <typename F> static bool with_format(enum dtype type, F f) {
 template <class S, typename Q> static void launch(struct cuda_state *s, const char *what, group_args &a, int rows) {
     a.row_tiles = (rows + S::ROWS - 1) / S::ROWS;
     a.token_tiles = (a.p.n_tokens + S::TOKENS - 1) / S::TOKENS;
-    size_t tiles = (size_t)a.row_tiles * (size_t)a.token_tiles, most = (size_t)s->n_sms * S::BLOCKS;
+    size_t tiles = (size_t)all_pieces(a), most = (size_t)s->n_sms * S::BLOCKS;
     launch_kernel(s, what, k_group<S, quantised_consumer<Q>>,
                   {grid_for(tiles < most ? tiles : most), S::THREADS, S::SHARED}, a);
 }

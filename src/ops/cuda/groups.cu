@@ -2,13 +2,19 @@
 // weights: a slice of 128 columns is one chain of eight instructions from +0; a finished chain is added to the total
 // while the next one runs. It also packs tokens and chooses among tiles. The bits are those of products.cu's kernels.
 #include "ops/cuda/group_kernel.cuh"
+#include "ops/cuda/parts.cuh"
 
-typedef group_shape<bf16_weights, 1, 1, 1, 32, 4> shape_64x32;
-typedef group_shape<bf16_weights, 1, 1, 1, 64, 3> shape_64x64;
-typedef group_shape<bf16_weights, 1, 2, 1, 64, 4> shape_64x128;
-typedef group_shape<bf16_weights, 2, 1, 1, 64, 4> shape_128x64;
-typedef group_shape<bf16_weights, 2, 1, 2, 64, 3> shape_128x128;
-typedef group_shape<bf16_weights, 2, 1, 3, 64, 2> shape_128x192;
+typedef group_shape<bf16_weights, 1, 1, 1, 32, 4, 4> shape_64x32;
+typedef group_shape<bf16_weights, 1, 1, 1, 64, 3, 3> shape_64x64;
+typedef group_shape<bf16_weights, 1, 2, 1, 64, 4, 4> shape_64x128;
+typedef group_shape<bf16_weights, 2, 1, 1, 64, 4, 4> shape_128x64;
+typedef group_shape<bf16_weights, 2, 1, 2, 64, 3, 3> shape_128x128;
+typedef group_shape<bf16_weights, 2, 1, 3, 64, 2, 2> shape_128x192;
+// Most of a tile's weights ahead of its tokens.
+typedef group_shape<bf16_weights, 1, 1, 1, 32, 8, 4> shape_64x32_deep;
+typedef group_shape<bf16_weights, 1, 1, 1, 64, 8, 3> shape_64x64_deep;
+// Shared by two blocks.
+typedef group_shape<bf16_weights, 1, 1, 1, 32, 5, 4, 12> shape_pair;
 
 // ---- Packing
 // ---------------------------------------------------------------------------------------------------------
@@ -97,7 +103,7 @@ static void pack(struct cuda_state *s, const char *what, const product_args &p, 
                  int token_units) {
     enum { MANY = 1024 };
     size_t units = ((size_t)p.n_tokens + UNIT_ROWS - 1) / UNIT_ROWS;
-    if (p.n_tokens >= MANY || s->tile_shape % 2 != 0) // the latter to be measured
+    if (p.n_tokens >= MANY)
         launch_kernel(s, what, k_pack_units<NORM>, {grid_for(units), NORM_THREADS, 0}, p, packed, token_units);
     else
         launch_kernel(s, what, k_pack_tokens<NORM>, {grid_for((size_t)p.n_tokens), NORM_THREADS, 0}, p, packed,
@@ -121,29 +127,35 @@ struct share {
 template <class S> static __device__ __forceinline__ share share_of(int thread) {
     int group = thread / 128;
     return {(group % S::WM * 8 + thread / 32 % 4 * 2) * S::UNIT_BYTES + thread % 32 * 16,
-            S::UNITS * S::UNIT_BYTES + group / S::WM * S::C * S::N / 8 * HALF_BYTES};
+            group / S::WM * S::C * S::N / 8 * HALF_BYTES};
 }
 
+// A consumer's places in the rings: the next weights, the next tokens, and the next tokens to be given back.
+struct places {
+    position weights, tokens, last;
+};
+
 template <class S>
-static __device__ __forceinline__ void load_slice(slice &s, const ring<S> &r, position &at, const share &own) {
-    const unsigned char *stage = r.stages + at.stage * S::STAGE;
-    const uint4 *weights = reinterpret_cast<const uint4 *>(stage + own.weights);
-    barrier_wait(&r.full[at.stage], (uint32_t)at.round & 1);
+static __device__ __forceinline__ void load_slice(slice &s, const ring<S> &r, places &at, const share &own) {
+    const uint4 *weights = reinterpret_cast<const uint4 *>(r.weights(at.weights.stage) + own.weights);
+    barrier_wait(&r.weights_full[at.weights.stage], (uint32_t)at.weights.round & 1);
 #pragma unroll
     for (int c = 0; c < SLICE / 32; c++) {
-        uint4 u = weights[c * CHUNK_LANES], v = weights[c * CHUNK_LANES + S::UNIT_BYTES / 16];
+        uint4 u = load_staged(weights + c * CHUNK_LANES), v = load_staged(weights + c * CHUNK_LANES + S::UNIT_BYTES / 16);
         uint32_t *a = s.a[c * 2];
         a[0] = u.x, a[1] = v.x, a[2] = u.y, a[3] = v.y;
         a[4] = u.z, a[5] = v.z, a[6] = u.w, a[7] = v.w;
     }
-    s.tokens = group_operand(stage + own.tokens, K_STEP, COLUMN_STEP);
-    advance<S>(at);
+    s.tokens = group_operand(r.tokens(at.tokens.stage) + own.tokens, K_STEP, COLUMN_STEP);
+    barrier_wait(&r.tokens_full[at.tokens.stage], (uint32_t)at.tokens.round & 1);
+    at.weights.advance<S::AHEAD>();
+    at.tokens.advance<S::STAGES>();
 }
 
-template <class S> static __device__ __forceinline__ void give_back(const ring<S> &r, position &at, int lane) {
-    __syncwarp(); // all lanes have read it
-    if (lane == 0) barrier_arrive(&r.empty[at.stage]);
-    advance<S>(at);
+template <class S> static __device__ __forceinline__ void give_back(const ring<S> &r, places &at, int lane) {
+    __syncwarp(); // all lanes have waited for what reads it
+    if (lane == 0) barrier_arrive(&r.tokens_empty[at.last.stage]);
+    at.last.advance<S::STAGES>();
 }
 
 // One chain: a slice of one of the group's chains of tokens.
@@ -157,6 +169,17 @@ template <class S> static __device__ __forceinline__ void multiply(float (&d)[S:
     group_commit();
 }
 
+// The first chain of the slice that was loaded last. Its weights' stage is given back only now: until a matrix
+// instruction takes what was loaded, it may not have come.
+template <class S>
+static __device__ __forceinline__ void begin_slice(const ring<S> &r, float (&d)[S::N / 2], const slice &s,
+                                                   const places &at, int lane) {
+    int used = (at.weights.stage > 0 ? at.weights.stage : S::AHEAD) - 1;
+    multiply<S>(d, s, 0);
+    __syncwarp(); // all lanes have used it
+    if (lane == 0) barrier_arrive(&r.weights_empty[used]);
+}
+
 template <class S, int P>
 static __device__ __forceinline__ void add_chain(float (&total)[S::N / 2], float (&d)[S::N / 2]) {
     group_wait<P>(d);
@@ -167,20 +190,20 @@ static __device__ __forceinline__ void add_chain(float (&total)[S::N / 2], float
 // One slice; meanwhile the next one's weights are loaded. With a single chain a slice, it stays under way while the
 // slice before is added.
 template <class S>
-static __device__ __forceinline__ void
-step(const ring<S> &r, float (&total)[S::C][S::N / 2], float (&d)[S::N / 2], float (&other)[S::N / 2], const slice &now,
-     slice &following, position &next, position &last, bool more, bool is_first, const share &own, int lane) {
-    multiply<S>(d, now, 0);
+static __device__ __forceinline__ void step(const ring<S> &r, float (&total)[S::C][S::N / 2], float (&d)[S::N / 2],
+                                            float (&other)[S::N / 2], const slice &now, slice &following, places &at,
+                                            bool more, bool is_first, const share &own, int lane) {
+    begin_slice<S>(r, d, now, at, lane);
     if constexpr (S::C == 1) {
         add_chain<S, 1>(total[0], other);
-        if (!is_first) give_back<S>(r, last, lane);
-        if (more) load_slice<S>(following, r, next, own);
+        if (!is_first) give_back<S>(r, at, lane);
+        if (more) load_slice<S>(following, r, at, own);
     } else {
         multiply<S>(other, now, 1);
-        if (more) load_slice<S>(following, r, next, own);
+        if (more) load_slice<S>(following, r, at, own);
         add_chain<S, 1>(total[0], d);
         add_chain<S, 0>(total[1], other);
-        give_back<S>(r, last, lane);
+        give_back<S>(r, at, lane);
     }
 }
 
@@ -188,9 +211,11 @@ struct bf16_consumer {
     template <class S> static __device__ __forceinline__ void run(const group_args &a, const ring<S> &r, int thread) {
         int lane = thread % 32;
         share own = share_of<S>(thread);
-        int n_slices = a.p.columns / SLICE, n_tiles = a.row_tiles * a.token_tiles;
-        position next = {0, 0}, last = {0, 0};
-        for (int tile = (int)blockIdx.x; tile < n_tiles; tile += (int)gridDim.x) {
+        int n_pieces = all_pieces(a);
+        places at = {};
+        for (int piece = (int)blockIdx.x; piece < n_pieces; piece += (int)gridDim.x) {
+            piece_of_work w = piece_at(a, piece);
+            int n_slices = w.n;
             float total[S::C][S::N / 2], d0[S::N / 2], d1[S::N / 2];
 #pragma unroll
             for (int i = 0; i < S::N / 2; i++) {
@@ -202,33 +227,83 @@ struct bf16_consumer {
                 // No register is left for a second chain: the other group's runs while this one adds.
                 slice now;
                 for (int s = 0; s < n_slices; s++) {
-                    load_slice<S>(now, r, next, own);
+                    load_slice<S>(now, r, at, own);
 #pragma unroll
                     for (int c = 0; c < S::C; c++) {
-                        multiply<S>(d0, now, c);
+                        if (c == 0) begin_slice<S>(r, d0, now, at, lane);
+                        else multiply<S>(d0, now, c);
                         add_chain<S, 0>(total[c], d0);
                     }
-                    give_back<S>(r, last, lane);
+                    give_back<S>(r, at, lane);
                 }
             } else {
                 slice even, odd;
-                load_slice<S>(even, r, next, own);
+                load_slice<S>(even, r, at, own);
                 for (int s = 0; s < n_slices; s += 2) {
                     bool more = s + 1 < n_slices;
-                    step<S>(r, total, d0, d1, even, odd, next, last, more, s == 0, own, lane);
+                    step<S>(r, total, d0, d1, even, odd, at, more, s == 0, own, lane);
                     if (!more) break;
                     if constexpr (S::C == 2)
-                        step<S>(r, total, d0, d1, odd, even, next, last, s + 2 < n_slices, false, own, lane);
-                    else step<S>(r, total, d1, d0, odd, even, next, last, s + 2 < n_slices, false, own, lane);
+                        step<S>(r, total, d0, d1, odd, even, at, s + 2 < n_slices, false, own, lane);
+                    else step<S>(r, total, d1, d0, odd, even, at, s + 2 < n_slices, false, own, lane);
                 }
                 if constexpr (S::C == 1) {
                     if (n_slices % 2 == 0) add_chain<S, 0>(total[0], d1);
                     else add_chain<S, 0>(total[0], d0);
-                    give_back<S>(r, last, lane);
+                    give_back<S>(r, at, lane);
                 }
             }
-            finish_tile<S>(a, r, tile, thread, total);
+            finish_tile<S>(a, r, w, thread, total);
         }
+    }
+};
+
+// A tile whose slices the blocks of a cluster share: the first adds its own up and hands the sums on; the others keep
+// those of their slices apart until the sums of all slices before have come, and then add them, too. Only a thread's
+// own sums pass: all blocks hold a tile's elements in the same places.
+struct sharing_consumer {
+    template <class S> static __device__ __forceinline__ void run(const group_args &a, const ring<S> &r, int thread) {
+        constexpr int QUADS = S::N / 8, ALL = S::WARPS * 32;
+        static_assert(S::C == 1, "one chain a group");
+        int lane = thread % 32;
+        share own = share_of<S>(thread);
+        piece_of_work w = piece_at(a, (int)blockIdx.x);
+        float4 *held = reinterpret_cast<float4 *>(r.shared + S::HELD_AT) + thread;
+        float4 *inbox = reinterpret_cast<float4 *>(r.shared + S::INBOX_AT) + thread;
+        places at = {};
+        float total[1][S::N / 2], d[S::N / 2];
+#pragma unroll
+        for (int i = 0; i < S::N / 2; i++) total[0][i] = -0.0f; // -0 + x is x, also for -0
+        for (int s = 0; s < w.n; s++) {
+            slice now;
+            load_slice<S>(now, r, at, own);
+            begin_slice<S>(r, d, now, at, lane);
+            group_wait<0>(d);
+            give_back<S>(r, at, lane);
+#pragma unroll
+            for (int i = 0; i < S::N / 2; i++) total[0][i] = w.rank == 0 ? total[0][i] + d[i] : total[0][i];
+#pragma unroll
+            for (int i = 0; w.rank > 0 && i < QUADS; i++)
+                held[(s * QUADS + i) * ALL] = make_float4(d[4 * i], d[4 * i + 1], d[4 * i + 2], d[4 * i + 3]);
+        }
+        if (w.rank > 0) {
+            barrier_wait(r.inbox, 0);
+#pragma unroll
+            for (int i = 0; i < QUADS; i++) {
+                float4 v = inbox[i * ALL];
+                for (int s = 0; s < w.n; s++) v = add4(v, held[(s * QUADS + i) * ALL]);
+                total[0][4 * i] = v.x, total[0][4 * i + 1] = v.y, total[0][4 * i + 2] = v.z, total[0][4 * i + 3] = v.w;
+            }
+        }
+        if (w.rank + 1 < a.sharing) {
+#pragma unroll
+            for (int i = 0; i < QUADS; i++)
+                push16(&inbox[i * ALL],
+                       make_float4(total[0][4 * i], total[0][4 * i + 1], total[0][4 * i + 2], total[0][4 * i + 3]),
+                       r.inbox, (unsigned)w.rank + 1);
+            return;
+        }
+        finish_tile<S>(a, r, w, thread, total);
     }
 };
 
@@ -239,27 +314,28 @@ struct bf16_consumer {
 // once a tile (docs/SPEED.md).
 struct shape_info {
     int rows, tokens, per_sm;
-    float slice, once;
+    float slice, once, alone; // `alone`: part of that where an SM has one, and not the two that it can hold
 };
 static const shape_info shapes[] = {
-    {64, 32, 2, 0.5f, 0.75f},   {64, 64, 2, 0.75f, 1.5f},    {64, 128, 1, 0.35f, 3.5f},  {128, 64, 1, 0.4f, 3.0f},
-    {128, 128, 1, 0.7f, 4.25f}, {128, 192, 1, 1.15f, 4.75f}, {128, 256, 1, 1.5f, 5.75f},
+    {64, 32, 2, 0.6f, 0.75f, 0.77f}, {64, 64, 2, 0.75f, 1.2f, 0.84f}, {64, 128, 1, 0.6f, 2.2f, 1},
+    {128, 64, 1, 0.6f, 2.1f, 1},     {128, 128, 1, 0.8f, 5, 1},       {128, 192, 1, 1.33f, 5.5f, 1},
+    {128, 256, 1, 1.73f, 6.65f, 1},  {64, 32, 1, 0.36f, 1.3f, 1},     {64, 64, 1, 0.42f, 2.3f, 1},
 };
-enum { N_SHAPES = sizeof shapes / sizeof shapes[0] };
+enum { N_SHAPES = sizeof shapes / sizeof shapes[0], TILE_64X32 = 0, TILE_SHARED = N_SHAPES };
 
 static int tiles_of(int n, int size) {
     return (n + size - 1) / size;
 }
 
 // The least time of the busiest SM.
-static int choose_shape(int rows, int n_tokens, int columns, int n_sms) {
+static int choose_shape(int rows, int n_tokens, int slices, int n_sms) {
     int best = 0;
     float least = 0;
     for (int i = 0; i < N_SHAPES; i++) {
         const shape_info *s = &shapes[i];
         int n = tiles_of(rows, s->rows) * tiles_of(n_tokens, s->tokens);
-        float cost = (float)tiles_of(n, n_sms * s->per_sm) * ((float)(columns / SLICE) * s->slice + s->once);
-        if (n <= n_sms && s->per_sm > 1) cost *= 0.6f; // alone on its SM
+        float cost = (float)tiles_of(n, n_sms * s->per_sm) * ((float)slices * s->slice + s->once);
+        if (n <= n_sms) cost *= s->alone;
         if (i > 0 && cost >= least) continue;
         best = i;
         least = cost;
@@ -270,14 +346,37 @@ static int choose_shape(int rows, int n_tokens, int columns, int n_sms) {
 template <class S> static void launch(struct cuda_state *s, const char *what, group_args &a, int rows) {
     a.row_tiles = tiles_of(rows, S::ROWS);
     a.token_tiles = tiles_of(a.p.n_tokens, S::TOKENS);
-    size_t tiles = (size_t)a.row_tiles * (size_t)a.token_tiles, most = (size_t)s->n_sms * S::BLOCKS;
+    size_t tiles = (size_t)all_pieces(a), most = (size_t)s->n_sms * S::BLOCKS;
     launch_kernel(s, what, k_group<S, bf16_consumer>, {grid_for(tiles < most ? tiles : most), S::THREADS, S::SHARED},
                   a);
+}
+
+// Whether two blocks of a cluster can share each tile of 64 by 32, all clusters at once.
+static bool can_share(const struct cuda_state *s, int rows, int n_tokens, int slices) {
+    return tiles_of(rows, shape_pair::ROWS) * tiles_of(n_tokens, shape_pair::TOKENS) <= s->n_pairs &&
+           tiles_of(slices, 2) <= shape_pair::HELD;
+}
+
+static void launch_shared(struct cuda_state *s, const char *what, group_args &a, int rows) {
+    a.row_tiles = tiles_of(rows, shape_pair::ROWS);
+    a.token_tiles = tiles_of(a.p.n_tokens, shape_pair::TOKENS);
+    a.sharing = 2;
+    launch_kernel(s, what, k_group<shape_pair, sharing_consumer>,
+                  {grid_for((size_t)all_pieces(a)), shape_pair::THREADS, shape_pair::SHARED, 2}, a);
 }
 
 bool cuda_group_has(const struct cuda_state *s, enum dtype type) {
     if (type == DTYPE_BF16) return s->device.variants & VARIANT_WGMMA;
     return s->device.variants & VARIANT_WGMMA_QUANTISED && cuda_has_group_quantised(type);
+}
+
+// For a few tokens: of more, too much passes through memory (docs/SPEED.md).
+bool cuda_in_parts(const struct op_ctx *ctx, const product_args &p, enum dtype type) {
+    struct cuda_state *s = cuda_of(ctx);
+    enum { MOST = 32 };
+    return HOPPER && type == DTYPE_BF16 && cuda_group_has(s, type) && s->device.variants & VARIANT_PARTS &&
+           p.n_tokens >= GROUP_TOKENS && (p.n_tokens <= MOST || s->tile_shape > 0) && s->tile_shape >= 0 &&
+           p.n_out[0] % 4 == 0 && (size_t)p.n_tokens * (size_t)p.n_out[0] * (size_t)(p.columns / SLICE) <= PARTS_FLOATS;
 }
 
 bool cuda_group_product(const struct op_ctx *ctx, const char *what, enum product_mode mode, const product_args &p,
@@ -286,11 +385,12 @@ bool cuda_group_product(const struct op_ctx *ctx, const char *what, enum product
     if (!HOPPER || !cuda_group_has(s, type)) return false;
     size_t token_units = packed_units((size_t)p.n_tokens);
     unsigned char *first = (unsigned char *)ctx->scratch, *second = second_half(ctx);
-    int rows = (int)pairs * 16,
-        shape = s->tile_shape > 0 ? s->tile_shape - 1 : choose_shape(rows, p.n_tokens, p.columns, s->n_sms);
-    group_args a = {p, mode, first, NULL, (int)token_units, 0, 0};
+    int rows = (int)pairs * 16, slices = p.columns / SLICE, shape = s->tile_shape - 1;
+    bool in_parts = mode == PRODUCT_RESIDUAL && cuda_in_parts(ctx, p, type);
+    group_args a = {p, mode, first, NULL, (int)token_units, 0, 0, 1, 0};
     if (mode == PRODUCT_RESIDUAL && s->packed == p.x && s->packed_tokens == p.n_tokens) {
         a.tokens = second;
+    } else if (p.norm && cuda_add_and_pack(s, what, p, first, (int)token_units)) {
     } else if (p.norm) {
         pack<true>(s, what, p, first, (int)token_units);
     } else {
@@ -300,21 +400,39 @@ bool cuda_group_product(const struct op_ctx *ctx, const char *what, enum product
     const float *y = p.y[0];
     if (packs) a.act = second;
     if (packs && p.packed_only) a.p.y[0] = NULL;
+    bool shares = mode == PRODUCT_RESIDUAL && !in_parts && can_share(s, rows, p.n_tokens, slices);
+    if (shape < 0) {
+        if (in_parts) shape = TILE_64X32;
+        else if (shares && s->device.variants & VARIANT_CLUSTERS) shape = TILE_SHARED;
+        else shape = choose_shape(rows, p.n_tokens, slices, s->n_sms);
+    }
+    if (in_parts) {
+        a.mode = PRODUCT_PLAIN;
+        a.p.y[0] = parts_of(ctx);
+        a.part = (size_t)p.n_tokens * (size_t)p.n_out[0];
+    }
     if (type != DTYPE_BF16) shape = -1;
     switch (shape) {
     case -1: cuda_group_quantised(s, what, a, rows, type); break;
-    case 0: launch<shape_64x32>(s, what, a, rows); break;
+    case TILE_64X32: launch<shape_64x32>(s, what, a, rows); break;
     case 1: launch<shape_64x64>(s, what, a, rows); break;
     case 2: launch<shape_64x128>(s, what, a, rows); break;
     case 3: launch<shape_128x64>(s, what, a, rows); break;
     case 4: launch<shape_128x128>(s, what, a, rows); break;
     case 5: launch<shape_128x192>(s, what, a, rows); break;
+    case TILE_SHARED:
+        if (shares) launch_shared(s, what, a, rows);
+        else launch<shape_64x32_deep>(s, what, a, rows);
+        break;
+    case 7: launch<shape_64x32_deep>(s, what, a, rows); break;
+    case 8: launch<shape_64x64_deep>(s, what, a, rows); break;
     default: cuda_piece_product(s, what, a, rows); break;
     }
     if (packs) {
         s->packed = y;
         s->packed_tokens = p.n_tokens;
     }
+    if (in_parts) s->pending = {p.y[0], a.p.y[0], p.n_out[0], all_slices(a), p.n_tokens};
     return true;
 }
 
@@ -324,10 +442,18 @@ size_t cuda_group_floats(const struct ops_limits *l) {
     return tokens * padded_columns(l->max_width) + 2 * BEYOND / sizeof(float);
 }
 
-template <class S> static void allow(struct cuda_state *s) {
-    cuda_check(s,
-               cudaFuncSetAttribute(k_group<S, bf16_consumer>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::SHARED),
+template <class S, class CONSUMER = bf16_consumer> static void allow(struct cuda_state *s) {
+    cuda_check(s, cudaFuncSetAttribute(k_group<S, CONSUMER>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::SHARED),
                "preparing products");
+}
+
+// Clusters of two that the GPU holds at once.
+template <class S> static int count_pairs(struct cuda_state *s) {
+    cudaLaunchAttribute attributes[MOST_ATTRIBUTES] = {};
+    cudaLaunchConfig_t config = launch_config(s, {grid_for(2), S::THREADS, S::SHARED, 2}, attributes);
+    int n = 0;
+    cuda_check(s, cudaOccupancyMaxActiveClusters(&n, k_group<S, sharing_consumer>, &config), "preparing products");
+    return n;
 }
 
 extern "C" bool cuda_groups_setup(struct cuda_state *s) {
@@ -338,5 +464,10 @@ extern "C" bool cuda_groups_setup(struct cuda_state *s) {
     allow<shape_128x128>(s);
     allow<shape_128x192>(s);
     cuda_piece_setup(s);
+    allow<shape_64x32_deep>(s);
+    allow<shape_64x64_deep>(s);
+    allow<shape_pair, sharing_consumer>(s);
+    s->n_pairs = count_pairs<shape_pair>(s);
+    cuda_parts_setup(s);
     return s->failed == cudaSuccess;
 }

@@ -28,9 +28,20 @@ static __host__ __device__ __forceinline__ size_t packed_at(int token, int colum
 }
 
 // Scratch in halves: the first for what a product packs for itself and for attention's partial results, the second for
-// results that are packed for the next product (cuda_state.packed).
+// results that are packed for the next product (cuda_state.packed). Behind them lie products' parts (parts.cu), where
+// attention's partial results may reach.
+enum { PARTS_FLOATS = 1 << 20 };
+
+static inline size_t half_floats(const struct op_ctx *ctx) {
+    return (ctx->scratch_floats - PARTS_FLOATS) / 8 * 4;
+}
+
 static inline unsigned char *second_half(const struct op_ctx *ctx) {
-    return (unsigned char *)ctx->scratch + ctx->scratch_floats / 8 * 16;
+    return (unsigned char *)(ctx->scratch + half_floats(ctx));
+}
+
+static inline float *parts_of(const struct op_ctx *ctx) {
+    return ctx->scratch + 2 * half_floats(ctx);
 }
 
 #endif

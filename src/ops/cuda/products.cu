@@ -1,6 +1,7 @@
 // products.cu: matrix products and the ops fused around them. The kernels are in small.cuh, tiles.cuh and groups.cu;
 // this file chooses among them for bf16 weights, and leaves quantised ones to quantised.cu.
 #include "ops/cuda/clusters.cuh"
+#include "ops/cuda/packed.cuh"
 #include "ops/cuda/small.cuh"
 #include "ops/cuda/tiles.cuh"
 
@@ -19,7 +20,9 @@ static void product(const struct op_ctx *ctx, const char *what, const product_ar
     bool many = pairs > n_sms && p.n_tokens <= 4 && (size_t)p.columns * 32 * MOST <= MAX_SHARED / 2;
     if (p.n_tokens <= SMALL_TOKENS && many && launch_small<W, MODE, NORM, MOST>(ctx, what, p, pairs)) return;
     if (p.n_tokens <= SMALL_TOKENS && launch_small<W, MODE, NORM, 1>(ctx, what, p, pairs)) return;
-    if (MODE == PRODUCT_RESIDUAL && launch_sharing<W>(ctx, what, p)) return;
+    if (MODE == PRODUCT_RESIDUAL && !cuda_in_parts(ctx, p, DTYPE_BF16) &&
+        (p.n_tokens <= SHARING_TOKENS || cuda_of(ctx)->tile_shape < 0) && launch_sharing<W>(ctx, what, p))
+        return;
     if (p.n_tokens >= GROUP_TOKENS && cuda_group_product(ctx, what, MODE, p, DTYPE_BF16, pairs)) return;
     size_t large = round_up(pairs, 8) / 8 * (round_up((size_t)p.n_tokens, 128) / 128);
     size_t medium = round_up(pairs, 4) / 4 * (round_up((size_t)p.n_tokens, 64) / 64);
@@ -135,7 +138,7 @@ static bool scratch_floats(const struct ops *ops, const struct ops_limits *l, si
     size_t packed = round_up(l->max_tokens, 128) * padded_columns(l->max_width) / 2;
     size_t split = cuda_split_floats(ops, l), groups = cuda_group_floats(l);
     if (groups > packed) packed = groups;
-    *out = packed > split ? packed : split;
+    *out = (packed > split ? packed : split) + PARTS_FLOATS;
     return true;
 }
 

@@ -213,6 +213,11 @@ bool cuda_group_has(const struct cuda_state *s, enum dtype type);
 // reads it. `w` may be NULL.
 bool cuda_reads_packed(const struct op_ctx *ctx, enum fused_op op, const struct matrix *w, size_t n_tokens);
 size_t cuda_group_floats(const struct ops_limits *limits);
+// Whether such a product that adds to the residual stream is done in parts.
+bool cuda_in_parts(const struct op_ctx *ctx, const product_args &p, enum dtype type);
+// Adds what is pending to x, which is `p`'s input, and norms and packs it; false: it is not.
+bool cuda_add_and_pack(struct cuda_state *s, const char *what, const product_args &p, unsigned char *packed,
+                       int token_units);
 
 // Floats of scratch that attention's partial results take.
 size_t cuda_split_floats(const struct ops *ops, const struct ops_limits *limits);

@@ -112,7 +112,7 @@ static void product(const struct op_ctx *ctx, const char *what, const product_ar
     if (tokens <= SMALL_TOKENS && launch_small<W, MODE, NORM, 1>(ctx, what, p, pairs)) return;
     if constexpr (!W::RARE) {
         if constexpr (MODE == PRODUCT_RESIDUAL)
-            if (launch_sharing<W>(ctx, what, p)) return;
+            if (!cuda_in_parts(ctx, p, type) && launch_sharing<W>(ctx, what, p)) return;
         if (tokens >= GROUP_TOKENS && cuda_group_product(ctx, what, MODE, p, type, pairs)) return;
         size_t large = round_up(pairs, 8) / 8 * (round_up(tokens, 64) / 64);
         if (tokens <= 32) {

@@ -75,6 +75,11 @@ static inline void bulk_copy(void *to, const void *from, uint32_t bytes, uint64_
     emulated_bulk_copy(to, from, bytes, bar);
 }
 
+static inline uint4 load_staged(const uint4 *at) {
+    emulated_load_staged(at);
+    return *at;
+}
+
 static inline void barrier_init_for(uint64_t *bar, unsigned n) {
     emulated_barrier_init(bar, n);
 }
@@ -115,6 +120,9 @@ static inline void barrier_expect(uint64_t *, uint32_t) {
 static inline void barrier_wait(uint64_t *, uint32_t) {
 }
 static inline void bulk_copy(void *, const void *, uint32_t, uint64_t *) {
+}
+static inline uint4 load_staged(const uint4 *at) {
+    return *at;
 }
 static inline void barrier_init_for(uint64_t *, unsigned) {
 }
