@@ -9,7 +9,7 @@ import re
 import sys
 
 # name, what finds it (PAGES: chunks and pages; SPLIT: contexts of two chunks;
-# TILES: many tokens; LAYERS: all layers in one kernel; DEEP: with many chunks), then file, before, after; M is its number.
+# TILES: many tokens; PAIRS: the same on many SMs; LAYERS: all layers in one kernel; DEEP: with many chunks), then file, before, after; M is its number.
 MISTAKES = [
     ("no barrier before a product's inputs are read", "PAGES",
      ("small.cuh", "    __syncthreads();\n    barrier_wait(&arrived, 0);",
@@ -60,7 +60,10 @@ MISTAKES = [
     ("a turned page's unused slots not cleared", "PAGES",
      ("group_attention.cu", "if (OF_V && n < ATTN_BLOCK)", "if (OF_V && n < ATTN_BLOCK && !M)")),
     ("a stage of a group overwritten while it is read", "TILES",
-     ("group_kernel.cuh", "if (at.round > 0) barrier_wait(&r.tokens_empty[", "if (at.round > 0 && !M) barrier_wait(&r.tokens_empty[")),
+     ("group_kernel.cuh", "            uint64_t *full = &r.tokens_full[at.stage];\n            if (at.round > 0)",
+      "            uint64_t *full = &r.tokens_full[at.stage];\n            if (at.round > 0 && !M)")),
+    ("a stage of weights and tokens overwritten while it is read", "TILES",
+     ("group_kernel.cuh", "                if (at.round > 0) barrier_wait(", "                if (at.round > 0 && !M) barrier_wait(")),
     ("a group's weights overwritten while they are read", "TILES",
      ("group_kernel.cuh", "if (at.round > 0) barrier_wait(&r.weights_empty[", "if (at.round > 0 && !M) barrier_wait(&r.weights_empty[")),
     ("a group's weights given back before what was loaded is used", "TILES",
@@ -85,7 +88,7 @@ MISTAKES = [
      ("parts.cu", "    barrier_wait(&arrived, 0);\n    float s = 0;", "    if (!M) barrier_wait(&arrived, 0);\n    float s = 0;")),
     ("a slice apart multiplied with the first one's tokens", "PAGES",
      ("group_kernel.cuh", "(size_t)w.first * step;", "(size_t)(M ? 0 : w.first) * step;")),
-    ("a shared tile's sums taken before they are there", "PAGES",
+    ("a shared tile's sums taken before they are there", "PAIRS",
      ("groups.cu", "            barrier_wait(r.inbox, 0);", "            if (!M) barrier_wait(r.inbox, 0);")),
     ("a wide tile counted from the first token of all", "PAGES",
      ("wide.cuh", "            token = start + tile * size;", "            token = (M ? 0 : start) + tile * size;")),

@@ -20,7 +20,7 @@
 
 #include <cmocka.h>
 
-enum place { PAGES, SPLIT, TILES, LAYERS, DEEP, COMPANY };
+enum place { PAGES, SPLIT, TILES, PAIRS, LAYERS, DEEP, COMPANY };
 struct mistake {
     const char *name;
     enum place place; // of the examinations below, the one that shows it
@@ -87,7 +87,7 @@ static bool is_found_in_layers(uint64_t seed, bool deep) {
 
 // Sequences side by side, streamed and not.
 static bool is_found_in_company(uint64_t seed) {
-    static const size_t depths[] = {40, 1300, 3, 255, 31, 290, 64, 7, 33};
+    static const size_t depths[] = {40, 1300, 3, 255, 31, 290, 64, 7, 33, 1, 2, 5, 9, 12, 20, 28, 60};
     static const struct part part = {
         .n_layers = 1, .n_vocab = 64, .n_ff = 64, .n_heads = 4, .n_kv_heads = 2, .head_dim = 128};
     struct subject s;
@@ -116,14 +116,16 @@ static bool is_found_in_part(enum place place, uint64_t seed) {
                    .n_ragged = 2},
         [SPLIT] = {.length = 258, .lead = 253, .standard_chunk = 129},
         [TILES] = {.length = 72, .lead = 70, .standard_chunk = 36},
+        [PAIRS] = {.length = 72, .lead = 70, .standard_chunk = 36},
     };
     const struct part parts[] = {[PAGES] = {.n_layers = 2, .n_vocab = 64, .n_ff = 72},
                                  [SPLIT] = {.n_layers = 1, .n_vocab = 64, .n_ff = 72},
-                                 [TILES] = {.n_layers = 1, .n_vocab = 64, .n_ff = 768}};
-    emulator_set(&(struct emulator_options){.seed = seed, .n_sms = place == TILES ? 1 : 16});
+                                 [TILES] = {.n_layers = 1, .n_vocab = 64, .n_ff = 768},
+                                 [PAIRS] = {.n_layers = 1, .n_vocab = 64, .n_ff = 768}};
+    emulator_set(&(struct emulator_options){.seed = seed, .n_sms = place == TILES ? 1 : place == PAIRS ? 24 : 8});
     struct subject s;
     open_gpu();
-    open_part(&s, place == TILES ? "synthetic:tiny-llama" : "synthetic:tiny-qwen3", &parts[place]);
+    open_part(&s, place == TILES || place == PAIRS ? "synthetic:tiny-llama" : "synthetic:tiny-qwen3", &parts[place]);
     size_t different = compare_ways(&s, "a part", &plans[place], NULL);
     cuda->device->variants = 0; // the kernels that others stand in for
     if (different == 0 && place != SPLIT) different = compare_ways(&s, "a part", &plans[place], NULL);

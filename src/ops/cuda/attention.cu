@@ -451,20 +451,20 @@ static size_t most_chunks(const struct batch *b) {
     return longest / ATTN_CHUNK;
 }
 
-// Whether the results shall be packed for the next product. Products in clusters, of up to 32 tokens, round their
-// inputs themselves, but not products in parts; and of many sequences of one token each the scattered stores cost more
-// than a kernel that packs (docs/SPEED.md).
+// Whether the results shall be packed for the next product. Products in clusters, of up to 64 tokens, round their inputs
+// themselves, but not products in parts, which are between; and of many sequences of one token each the scattered stores
+// cost more than a kernel that packs (docs/SPEED.md).
 static void pack_results(attention_params *p, const struct op_ctx *ctx, size_t n_tokens, bool one_each) {
-    enum { FEWEST = 32, MOST_ONE_EACH = 192 };
+    enum { MOST_ONE_EACH = 192 };
     struct cuda_state *s = cuda_of(ctx);
     if (one_each && n_tokens > MOST_ONE_EACH) return;
     size_t width = (size_t)p->n_heads * (size_t)p->kv.head_dim, units = packed_units(n_tokens);
     size_t bytes = width / PACKED_COLUMNS * units * PACKED_BYTES + BEYOND;
     size_t partial =
         p->split ? n_tokens * (size_t)(p->kv.n_kv_heads * p->max_chunks) * part_floats(p->rows, p->kv.head_dim) : 0;
-    if (!HOPPER || !(s->device.variants & VARIANT_WGMMA) || n_tokens <= SMALL_TOKENS ||
-        (n_tokens <= FEWEST && !(s->device.variants & VARIANT_PARTS)) || width % SLICE != 0 ||
-        partial > half_floats(ctx) || bytes > half_floats(ctx) * sizeof(float))
+    bool parts = s->device.variants & VARIANT_PARTS && n_tokens >= FEWEST_IN_PARTS && n_tokens <= MOST_IN_PARTS;
+    if (!HOPPER || !(s->device.variants & VARIANT_WGMMA) || (n_tokens <= CLUSTER_TOKENS && !parts) ||
+        width % SLICE != 0 || partial > half_floats(ctx) || bytes > half_floats(ctx) * sizeof(float))
         return;
     p->packed = second_half(ctx);
     p->token_units = (int)units;

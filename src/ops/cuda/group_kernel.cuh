@@ -13,22 +13,24 @@
 #include "ops/cuda/products.cuh"
 
 enum { HALF = PACKED_COLUMNS, HALF_BYTES = PACKED_BYTES, K_STEP = MATRIX_BYTES, COLUMN_STEP = HALF_BYTES };
-enum { HALF_PRODUCERS = 2 }; // warps of each kind
+enum { PRODUCERS = 4, HALF_PRODUCERS = 2 }; // warps; of each kind, where rings are apart
 
 // WM groups of 64 rows times WN groups of C chains of N tokens. The producer is a group, too, which gives registers
 // away: consumers need more than all threads can have alike.
 // A stage holds a slice, of weights or of tokens: copies of less than 2 KB take the time of longer ones. Weights may be
-// more stages ahead (AHEAD), for they are asked for before the tokens are there. Where blocks share a tile, each keeps
-// the sums of up to HELD slices.
+// more stages ahead (AHEAD), for they are asked for before the tokens are there; a tile of several chains has one ring
+// of both, where less is to be waited for. Where blocks share a tile, each keeps the sums of up to HELD slices.
 template <typename W_, int WM_, int WN_, int C_, int N_, int AHEAD_, int STAGES_, int HELD_ = 0> struct group_shape {
     using W = W_;
     static constexpr int WM = WM_, WN = WN_, C = C_, N = N_, AHEAD = AHEAD_, STAGES = STAGES_, HELD = HELD_;
     static constexpr int UNITS = 8 * WM, ROWS = 64 * WM, TOKENS = WN * C * N, TOKEN_UNITS = TOKENS / 8;
     static constexpr int UNIT_BYTES = W::RECORD, TOKEN_BYTES = TOKEN_UNITS * HALF_BYTES; // of a half
     static constexpr int WEIGHT_STAGE = UNITS * UNIT_BYTES, TOKEN_STAGE = 2 * TOKEN_BYTES, WARPS = 4 * WM * WN;
-    static constexpr int THREADS = WARPS * 32 + 128;
+    static constexpr int STAGE = WEIGHT_STAGE + TOKEN_STAGE, THREADS = WARPS * 32 + 128;
     static constexpr int REGISTERS = WARPS == 4 ? 208 : 232, PRODUCER_REGISTERS = 40;
     static constexpr int BARRIERS = 2 * (AHEAD + STAGES) + 1;
+    static constexpr bool APART = C == 1; // rings
+    static_assert(APART || AHEAD == STAGES, "a ring of both");
     static constexpr int WEIGHTS_AT = 256, TOKENS_AT = WEIGHTS_AT + AHEAD * WEIGHT_STAGE;
     static constexpr int STAGED_AT = TOKENS_AT + STAGES * TOKEN_STAGE, SUMS = WARPS * N * 16 * (int)sizeof(float);
     static constexpr int HELD_AT = STAGED_AT + SUMS, INBOX_AT = HELD_AT + HELD * SUMS;
@@ -87,15 +89,25 @@ struct piece_of_work {
     int row, token, first, n, rank; // which tile of rows, and of tokens; its first slice, and how many
 };
 
-// Tiles are counted through the tokens first: blocks that run together share weights. Slices apart come last.
+// Slices apart come last. A whole tile shall wait for no more divisions than it needs: every one takes some 100 cycles.
 static __device__ __forceinline__ piece_of_work piece_at(const group_args &a, int index) {
-    int all = all_slices(a), tiles = a.row_tiles * a.token_tiles;
-    int tile = a.part ? index % tiles : index / a.sharing, rank = a.part ? index / tiles : index % a.sharing;
-    int of = a.part ? all : a.sharing, first = all * rank / of;
-    return {row_tile(a, tile), token_tile(a, tile), first, all * (rank + 1) / of - first, rank};
+    int all = all_slices(a), tile = index, rank = 0, first = 0, n = all;
+    if (a.part) {
+        int tiles = a.row_tiles * a.token_tiles;
+        tile = index % tiles;
+        rank = first = index / tiles;
+        n = 1;
+    } else if (a.sharing > 1) {
+        tile = index / a.sharing;
+        rank = index % a.sharing;
+        first = all * rank / a.sharing;
+        n = all * (rank + 1) / a.sharing - first;
+    }
+    return {row_tile(a, tile), token_tile(a, tile), first, n, rank};
 }
 
-// Two rings in shared memory, each with barriers for what has come and for what has been read.
+// Two rings in shared memory, each with barriers for what has come and for what has been read; or one, whose barriers
+// both names are for.
 template <class S> struct ring {
     unsigned char *shared;
     uint64_t *weights_full, *weights_empty; // [AHEAD]
@@ -167,6 +179,43 @@ static __device__ __forceinline__ void produce_tokens(const group_args &a, const
             if (at.round > 0) barrier_wait(&r.tokens_empty[at.stage], (uint32_t)(at.round - 1) & 1);
             barrier_expect(full, S::TOKEN_BYTES);
             bulk_copy(r.tokens(at.stage) + half * S::TOKEN_BYTES, tokens, S::TOKEN_BYTES, full);
+            at.advance<S::STAGES>();
+        }
+    }
+}
+
+// Where weights and tokens have one ring, a warp asks for its quarter of every stage; weights of the first stages are
+// asked for before the kernel before has ended.
+template <class S>
+static __device__ __forceinline__ void produce_both(const group_args &a, const ring<S> &r, int quarter, int lane) {
+    constexpr int UNITS = S::UNITS / PRODUCERS, PIECE = S::TOKEN_STAGE / PRODUCERS;
+    int n_pieces = all_pieces(a), mine = quarter * UNITS + lane, filled = 0;
+    int ahead = min((int)S::STAGES, piece_at(a, (int)blockIdx.x).n);
+    int part = quarter * PIECE; // of a stage's tokens, whose halves lie apart in memory
+    size_t half = (size_t)a.token_units * HALF_BYTES;
+    position at = {0, 0};
+    auto ask = [&](int stage, const unsigned char *unit) {
+        if (lane == 0) barrier_expect(&r.tokens_full[stage], (S::WEIGHT_STAGE + S::TOKEN_STAGE) / PRODUCERS);
+        __syncwarp();
+        if (lane < UNITS)
+            bulk_copy(r.weights(stage) + mine * S::UNIT_BYTES, unit, S::UNIT_BYTES, &r.tokens_full[stage]);
+    };
+    for (int i = (int)blockIdx.x; i < n_pieces; i += (int)gridDim.x) {
+        piece_of_work w = piece_at(a, i);
+        const unsigned char *unit =
+            unit_of<typename S::W>(a, w.row * (S::UNITS / 2) + mine / 2, mine % 2) + (size_t)w.first * S::UNIT_BYTES;
+        const unsigned char *tokens = a.tokens + (size_t)w.token * S::TOKEN_BYTES + (size_t)w.first * 2 * half +
+                                      part / S::TOKEN_BYTES * half + part % S::TOKEN_BYTES;
+        for (int k = 0; k < w.n; k++, filled++, unit += S::UNIT_BYTES, tokens += 2 * half) {
+            if (filled == 0) {
+                for (int stage = 0; stage < ahead; stage++) ask(stage, unit + stage * S::UNIT_BYTES);
+                dependency_wait();
+            }
+            if (filled >= ahead) {
+                if (at.round > 0) barrier_wait(&r.tokens_empty[at.stage], (uint32_t)(at.round - 1) & 1);
+                ask(at.stage, unit);
+            }
+            if (lane == 31) bulk_copy(r.tokens(at.stage) + part, tokens, PIECE, &r.tokens_full[at.stage]);
             at.advance<S::STAGES>();
         }
     }
@@ -288,13 +337,14 @@ static __global__ void __launch_bounds__(S::THREADS, S::LEAST_BLOCKS) k_group(gr
     int thread = (int)threadIdx.x, warp = thread / 32;
     uint64_t *bar = reinterpret_cast<uint64_t *>(shared), *tokens = bar + 2 * S::AHEAD;
     ring<S> r = {shared, bar, bar + S::AHEAD, tokens, tokens + S::STAGES, tokens + 2 * S::STAGES};
+    if (!S::APART) r.weights_full = r.tokens_full, r.weights_empty = r.tokens_empty;
     if (thread == 0) {
-        for (int i = 0; i < S::AHEAD; i++) {
+        for (int i = 0; S::APART && i < S::AHEAD; i++) {
             barrier_init_for(&r.weights_full[i], HALF_PRODUCERS);
             barrier_init_for(&r.weights_empty[i], S::WARPS);
         }
         for (int i = 0; i < S::STAGES; i++) {
-            barrier_init_for(&r.tokens_full[i], HALF_PRODUCERS);
+            barrier_init_for(&r.tokens_full[i], S::APART ? HALF_PRODUCERS : PRODUCERS);
             barrier_init_for(&r.tokens_empty[i], S::WARPS);
         }
         barrier_init(r.inbox);
@@ -307,7 +357,8 @@ static __global__ void __launch_bounds__(S::THREADS, S::LEAST_BLOCKS) k_group(gr
     if (warp >= S::WARPS) {
         int which = warp - S::WARPS, lane = thread % 32;
         registers_down<S::PRODUCER_REGISTERS>();
-        if (which < HALF_PRODUCERS) produce_weights<S>(a, r, which, lane);
+        if constexpr (!S::APART) produce_both<S>(a, r, which, lane);
+        else if (which < HALF_PRODUCERS) produce_weights<S>(a, r, which, lane);
         else produce_tokens<S>(a, r, which - HALF_PRODUCERS, lane);
     } else {
         registers_up<S::REGISTERS>();

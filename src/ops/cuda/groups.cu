@@ -141,13 +141,14 @@ static __device__ __forceinline__ void load_slice(slice &s, const ring<S> &r, pl
     barrier_wait(&r.weights_full[at.weights.stage], (uint32_t)at.weights.round & 1);
 #pragma unroll
     for (int c = 0; c < SLICE / 32; c++) {
-        uint4 u = load_staged(weights + c * CHUNK_LANES), v = load_staged(weights + c * CHUNK_LANES + S::UNIT_BYTES / 16);
+        uint4 u = load_staged(weights + c * CHUNK_LANES);
+        uint4 v = load_staged(weights + c * CHUNK_LANES + S::UNIT_BYTES / 16);
         uint32_t *a = s.a[c * 2];
         a[0] = u.x, a[1] = v.x, a[2] = u.y, a[3] = v.y;
         a[4] = u.z, a[5] = v.z, a[6] = u.w, a[7] = v.w;
     }
     s.tokens = group_operand(r.tokens(at.tokens.stage) + own.tokens, K_STEP, COLUMN_STEP);
-    barrier_wait(&r.tokens_full[at.tokens.stage], (uint32_t)at.tokens.round & 1);
+    if (S::APART) barrier_wait(&r.tokens_full[at.tokens.stage], (uint32_t)at.tokens.round & 1);
     at.weights.advance<S::AHEAD>();
     at.tokens.advance<S::STAGES>();
 }
@@ -176,7 +177,8 @@ static __device__ __forceinline__ void begin_slice(const ring<S> &r, float (&d)[
                                                    const places &at, int lane) {
     int used = (at.weights.stage > 0 ? at.weights.stage : S::AHEAD) - 1;
     multiply<S>(d, s, 0);
-    __syncwarp(); // all lanes have used it
+    if (!S::APART) return; // until the tokens' is
+    __syncwarp();          // all lanes have used it
     if (lane == 0) barrier_arrive(&r.weights_empty[used]);
 }
 
@@ -321,17 +323,19 @@ static const shape_info shapes[] = {
     {128, 64, 1, 0.6f, 2.1f, 1},     {128, 128, 1, 0.8f, 5, 1},       {128, 192, 1, 1.33f, 5.5f, 1},
     {128, 256, 1, 1.73f, 6.65f, 1},  {64, 32, 1, 0.36f, 1.3f, 1},     {64, 64, 1, 0.42f, 2.3f, 1},
 };
-enum { N_SHAPES = sizeof shapes / sizeof shapes[0], TILE_64X32 = 0, TILE_SHARED = N_SHAPES };
+enum { N_SHAPES = sizeof shapes / sizeof shapes[0], TILE_64X32 = 0, TILE_PIECES = 6, DEEP = 7, TILE_SHARED = N_SHAPES };
 
 static int tiles_of(int n, int size) {
     return (n + size - 1) / size;
 }
 
-// The least time of the busiest SM.
+// The least time of the busiest SM. Of few tokens tiles that an SM has to itself are not worth it: they wait until
+// attention has ended (docs/SPEED.md).
 static int choose_shape(int rows, int n_tokens, int slices, int n_sms) {
     int best = 0;
     float least = 0;
-    for (int i = 0; i < N_SHAPES; i++) {
+    int n_shapes = n_tokens <= CLUSTER_TOKENS ? (int)DEEP : (int)N_SHAPES;
+    for (int i = 0; i < n_shapes; i++) {
         const shape_info *s = &shapes[i];
         int n = tiles_of(rows, s->rows) * tiles_of(n_tokens, s->tokens);
         float cost = (float)tiles_of(n, n_sms * s->per_sm) * ((float)slices * s->slice + s->once);
@@ -370,13 +374,14 @@ bool cuda_group_has(const struct cuda_state *s, enum dtype type) {
     return s->device.variants & VARIANT_WGMMA_QUANTISED && cuda_has_group_quantised(type);
 }
 
-// For a few tokens: of more, too much passes through memory (docs/SPEED.md).
+// For a few dozen tokens: of more, too much passes through memory, of less, clusters are faster (docs/SPEED.md).
 bool cuda_in_parts(const struct op_ctx *ctx, const product_args &p, enum dtype type) {
     struct cuda_state *s = cuda_of(ctx);
-    enum { MOST = 32 };
+    bool measured = s->tile_shape > 0 && s->tile_shape != TILE_PIECES + 1 && p.n_tokens >= GROUP_TOKENS;
+    bool fits = p.n_tokens >= FEWEST_IN_PARTS && p.n_tokens <= MOST_IN_PARTS && s->tile_shape == 0;
     return HOPPER && type == DTYPE_BF16 && cuda_group_has(s, type) && s->device.variants & VARIANT_PARTS &&
-           p.n_tokens >= GROUP_TOKENS && (p.n_tokens <= MOST || s->tile_shape > 0) && s->tile_shape >= 0 &&
-           p.n_out[0] % 4 == 0 && (size_t)p.n_tokens * (size_t)p.n_out[0] * (size_t)(p.columns / SLICE) <= PARTS_FLOATS;
+           (fits || measured) && p.n_out[0] % 4 == 0 &&
+           (size_t)p.n_tokens * (size_t)p.n_out[0] * (size_t)(p.columns / SLICE) <= PARTS_FLOATS;
 }
 
 bool cuda_group_product(const struct op_ctx *ctx, const char *what, enum product_mode mode, const product_args &p,

@@ -9,7 +9,7 @@
 // behind the instructions that take the weights, or when the matrix instructions that read the tokens have ended.
 #include "ops/cuda/group_kernel.cuh"
 
-typedef group_shape<bf16_weights, 2, 1, 4, 64, 2> shape; // its chains are the parts in which results are written
+typedef group_shape<bf16_weights, 2, 1, 4, 64, 2, 2> shape; // its chains are the parts in which results are written
 enum { CHAINS = 2, N = 128, WEIGHT_BYTES = shape::UNITS * shape::UNIT_BYTES, CHAIN_BYTES = N * SLICE * 2 };
 enum { PIECE_BYTES = CHAIN_BYTES / 2 }; // a producer warp's
 static_assert((int)CHAINS * 2 == (int)PRODUCERS, "half a chain's tokens a producer warp");
@@ -67,7 +67,8 @@ static __device__ __forceinline__ void load_weights(uint32_t (&w)[8][4], const p
     barrier_wait(&r.weights_full[at.stage], (uint32_t)at.round & 1);
 #pragma unroll
     for (int c = 0; c < SLICE / 32; c++) {
-        uint4 u = weights[c * CHUNK_LANES], v = weights[c * CHUNK_LANES + shape::UNIT_BYTES / 16];
+        uint4 u = load_staged(weights + c * CHUNK_LANES);
+        uint4 v = load_staged(weights + c * CHUNK_LANES + shape::UNIT_BYTES / 16);
         uint32_t *a = w[c * 2];
         a[0] = u.x, a[1] = v.x, a[2] = u.y, a[3] = v.y;
         a[4] = u.z, a[5] = v.z, a[6] = u.w, a[7] = v.w;
@@ -87,7 +88,7 @@ static __device__ __forceinline__ void multiply_chain(float (&d)[N / 2], const u
 static __device__ __forceinline__ void consume_pieces(const group_args &a, const piece_ring &r, int thread) {
     int lane = thread % 32, own = (thread / 128 * 8 + thread / 32 % 4 * 2) * shape::UNIT_BYTES + lane * 16;
     int n_slices = a.p.columns / SLICE, n_tiles = a.row_tiles * a.token_tiles;
-    ring<shape> staged = {r.stages, NULL, NULL}; // for finish_tile
+    ring<shape> staged = {r.stages, NULL, NULL, NULL, NULL, NULL}; // for finish_tile
     position at = {0, 0};
     for (int tile = (int)blockIdx.x; tile < n_tiles; tile += (int)gridDim.x) {
         float total[shape::C][shape::N / 2], d[N / 2];
@@ -113,14 +114,14 @@ static __device__ __forceinline__ void consume_pieces(const group_args &a, const
                 group_wait<0>(d);
                 if (lane == 0) barrier_arrive(&r.tokens_empty[stage][c]);
                 if (c + 1 == CHAINS) { // the next slice's weights come while this one is added
-                    advance<shape>(at);
+                    at.advance<shape::STAGES>();
                     if (s + 1 < n_slices) load_weights(w, r, at, own);
                 }
 #pragma unroll
                 for (int i = 0; i < N / 2; i++) total[2 * c + i / 32][i % 32] += d[i];
             }
         }
-        finish_tile<shape>(a, staged, tile, thread, total);
+        finish_tile<shape>(a, staged, piece_at(a, tile), thread, total);
     }
 }
 

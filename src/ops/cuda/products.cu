@@ -21,7 +21,7 @@ static void product(const struct op_ctx *ctx, const char *what, const product_ar
     if (p.n_tokens <= SMALL_TOKENS && many && launch_small<W, MODE, NORM, MOST>(ctx, what, p, pairs)) return;
     if (p.n_tokens <= SMALL_TOKENS && launch_small<W, MODE, NORM, 1>(ctx, what, p, pairs)) return;
     if (MODE == PRODUCT_RESIDUAL && !cuda_in_parts(ctx, p, DTYPE_BF16) &&
-        (p.n_tokens <= SHARING_TOKENS || cuda_of(ctx)->tile_shape < 0) && launch_sharing<W>(ctx, what, p))
+        (p.n_tokens <= CLUSTER_TOKENS || cuda_of(ctx)->tile_shape < 0) && launch_sharing<W>(ctx, what, p))
         return;
     if (p.n_tokens >= GROUP_TOKENS && cuda_group_product(ctx, what, MODE, p, DTYPE_BF16, pairs)) return;
     size_t large = round_up(pairs, 8) / 8 * (round_up((size_t)p.n_tokens, 128) / 128);
