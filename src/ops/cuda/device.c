@@ -17,9 +17,9 @@ enum {
                       VARIANT_CLUSTERS | VARIANT_WGMMA_QUANTISED | VARIANT_STORE_HEADS | VARIANT_WGMMA_ATTENTION |
                       VARIANT_PARTS
 };
-static const char *const variant_names[N_VARIANTS] = {
-    "wide-attention",  "persistent",  "wgmma",           "stream-attention", "cluster-products",
-    "wgmma-quantised", "store-heads", "wgmma-attention", "products-in-parts"};
+static const char *const variant_names[N_VARIANTS] = {"wide-attention",   "persistent",       "wgmma",
+                                                      "stream-attention", "cluster-products", "wgmma-quantised",
+                                                      "store-heads",      "wgmma-attention",  "products-in-parts"};
 
 struct recording {
     uint64_t key;
