@@ -195,6 +195,24 @@ static void test_clusters(void **state) {
     }
 }
 
+// Large tiles of quantised weights with more slices than a ring has stages.
+static void test_quantised_ring(void **state) {
+    (void)state;
+    static const size_t chunks[] = {40};
+    struct subject s;
+    struct plan plan = {.length = 44, .lead = 40, .standard_chunk = 22, .chunks = chunks, .n_chunks = 1};
+    size_t n_ways = 0;
+    open_gpu(70, 3);
+    cuda->device->variants |= VARIANT_WGMMA_QUANTISED;
+    ((struct cuda_state *)(uintptr_t)cuda)->tile_shape = 2;
+    open_part(&s, "synthetic:qwen3-0.6b:q8_0", &(struct part){1, 75, 128, 2, 1, 128});
+    size_t different = compare_ways(&s, "ring", &plan, &n_ways);
+    close_subject(&s);
+    ops_close(cuda);
+    print_message("%zu ways, %zu differ\n", n_ways, different);
+    assert_int_equal(different, 0);
+}
+
 // Grouped heads of other widths, biases, no norm of heads.
 static void test_heads(void **state) {
     (void)state;
@@ -493,6 +511,7 @@ int main(int argc, char **argv) {
         cmocka_unit_test(test_doctor),
         cmocka_unit_test(test_quantised),
         cmocka_unit_test(test_quantised_tiles),
+        cmocka_unit_test(test_quantised_ring),
         cmocka_unit_test(test_quantised_values),
         cmocka_unit_test(test_groups),
         cmocka_unit_test(test_sampling),

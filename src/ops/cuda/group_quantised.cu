@@ -132,7 +132,7 @@ template <typename Q> struct quantised_consumer {
                 }
                 __syncwarp(); // all lanes have used what they loaded, and waited for what reads tokens
                 if (lane == 0) {
-                    barrier_arrive(&r.weights_empty[weights.stage]);
+                    if (S::APART) barrier_arrive(&r.weights_empty[weights.stage]); // else it is one ring
                     barrier_arrive(&r.tokens_empty[tokens.stage]);
                 }
                 weights.advance<S::AHEAD>();
