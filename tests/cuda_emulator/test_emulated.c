@@ -499,22 +499,14 @@ static int say_counts(void **state) {
 
 int main(int argc, char **argv) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_qwen3),
-        cmocka_unit_test(test_company),
-        cmocka_unit_test(test_prompts),
-        cmocka_unit_test(test_split),
-        cmocka_unit_test(test_tiles),
-        cmocka_unit_test(test_heads),
-        cmocka_unit_test(test_persistent),
-        cmocka_unit_test(test_choices),
-        cmocka_unit_test(test_oracle),
-        cmocka_unit_test(test_doctor),
-        cmocka_unit_test(test_quantised),
-        cmocka_unit_test(test_quantised_tiles),
-        cmocka_unit_test(test_quantised_ring),
-        cmocka_unit_test(test_quantised_values),
-        cmocka_unit_test(test_groups),
-        cmocka_unit_test(test_sampling),
+        cmocka_unit_test(test_qwen3),          cmocka_unit_test(test_company),
+        cmocka_unit_test(test_prompts),        cmocka_unit_test(test_split),
+        cmocka_unit_test(test_tiles),          cmocka_unit_test(test_heads),
+        cmocka_unit_test(test_persistent),     cmocka_unit_test(test_choices),
+        cmocka_unit_test(test_oracle),         cmocka_unit_test(test_doctor),
+        cmocka_unit_test(test_quantised),      cmocka_unit_test(test_quantised_tiles),
+        cmocka_unit_test(test_quantised_ring), cmocka_unit_test(test_quantised_values),
+        cmocka_unit_test(test_groups),         cmocka_unit_test(test_sampling),
         cmocka_unit_test(test_clusters),
     };
     if (argc > 1) cmocka_set_test_filter(argv[1]);
