@@ -89,10 +89,11 @@ static void run_layer(struct op_ctx *c, struct layer *l, bool with_norms) {
                                             l->normed, l->q, l->k, l->v});
     ops_qk_norm_rope_store(c, &(struct qk_norm_rope_store_args){&l->batch, HEADS, KV_HEADS, HEAD_DIM, qk_norm, qk_norm,
                                                                 1e-6f, l->cos_sin, l->q, l->k, l->v, &l->kv});
-    ops_attention(c, &(struct attention_args){&l->batch, HEADS, KV_HEADS, HEAD_DIM, 0.125f, l->q, &l->kv, l->attn});
+    ops_attention(c,
+                  &(struct attention_args){&l->batch, HEADS, KV_HEADS, HEAD_DIM, 0.125f, l->q, &l->kv, l->attn, NULL});
     ops_out_residual(c, &(struct proj_residual_args){T, l->attn, &l->mo, l->projected, l->x});
-    ops_norm_gate_up(
-        c, &(struct norm_gate_up_args){T, l->x, l->norm, 1e-6f, &l->mg, &l->mu, l->normed, l->gate, l->up, l->gate});
+    ops_norm_gate_up(c, &(struct norm_gate_up_args){T, l->x, l->norm, 1e-6f, &l->mg, &l->mu, l->normed, l->gate, l->up,
+                                                    l->gate, NULL});
     ops_down_residual(c, &(struct proj_residual_args){T, l->gate, &l->md, l->projected, l->x});
     ops_norm_head(
         c, &(struct norm_head_args){&l->batch, l->x, l->norm, 1e-6f, &l->mh, l->head_rows, l->normed, l->logits});

@@ -94,10 +94,11 @@ static void run_step(struct op_ctx *c, const struct model *m, const struct batch
                                             f->normed, f->q, f->k, f->v});
     ops_qk_norm_rope_store(c, &(struct qk_norm_rope_store_args){b, s->n_heads, s->n_kv_heads, s->head_dim, qk, qk, eps,
                                                                 f->cos_sin, f->q, f->k, f->v, kv});
-    ops_attention(c, &(struct attention_args){b, s->n_heads, s->n_kv_heads, s->head_dim, 0.1f, f->q, kv, f->attn});
+    ops_attention(c,
+                  &(struct attention_args){b, s->n_heads, s->n_kv_heads, s->head_dim, 0.1f, f->q, kv, f->attn, NULL});
     ops_out_residual(c, &(struct proj_residual_args){n, f->attn, &m->w[WO], f->projected, f->x});
     ops_norm_gate_up(c, &(struct norm_gate_up_args){n, f->x, m->norm, eps, &m->w[WG], &m->w[WU], f->normed, f->gate,
-                                                    f->up, f->gate});
+                                                    f->up, f->gate, NULL});
     ops_down_residual(c, &(struct proj_residual_args){n, f->gate, &m->w[WD], f->projected, f->x});
     ops_norm_head(c, &(struct norm_head_args){b, f->x, m->norm, eps, &m->w[WH], f->rows, f->normed, f->logits});
 }

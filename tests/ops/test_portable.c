@@ -190,7 +190,7 @@ static void test_attention(void **state) {
     struct kv_layer kv = {DTYPE_F32, kp, vp, PAGES, KVH, D};
     struct op_ctx c = open_portable(3);
     c.ops->kv_store(&c, &kv, &b, k, v);
-    struct attention_args a = {&b, H, KVH, D, 1.0f / sqrtf(D), q, &kv, out};
+    struct attention_args a = {&b, H, KVH, D, 1.0f / sqrtf(D), q, &kv, out, NULL};
     ops_attention(&c, &a);
     for (int t = 0; t < T; t++) {
         int first = seq_start[seq[t]];
@@ -228,7 +228,7 @@ static void test_attention(void **state) {
                             .seq = seq + t,
                             .page_start = page_start,
                             .pages = pages};
-        struct attention_args a1 = {&one, H, KVH, D, a.scale, q + t * H * D, &kv, again + t * H * D};
+        struct attention_args a1 = {&one, H, KVH, D, a.scale, q + t * H * D, &kv, again + t * H * D, NULL};
         ops_attention(&c, &a1);
     }
     assert_memory_equal(out, again, T * H * D * 4);
@@ -572,7 +572,7 @@ static void test_long_attention(void **state) {
     struct batch b = {
         .n_tokens = 1, .n_seqs = 1, .position = &position, .seq = &seq, .page_start = page_start, .pages = pages};
     struct kv_layer kv = {DTYPE_BF16, kp, vp, PAGES, 1, D};
-    struct attention_args a = {&b, 1, 1, D, 0.125f, q, &kv, out};
+    struct attention_args a = {&b, 1, 1, D, 0.125f, q, &kv, out, NULL};
     struct op_ctx c = open_ctx(ops_cpu("portable", NULL), (struct ops_limits){1, N, D, 1, D, 2}, 0);
     ops_attention(&c, &a);
     for (int i = 0; i < D; i++) assert_true(out[i] == 1.0f); // equal weights: powers of two, no rounding at all
