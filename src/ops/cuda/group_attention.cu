@@ -160,13 +160,13 @@ static __device__ __forceinline__ void softmax_whole(uint32_t (&p)[4], float &m,
     l += __shfl_xor_sync(~0u, l, 2);
 }
 
-// scores of attention.cuh of the group's rows and a turned page of K.
-template <typename KV>
-static __device__ __forceinline__ void group_scores(float (&s)[4][4], const wide_q<KV::HD> &q,
-                                                    const unsigned char *page, float scale) {
+// scores of attention.cuh of the group's rows and turned pages of K that lie one after the other.
+template <typename KV, int PAGES>
+static __device__ __forceinline__ void group_scores(float (&s)[PAGES][4][4], const wide_q<KV::HD> &q,
+                                                    const unsigned char *pages, float scale) {
     constexpr int STEP = 2 * 128, SLOTS = KV::HD / 8 * 128; // of 16 channels; to the next 8 slots
-    float high[16], low[16];
-    uint64_t k = group_operand(page, 128, SLOTS);
+    float high[16 * PAGES], low[16 * PAGES];
+    uint64_t k = group_operand(pages, 128, SLOTS);
     group_fence();
 #pragma unroll
     for (int i = 0; i < KV::HD / 16; i++) {
@@ -182,9 +182,7 @@ static __device__ __forceinline__ void group_scores(float (&s)[4][4], const wide
     group_wait<0>(high);
     group_wait<0>(low);
 #pragma unroll
-    for (int j = 0; j < 4; j++)
-#pragma unroll
-        for (int e = 0; e < 4; e++) s[j][e] = (high[4 * j + e] + low[4 * j + e]) * scale;
+    for (int i = 0; i < 16 * PAGES; i++) s[i / 16][i % 16 / 4][i % 4] = (high[i] + low[i]) * scale;
 }
 
 // The group's rows and one page.
@@ -193,13 +191,13 @@ static __device__ __forceinline__ void group_page(wide_sums<KV::HD> &sums, const
                                                   const unsigned char *v_page, const wide_q<KV::HD> &q,
                                                   const warp_rows &rows, int first, float scale, int lane) {
     constexpr int PARTS = KV::HD / 64; // of 64 channels
-    float s[4][4], a[2], c[2], d[PARTS][32];
+    float s[1][4][4], a[2], c[2], d[PARTS][32];
     uint32_t pairs[2][4];
-    group_scores<KV>(s, q, k_page, scale);
+    group_scores<KV, 1>(s, q, k_page, scale);
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         float m, l;
-        softmax_row(pairs[half], m, l, s, half, rows.position[half] + 1 - first, lane % 4);
+        softmax_row(pairs[half], m, l, s[0], half, rows.position[half] + 1 - first, lane % 4);
         chain_add(sums.chunk[half], m, l, a[half], c[half]);
     }
     if (a[0] != 1.0f || a[1] != 1.0f) {
@@ -253,31 +251,6 @@ static __device__ __forceinline__ void put_rows(const attention_params &p, const
     }
 }
 
-// scores of two pages that lie one after the other.
-template <typename KV>
-static __device__ __forceinline__ void pair_scores(float (&s)[2][4][4], const wide_q<KV::HD> &q,
-                                                   const unsigned char *pages, float scale) {
-    constexpr int STEP = 2 * 128, SLOTS = KV::HD / 8 * 128; // of 16 channels; to the next 8 slots
-    float high[32], low[32];
-    uint64_t k = group_operand(pages, 128, SLOTS);
-    group_fence();
-#pragma unroll
-    for (int i = 0; i < KV::HD / 16; i++) {
-        const uint32_t *h = &q.high[i / 2][i % 2 * 4];
-        group_mma(high, h[0], h[1], h[2], h[3], k + (uint64_t)(i * STEP >> 4), i > 0);
-    }
-#pragma unroll
-    for (int i = 0; i < KV::HD / 16; i++) {
-        const uint32_t *l = &q.low[i / 2][i % 2 * 4];
-        group_mma(low, l[0], l[1], l[2], l[3], k + (uint64_t)(i * STEP >> 4), i > 0);
-    }
-    group_commit();
-    group_wait<0>(high);
-    group_wait<0>(low);
-#pragma unroll
-    for (int i = 0; i < 32; i++) s[i / 16][i % 16 / 4][i % 4] = (high[i] + low[i]) * scale;
-}
-
 // The group's rows and two pages of a chunk. WHOLE: all rows see all of both.
 template <typename KV, bool WHOLE>
 static __device__ __forceinline__ void group_pair(wide_sums<KV::HD> &sums, const unsigned char *k_pages,
@@ -286,7 +259,7 @@ static __device__ __forceinline__ void group_pair(wide_sums<KV::HD> &sums, const
     constexpr int PARTS = KV::HD / 64; // of 64 channels
     float s[2][4][4], a[2][2], c[2][2], d[PARTS][32];
     uint32_t pairs[2][2][4];
-    pair_scores<KV>(s, q, k_pages, scale);
+    group_scores<KV, 2>(s, q, k_pages, scale);
 #pragma unroll
     for (int page = 0; page < 2; page++)
 #pragma unroll
