@@ -134,9 +134,9 @@ static __device__ __forceinline__ void bulk_copy(void *to, const void *from, uin
 #endif
 }
 
-// From a stage that bulk copies fill again. The thread's next instructions may run before the value has come, an arrival
-// at a barrier among them, and only a fence orders that with the copy that follows: a stage is given back when the value
-// has been used.
+// From a stage that bulk copies fill again. The thread's next instructions may run before the value has come, an
+// arrival at a barrier among them, and only a fence orders that with the copy that follows: a stage is given back when
+// the value has been used.
 static __device__ __forceinline__ uint4 load_staged(const uint4 *at) {
     return *at;
 }
@@ -172,15 +172,15 @@ static __device__ __forceinline__ void barrier_arrive(uint64_t *bar) {
 }
 
 // Whether the phase of that parity has ended; waits for a moment. What was copied or pushed is there then. (A wait that
-// acquires for the whole cluster would also empty the SM's cache, which takes 300 cycles; pushes do not pass through it.)
+// acquires for the whole cluster would also empty the SM's cache, which takes 300 cycles; pushes do not pass through
+// it.)
 static __device__ __forceinline__ bool barrier_try(uint64_t *bar, uint32_t parity) {
     uint32_t done = 1;
 #if HOPPER
-    asm volatile(
-        "{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
-        : "=r"(done)
-        : "r"(shared_address(bar)), "r"(parity)
-        : "memory");
+    asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+                 : "=r"(done)
+                 : "r"(shared_address(bar)), "r"(parity)
+                 : "memory");
 #endif
     return done != 0;
 }
@@ -235,6 +235,16 @@ static __device__ __forceinline__ void sync_some(int id, int n) {
 static __device__ __forceinline__ uint32_t load_relaxed(const uint32_t *p) {
     uint32_t v;
     asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+    return v;
+}
+
+// Four such words; each stands alone.
+static __device__ __forceinline__ uint4 load4_relaxed(const uint32_t *p) {
+    uint4 v;
+    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(p)
+                 : "memory");
     return v;
 }
 

@@ -14,9 +14,9 @@
 // (attention, MLP) share all of their code but what lies between their two products.
 #include "ops/cuda/persistent.cuh"
 
+#include "ops/cuda/chip.cuh"
 #include "ops/cuda/groups.cuh"
 #include "ops/cuda/held.cuh"
-#include "ops/cuda/layers_chip.cuh"
 #include "ops/cuda/persistent_attention.cuh"
 
 static const uint32_t EMPTY = 0xFFFFFFFFu;   // on the board: a NaN that no sum is

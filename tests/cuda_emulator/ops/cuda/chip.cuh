@@ -152,6 +152,10 @@ static inline uint32_t load_relaxed(const uint32_t *p) {
     return *(const volatile uint32_t *)p;
 }
 
+static inline uint4 load4_relaxed(const uint32_t *p) {
+    return make_uint4(load_relaxed(p), load_relaxed(p + 1), load_relaxed(p + 2), load_relaxed(p + 3));
+}
+
 static inline void store_relaxed(uint32_t *p, uint32_t v) {
     emulated_pause();
     *(volatile uint32_t *)p = v;
