@@ -1,5 +1,6 @@
 // attention.h: what attention's two kernels in AVX2 share: a tile's rows, softmax of a block, and how blocks are
-// joined. attention.c multiplies f32 values, integers.c the integers of Q8_0. Only files under avx2/ include it.
+// joined. attention.c multiplies f32 values, integers.c the integers of Q8_0. Files under avx2/ and the AVX-512 folders
+// include it.
 #ifndef TANDEM_OPS_CPU_AVX2_ATTENTION_H
 #define TANDEM_OPS_CPU_AVX2_ATTENTION_H
 
@@ -56,9 +57,9 @@ static inline void divide(float *out, float l, size_t n) {
     for (; i < n; i++) out[i] /= l;
 }
 
-// Query rows of one sequence that share a KV head.
 struct cpu_kernels;
 
+// Query rows of one sequence that share a KV head.
 struct rows {
     size_t n;
     const float *q[MAX_ROWS];
@@ -83,7 +84,7 @@ struct queries {
     float factor[MAX_ROWS]; // with the scale of the scores
 };
 
-// The same over K and V of Q8_0 (integers.c). The parts of one head, as ops.h has them:
+// Attention over K and V of Q8_0 (integers.c). The parts of one head, as ops.h has them:
 void avx2_integer_scores(float *s, const float *q, const struct kv_layer *kv, size_t kv_head, const int32_t *pages,
                          size_t n_kv, float scale);
 void avx2_integer_values(float *o, const float *p, const struct kv_layer *kv, size_t kv_head, const int32_t *pages,

@@ -176,16 +176,9 @@ INLINE void values(float *const *out, const float *const *p, const struct joint 
 
 void avx2_byte_values(float *const *out, const float *const *p, const struct joint *joint, const size_t *n,
                       size_t n_rows, const unsigned char *v, size_t head_dim, const unsigned char *next) {
-    for (size_t r = 0; r < n_rows;) {
-        size_t m = 0;
-        while (m < 4 && r + m < n_rows && n[r + m] > 0) m++;
-        if (m == 4) values(out + r, p + r, joint + r, n + r, v, head_dim, next, 4);
-        else if (m >= 2) values(out + r, p + r, joint + r, n + r, v, head_dim, next, m = 2);
-        else if (m == 1) values(out + r, p + r, joint + r, n + r, v, head_dim, next, 1);
-        else m = 1;
-        r += m;
-        next = NULL;
-    }
+    if (n_rows == 4) values(out, p, joint, n, v, head_dim, next, 4);
+    else if (n_rows == 2) values(out, p, joint, n, v, head_dim, next, 2);
+    else values(out, p, joint, n, v, head_dim, next, 1);
 }
 
 static const unsigned char *head_of(const struct kv_layer *kv, const void *data, size_t kv_head, const int32_t *pages,
@@ -214,6 +207,19 @@ void avx2_integer_values(float *o, const float *p, const struct kv_layer *kv, si
     }
 }
 
+// Of n_rows rows those with n[r] > 0, as many at a time as byte_values takes.
+static void add_values(const struct cpu_kernels *kernels, float *const *out, const float *const *p,
+                       const struct joint *joint, const size_t *n, size_t n_rows, const unsigned char *v,
+                       size_t head_dim, const unsigned char *next) {
+    for (size_t r = 0; r < n_rows; next = NULL) {
+        size_t m = 0;
+        while (m < 4 && r + m < n_rows && n[r + m] > 0) m++;
+        if (m == 3) m = 2;
+        if (m > 0) kernels->byte_values(out + r, p + r, joint + r, n + r, m, v, head_dim, next);
+        r += m > 0 ? m : 1;
+    }
+}
+
 void avx2_integer_attend(const struct cpu_kernels *kernels, const struct attention_args *a, struct rows *rows,
                          const int32_t *pages, size_t kv_head) {
     struct queries q;
@@ -234,8 +240,8 @@ void avx2_integer_attend(const struct cpu_kernels *kernels, const struct attenti
             n[r] = in_block(rows->n_kv[r], begin);
             if (n[r] > 0) joint[r] = add_weights(rows, r, s + r * ATTN_BLOCK, n[r], begin);
         }
-        kernels->byte_values(rows->out, p, joint, n, rows->n, head_of(a->kv, a->kv->v, kv_head, pages, block),
-                             a->head_dim, head_of(a->kv, a->kv->v, kv_head, pages, next));
+        add_values(kernels, rows->out, p, joint, n, rows->n, head_of(a->kv, a->kv->v, kv_head, pages, block),
+                   a->head_dim, head_of(a->kv, a->kv->v, kv_head, pages, next));
     }
     for (size_t r = 0; r < rows->n; r++) divide(rows->out[r], rows->l[r], a->head_dim);
 }
@@ -261,8 +267,8 @@ void avx2_integer_blocks(const struct cpu_kernels *kernels, const struct attenti
             joint[r] = (struct joint){.first = true};
             softmax_block(s + r * ATTN_BLOCK, n, max[r] + b, sum[r] + b);
         }
-        kernels->byte_values(out, p, joint, counts, rows->n, head_of(a->kv, a->kv->v, kv_head, pages, b), a->head_dim,
-                             head_of(a->kv, a->kv->v, kv_head, pages, next));
+        add_values(kernels, out, p, joint, counts, rows->n, head_of(a->kv, a->kv->v, kv_head, pages, b), a->head_dim,
+                   head_of(a->kv, a->kv->v, kv_head, pages, next));
     }
 }
 

@@ -62,7 +62,7 @@ struct cpu_kernels {
     // others' in any way. next: NULL, or the block that comes after it, which is fetched meanwhile.
     void (*byte_scores)(float *s, const struct queries *q, size_t n_rows, const unsigned char *k, size_t n,
                         size_t head_dim, const unsigned char *next);
-    // Of n_rows rows those with n[r] > 0; p[r]: n[r] probabilities.
+    // The first n[r] > 0 positions added to n_rows rows, one, two or four; p[r]: their probabilities.
     void (*byte_values)(float *const *out, const float *const *p, const struct joint *joint, const size_t *n,
                         size_t n_rows, const unsigned char *v, size_t head_dim, const unsigned char *next);
 };

@@ -137,16 +137,9 @@ INLINE void values(float *const *out, const float *const *p, const struct joint 
 
 void avx512vnni_byte_values(float *const *out, const float *const *p, const struct joint *joint, const size_t *n,
                             size_t n_rows, const unsigned char *v, size_t head_dim, const unsigned char *next) {
-    for (size_t r = 0; r < n_rows;) {
-        size_t m = 0;
-        while (m < 4 && r + m < n_rows && n[r + m] > 0) m++;
-        if (m == 4) values(out + r, p + r, joint + r, n + r, v, head_dim, next, 4);
-        else if (m >= 2) values(out + r, p + r, joint + r, n + r, v, head_dim, next, m = 2);
-        else if (m == 1) values(out + r, p + r, joint + r, n + r, v, head_dim, next, 1);
-        else m = 1;
-        r += m;
-        next = NULL;
-    }
+    if (n_rows == 4) values(out, p, joint, n, v, head_dim, next, 4);
+    else if (n_rows == 2) values(out, p, joint, n, v, head_dim, next, 2);
+    else values(out, p, joint, n, v, head_dim, next, 1);
 }
 
 #endif
