@@ -62,7 +62,7 @@ typedef struct tandem_options {
     int threads;         /* 0: as many as this process may use */
     size_t context;      /* most tokens of a session; 0: the model's, at most 8,192 */
     size_t kv_tokens;    /* tokens that the KV of all sessions together holds; 0: `context` */
-    size_t chunk;        /* most prompt tokens of one step; 0: 256 */
+    size_t chunk;        /* most prompt tokens of one step, of all its sequences; 0: 256, on a GPU 2,048 */
     size_t max_batch;    /* most sessions in one tandem_next_many, most sequences in one tandem_step; 0: 8 */
     size_t max_queue;    /* most requests that wait for tandem_step; 0: 1,024 */
     const char *fusion;  /* "on", "off" or a list of fused ops; NULL: "on" */

@@ -53,10 +53,11 @@ static bool choose_limits(tandem_engine *e, const tandem_options *o, struct erro
         return error_set(err, "context: the model has %zu positions, %zu were asked for", model_context, e->context);
     e->chunk = o->chunk ? o->chunk : e->ops->device ? DEVICE_CHUNK : DEFAULT_CHUNK;
     if (e->chunk > MAX_CHUNK) return error_set(err, "chunk: expected 1 to %d, found %zu", MAX_CHUNK, e->chunk);
-    if (e->chunk > e->context) e->chunk = e->context;
     e->max_batch = o->max_batch ? o->max_batch : DEFAULT_BATCH;
     if (e->max_batch > MAX_BATCH)
         return error_set(err, "max_batch: expected 1 to %d, found %zu", MAX_BATCH, e->max_batch);
+    size_t most; // tokens that all sequences of a step can have
+    if (size_mul(e->context, e->max_batch, &most) && e->chunk > most) e->chunk = most;
     e->max_step_tokens = e->chunk > e->max_batch ? e->chunk : e->max_batch;
     if (!kv_type_parse(o->kv_type, &e->kv_type, err)) return false;
     return kv_type_fits(e->kv_type, e->model->config.head_dim, e->ops->device, err);

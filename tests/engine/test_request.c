@@ -167,6 +167,24 @@ static void company_chunks_preemption_and_cache_change_no_bit(void **state) {
     assert_true(preemptions > 0);
 }
 
+// A step takes as many tokens of prompts as `chunk` says, which is more than one sequence may hold.
+static void a_step_takes_several_whole_prompts(void **state) {
+    (void)state;
+    enum { N = 4, LENGTH = 200 };
+    static struct result got[N];
+    int32_t ids[LENGTH];
+    memset(got, 0, sizeof got);
+    tandem_engine *e = open_engine(2048, N * LENGTH, 8);
+    for (int i = 0; i < N; i++) {
+        make_prompt(ids, LENGTH, i, 0, i);
+        submit(e, ids, LENGTH, 2, 1, &got[i]);
+    }
+    tandem_step(e, note, NULL);
+    for (int i = 0; i < N; i++) assert_int_equal(got[i].n, 1);
+    run_all(e);
+    close_engine(e);
+}
+
 static void choices_share_the_prompt(void **state) {
     (void)state;
     tandem_engine *e = open_engine(2048, 64, 8);
@@ -396,6 +414,7 @@ static void threads_may_submit_and_cancel(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {cmocka_unit_test(company_chunks_preemption_and_cache_change_no_bit),
+                                       cmocka_unit_test(a_step_takes_several_whole_prompts),
                                        cmocka_unit_test(choices_share_the_prompt),
                                        cmocka_unit_test(tells_the_prompts_log_probabilities),
                                        cmocka_unit_test(every_request_ends_in_one_way),
