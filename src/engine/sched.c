@@ -248,12 +248,9 @@ static bool give_pages(struct sched *s, struct sched_seq *seq, size_t n, struct 
     return true;
 }
 
-void sched_plan(struct sched *s, struct sched_step *step, struct sched_seq **stuck) {
+// Every running sequence's share, best first, until the step is full.
+static void deal_out(struct sched *s, struct sched_step *step, struct sched_seq **stuck) {
     const struct sched_options *o = &s->options;
-    *stuck = NULL;
-    step->n_shares = step->n_copies = step->n_tokens = step->n_rows = 0;
-    s->step++;
-    admit(s);
     // Every running sequence is sure of a row and, when it generates, of a token.
     size_t generating = 0;
     for (const struct sched_seq *q = s->first; q; q = q->next) generating += !q->is_over && q->n_ids - q->kv.n_kv == 1;
@@ -287,6 +284,24 @@ void sched_plan(struct sched *s, struct sched_step *step, struct sched_seq **stu
         step->n_rows += rows;
     }
     if (step->n_shares == 0 && s->n_running == 0 && s->n_waiting > 0) *stuck = next_waiting(s);
+}
+
+static void put_singles_first(struct sched_step *step) {
+    for (size_t i = 0, n = 0; i < step->n_shares; i++) {
+        struct sched_share share = step->shares[i];
+        if (share.n > 1) continue;
+        step->shares[i] = step->shares[n];
+        step->shares[n++] = share;
+    }
+}
+
+void sched_plan(struct sched *s, struct sched_step *step, struct sched_seq **stuck) {
+    *stuck = NULL;
+    step->n_shares = step->n_copies = step->n_tokens = step->n_rows = 0;
+    s->step++;
+    admit(s);
+    deal_out(s, step, stuck);
+    put_singles_first(step);
 }
 
 void sched_begin(struct sched *s, const struct sched_step *step) {

@@ -91,7 +91,8 @@ struct sched_share {
     size_t n, n_rows;
 };
 
-// One step. The arrays are the scheduler's caller's: [max_running] each.
+// One step. The arrays are the scheduler's caller's: [max_running] each. Sequences of one token come first: a device
+// attends to them apart.
 struct sched_step {
     struct sched_share *shares;
     struct kv_copy *copies; // to be made before the step runs

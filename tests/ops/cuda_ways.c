@@ -40,8 +40,10 @@ struct way {
     char name[160];
     uint32_t fusion;
     size_t lead, chunk, n_seqs;
-    bool backwards;    // pages
-    uint32_t variants; // the device's, that are turned round
+    size_t n_long, long_chunk; // the last ones go in chunks of their own, again and again
+    bool of_long;              // the last sequence is the one compared, not the first
+    bool backwards;            // pages
+    uint32_t variants;         // the device's, that are turned round
 };
 
 static int32_t id_at(const struct model *m, size_t seq, size_t position) {
@@ -79,13 +81,24 @@ static void watch_attention(void *user, const char *name, int layer, const float
                data + (size_t)w->batch->logit_rows[i] * n_columns, n_columns * sizeof *data);
 }
 
-// Logits of sequence 0 at the kept positions: [n_kept, n_vocab], and, where the step is not recorded as a whole, what
-// attention returned there.
+// What a sequence computes in a step that begins at `at`.
+static size_t share_of(const struct way *w, size_t q, size_t at, size_t length) {
+    size_t n = at == 0 && w->lead ? w->lead : q + w->n_long < w->n_seqs ? w->chunk : w->long_chunk;
+    return n < length - at ? n : length - at;
+}
+
+static size_t most_tokens(const struct way *w) {
+    size_t n = (w->n_seqs - w->n_long) * w->chunk + w->n_long * w->long_chunk;
+    return n > w->lead * w->n_seqs ? n : w->lead * w->n_seqs;
+}
+
+// Logits of the compared sequence at the kept positions: [n_kept, n_vocab], and, where the step is not recorded as a
+// whole, what attention returned there. The others' ids differ from its own.
 static void run_way(const struct subject *s, const struct way *w, const struct plan *p, float *out, float *attention) {
     size_t length = p->length;
     const struct model_config *c = &s->model->config;
     struct error err = {0};
-    size_t most = (w->chunk > w->lead ? w->chunk : w->lead) * w->n_seqs;
+    size_t most = most_tokens(w), compared = w->of_long ? w->n_seqs - 1 : 0;
     size_t per_seq = (length + KV_PAGE_TOKENS - 1) / KV_PAGE_TOKENS, n_pages = per_seq * w->n_seqs;
     struct run_options o = {.ops = cuda,
                             .pool = pool,
@@ -104,15 +117,14 @@ static void run_way(const struct subject *s, const struct way *w, const struct p
     int32_t *token = checked(most, 4), *position = checked(most, 4), *seq = checked(most, 4), *rows = checked(most, 4);
     int32_t *seq_start = checked(w->n_seqs + 1, 4), *page_start = checked(w->n_seqs + 1, 4);
     int32_t *kv_len = checked(w->n_seqs, 4), *pages = checked(n_pages, 4);
+    size_t *at = checked(w->n_seqs, sizeof *at);
     for (size_t i = 0; i < n_pages; i++) {
         size_t page = i % per_seq * w->n_seqs + i / per_seq;
         pages[i] = (int32_t)(w->backwards ? n_pages - 1 - page : page);
     }
     struct watch watch = {.attention = attention, .n_layers = c->n_layers, .width = c->n_heads * c->head_dim};
     if (!(w->fusion & unwatched)) run_set_tap(run, watch_attention, &watch);
-    for (size_t at = 0, n; at < length; at += n) {
-        n = at == 0 && w->lead ? w->lead : w->chunk;
-        if (n > length - at) n = length - at;
+    while (at[compared] < length) {
         struct batch b = {.n_seqs = w->n_seqs,
                           .token = token,
                           .position = position,
@@ -125,12 +137,14 @@ static void run_way(const struct subject *s, const struct way *w, const struct p
         for (size_t q = 0; q < w->n_seqs; q++) {
             seq_start[q] = (int32_t)b.n_tokens;
             page_start[q] = (int32_t)(q * per_seq);
-            kv_len[q] = (int32_t)(at + n);
-            for (size_t i = 0; i < n; i++, b.n_tokens++) {
-                token[b.n_tokens] = id_at(s->model, q, at + i);
-                position[b.n_tokens] = (int32_t)(at + i);
+            if (at[q] == length) at[q] = 0;
+            size_t end = at[q] + share_of(w, q, at[q], length);
+            kv_len[q] = (int32_t)end;
+            for (; at[q] < end; at[q]++, b.n_tokens++) {
+                token[b.n_tokens] = id_at(s->model, (q + w->n_seqs - compared) % w->n_seqs, at[q]);
+                position[b.n_tokens] = (int32_t)at[q];
                 seq[b.n_tokens] = (int32_t)q;
-                if (q == 0 && kept(at + i, length)) rows[b.n_logit_rows++] = (int32_t)b.n_tokens;
+                if (q == compared && kept(at[q], length)) rows[b.n_logit_rows++] = (int32_t)b.n_tokens;
             }
         }
         seq_start[w->n_seqs] = (int32_t)b.n_tokens;
@@ -144,6 +158,7 @@ static void run_way(const struct subject *s, const struct way *w, const struct p
     }
     int32_t *all[] = {token, position, seq, rows, seq_start, page_start, kv_len, pages};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
+    free(at);
     kv_store_free(&kv);
     run_free(run);
 }
@@ -160,6 +175,22 @@ static void add_way(struct ways *all, uint32_t fusion, size_t chunk, size_t n_se
     *w = (struct way){.fusion = fusion, .lead = all->lead, .chunk = chunk, .n_seqs = n_seqs, .backwards = backwards};
     snprintf(w->name, sizeof w->name, "fusion %.30s, chunk %zu, %zu sequences%s",
              fusion_text(fusion, text, sizeof text), chunk, n_seqs, backwards ? ", pages backwards" : "");
+}
+
+// Sequences of one token beside two of many in every step: one of each kind is compared.
+static void add_mixed(struct ways *all, uint32_t fusion, size_t n_single) {
+    enum { N_LONG = 2, LONG_CHUNK = 70 };
+    for (int of_long = 0; of_long < 2; of_long++) {
+        add_way(all, fusion, 1, n_single + N_LONG, of_long);
+        struct way *w = &all->list[all->n - 1];
+        size_t used = strlen(w->name);
+        w->lead = 0;
+        w->n_long = N_LONG;
+        w->long_chunk = LONG_CHUNK;
+        w->of_long = of_long;
+        snprintf(w->name + used, sizeof w->name - used, ", %d of them %d tokens a step%s", N_LONG, LONG_CHUNK,
+                 of_long ? ", of which the last" : "");
+    }
 }
 
 // Each of the device's other kernels, or those that it stands in for: in steps of many tokens, and in steps of one
@@ -215,6 +246,8 @@ static void plan_ways(struct ways *all, const struct plan *p) {
     for (size_t i = 0; i < p->n_neighbours; i++) add_way(all, on, 1, p->neighbours[i], i % 2);
     if (p->n_ragged) add_way(all, on, 13, p->n_ragged, true);
     if (p->n_crowd) add_way(all, on & ~step, 1, p->n_crowd, true);
+    if (p->n_ragged) add_mixed(all, on, p->n_ragged);
+    if (p->n_mixed) add_mixed(all, on, p->n_mixed);
     add_variants(all, p);
 }
 
@@ -427,6 +460,7 @@ const struct plan long_plan = {.standard_chunk = 97,
                                .whole = true,
                                .n_ragged = 7,
                                .n_crowd = 32,
+                               .n_mixed = 140,
                                .each_op = true,
                                .chunks = chunks_of_plan,
                                .n_chunks = sizeof chunks_of_plan / sizeof chunks_of_plan[0],

@@ -39,9 +39,11 @@ struct plan {
     size_t n_chunks;
     const size_t *neighbours; // [n_neighbours] sequences side by side, a token each
     size_t n_neighbours;
-    bool fp8;                 // K and V in eight bits
-    uint32_t variants;        // only these of the device's are turned round; 0: all
-    size_t n_ragged, n_crowd; // sequences in chunks of 13; side by side, not recorded; 0: neither
+    bool fp8;          // K and V in eight bits
+    uint32_t variants; // only these of the device's are turned round; 0: all
+    // Sequences in chunks of 13, or one token each beside two in long chunks; side by side, not recorded; one token
+    // each beside two in long chunks; 0: none of these.
+    size_t n_ragged, n_crowd, n_mixed;
 };
 extern const struct plan long_plan; // a GPU's, but for length
 

@@ -442,29 +442,36 @@ static void attn_combine(const struct op_ctx *ctx, float *out, const float *bloc
                   block_sum, o, (int)n_blocks, (int)head_dim);
 }
 
+static const struct batch *host_of(const struct batch *b) {
+    return b->host ? b->host : b;
+}
+
 // The longest context, up to the next power of two, in chunks: what a recorded sequence may depend on.
 static size_t most_chunks(const struct batch *b) {
-    const struct batch *host = b->host ? b->host : b;
+    const struct batch *host = host_of(b);
     size_t longest = ATTN_CHUNK;
     for (size_t i = 0; i < host->n_seqs; i++)
         while (longest < (size_t)host->kv_len[i]) longest *= 2;
     return longest / ATTN_CHUNK;
 }
 
-// Whether the results shall be packed for the next product. Products in clusters, of up to 64 tokens, round their inputs
-// themselves, but not products in parts, which are between; and of many sequences of one token each the scattered stores
-// cost more than a kernel that packs (docs/SPEED.md).
+static size_t partial_floats(const attention_params &p, size_t n_tokens) {
+    return p.split ? n_tokens * (size_t)(p.kv.n_kv_heads * p.max_chunks) * part_floats(p.rows, p.kv.head_dim) : 0;
+}
+
+// Whether the results shall be packed for the next product. Products in clusters, of up to 64 tokens, round their
+// inputs themselves, but not products in parts, which are between; and of many sequences of one token each the
+// scattered stores cost more than a kernel that packs (docs/SPEED.md).
 static void pack_results(attention_params *p, const struct op_ctx *ctx, size_t n_tokens, bool one_each) {
     enum { MOST_ONE_EACH = 192 };
     struct cuda_state *s = cuda_of(ctx);
     if (one_each && n_tokens > MOST_ONE_EACH) return;
     size_t width = (size_t)p->n_heads * (size_t)p->kv.head_dim, units = packed_units(n_tokens);
     size_t bytes = width / PACKED_COLUMNS * units * PACKED_BYTES + BEYOND;
-    size_t partial =
-        p->split ? n_tokens * (size_t)(p->kv.n_kv_heads * p->max_chunks) * part_floats(p->rows, p->kv.head_dim) : 0;
     bool parts = s->device.variants & VARIANT_PARTS && n_tokens >= FEWEST_IN_PARTS && n_tokens <= MOST_IN_PARTS;
     if (!HOPPER || !(s->device.variants & VARIANT_WGMMA) || (n_tokens <= CLUSTER_TOKENS && !parts) ||
-        width % SLICE != 0 || partial > half_floats(ctx) || bytes > half_floats(ctx) * sizeof(float))
+        width % SLICE != 0 || partial_floats(*p, n_tokens) > half_floats(ctx) ||
+        bytes > half_floats(ctx) * sizeof(float))
         return;
     p->packed = second_half(ctx);
     p->token_units = (int)units;
@@ -521,46 +528,47 @@ static void launch_attention(struct cuda_state *s, const attention_params &p, si
     else launch(k_attention<KV, FUSED, 16, false>, attention_bytes<KV, 16, false>(p.rows));
 }
 
-static void attention(const struct op_ctx *ctx, const struct attention_args *a) {
+// Of all sequences but the first `n_single`, or, where the kernels of prompts don't take them, of all.
+static void attend(const struct op_ctx *ctx, const struct attention_args *a, size_t n_single) {
     struct cuda_state *s = cuda_of(ctx);
     bool one_each = a->batch->n_tokens == a->batch->n_seqs;
     attention_params p = params_for(ctx, a, one_each);
 #define ATTENTION(KV) launch_attention<KV, false>(s, p, a->batch->n_tokens, most_chunks(a->batch))
     bool packed_only = cuda_reads_packed(ctx, FUSED_OUT_RESIDUAL, a->reader, a->batch->n_tokens);
-    if (one_each ||
-        !cuda_wide_attention(s, p, a->batch->host ? a->batch->host : a->batch, (int)a->head_dim, packed_only))
+    if (one_each || !cuda_wide_attention(s, p, host_of(a->batch), n_single, (int)a->head_dim, packed_only))
         BY_KV(p.kv.is_fp8, a->head_dim, ATTENTION);
     say_packed(s, p);
 }
 
+static void attention(const struct op_ctx *ctx, const struct attention_args *a) {
+    attend(ctx, a, 0);
+}
+
 // Of prompts: attention norms and rotates q itself. False: not for this batch.
-static bool prompt_attention(const struct op_ctx *ctx, const struct rope_attention_args *r) {
+static bool prompt_attention(const struct op_ctx *ctx, const struct rope_attention_args *r, size_t n_single) {
     const struct attention_args *a = r->attention;
-    const struct batch *host = a->batch->host ? a->batch->host : a->batch;
+    const struct batch *host = host_of(a->batch);
     struct cuda_state *s = cuda_of(ctx);
-    if (!cuda_wide_takes(s, host) || !cuda_group_attention_takes(s, is_fp8(a->kv), a->head_dim) ||
+    if (!cuda_wide_takes(s, host, n_single) || !cuda_group_attention_takes(s, is_fp8(a->kv), a->head_dim) ||
         !cuda_store_kv(ctx, r->store))
         return false;
     attention_params p = params_for(ctx, a, false);
     p.q_norm = r->store->q_norm;
     p.cos_sin = r->store->cos_sin;
     p.eps = r->store->eps;
-    cuda_wide_attention(s, p, host, (int)a->head_dim,
+    cuda_wide_attention(s, p, host, n_single, (int)a->head_dim,
                         cuda_reads_packed(ctx, FUSED_OUT_RESIDUAL, a->reader, a->batch->n_tokens));
     say_packed(s, p);
     return true;
 }
 
-// For a batch of one token a sequence; else its parts.
-static void rope_attention(const struct op_ctx *ctx, const struct rope_attention_args *r) {
-    const struct attention_args *a = r->attention;
+// Of one token a sequence, with the norms, the rotation and the store. `whole`: of the step that these are the first
+// tokens of, whose results are packed, or not, as one; or NULL.
+static attention_params attend_each(const struct op_ctx *ctx, const struct rope_attention_args *r,
+                                    const struct batch *batch, const attention_params *whole) {
+    struct attention_args args = *r->attention, *a = &args;
     struct cuda_state *s = cuda_of(ctx);
-    if (a->batch->n_tokens != a->batch->n_seqs && prompt_attention(ctx, r)) return;
-    if (a->batch->n_tokens != a->batch->n_seqs) {
-        ops_qk_norm_rope_store(ctx, r->store);
-        ops_attention(ctx, a);
-        return;
-    }
+    a->batch = batch;
     attention_params p = params_for(ctx, a, true);
     p.k = r->store->k;
     p.v = r->store->v;
@@ -568,10 +576,48 @@ static void rope_attention(const struct op_ctx *ctx, const struct rope_attention
     p.k_norm = r->store->k_norm;
     p.cos_sin = r->store->cos_sin;
     p.eps = r->store->eps;
-#define ROPE_ATTENTION(KV) launch_attention<KV, true>(s, p, a->batch->n_tokens, most_chunks(a->batch))
-    if (!cuda_stream_attention(s, p, a->batch->n_tokens, 2 * half_floats(ctx), (int)a->head_dim))
+    if (whole) {
+        p.packed = whole->packed;
+        p.token_units = whole->token_units;
+        if (p.packed && partial_floats(p, batch->n_tokens) > half_floats(ctx)) p.split = false;
+    }
+#define ROPE_ATTENTION(KV) launch_attention<KV, true>(s, p, batch->n_tokens, most_chunks(batch))
+    if (!cuda_stream_attention(s, p, batch->n_tokens, 2 * half_floats(ctx), (int)a->head_dim))
         BY_KV(p.kv.is_fp8, a->head_dim, ROPE_ATTENTION);
-    say_packed(s, p);
+    return p;
+}
+
+// How many sequences of one token a batch begins with, if longer ones follow for the kernels of prompts, which would
+// take a whole tile for each; else 0.
+static size_t count_singles(const struct cuda_state *s, const struct batch *host) {
+    size_t n = 0;
+    while (n < host->n_seqs && host->seq_start[n + 1] - host->seq_start[n] == 1) n++;
+    return n < host->n_seqs && cuda_wide_takes(s, host, n) ? n : 0;
+}
+
+// The first n sequences, of one token each.
+static void attend_singles(const struct op_ctx *ctx, const struct rope_attention_args *r, size_t n) {
+    struct batch batch = *r->attention->batch, host = *host_of(r->attention->batch);
+    attention_params whole = params_for(ctx, r->attention, false);
+    batch.n_tokens = batch.n_seqs = host.n_tokens = host.n_seqs = n;
+    if (batch.host) batch.host = &host;
+    attend_each(ctx, r, &batch, &whole);
+}
+
+// For batches that begin with sequences of one token; the longer ones' attention is fused only where it can norm q.
+static void rope_attention(const struct op_ctx *ctx, const struct rope_attention_args *r) {
+    const struct batch *b = r->attention->batch;
+    struct cuda_state *s = cuda_of(ctx);
+    if (b->n_tokens == b->n_seqs) {
+        say_packed(s, attend_each(ctx, r, b, NULL));
+        return;
+    }
+    // These come first: what follows norms q and k in their place, and stores the same K and V once more.
+    size_t n_single = count_singles(s, host_of(b));
+    if (n_single) attend_singles(ctx, r, n_single);
+    if (prompt_attention(ctx, r, n_single)) return;
+    ops_qk_norm_rope_store(ctx, r->store);
+    attend(ctx, r->attention, n_single);
 }
 
 size_t cuda_split_floats(const struct ops *ops, const struct ops_limits *l) {

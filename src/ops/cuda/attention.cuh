@@ -251,8 +251,8 @@ static __device__ __forceinline__ float chain_value(float sum, float a, float of
     } while (0)
 
 // Attention of many tokens of few sequences: wide.cu. False: this batch is not for it.
-bool cuda_wide_attention(struct cuda_state *s, attention_params p, const struct batch *host, int head_dim,
-                         bool packed_only);
+bool cuda_wide_attention(struct cuda_state *s, attention_params p, const struct batch *host, size_t n_single,
+                         int head_dim, bool packed_only);
 // The same by warp groups: group_attention.cu. False: not this shape.
 bool cuda_group_attention(struct cuda_state *s, const attention_params &p, size_t tiles, int head_dim);
 // Attention of many sequences of one token each, with norms, rotation and store: stream.cu. False: this batch is not

@@ -172,16 +172,20 @@ template <typename KV> static void launch(struct cuda_state *s, const attention_
                   {grid_for((size_t)p.kv.n_kv_heads, tiles), ATTN_THREADS, sizeof(wide_shared<KV>)}, p);
 }
 
-bool cuda_wide_takes(const struct cuda_state *s, const struct batch *host) {
-    return s->device.variants & VARIANT_WIDE_ATTENTION && host->n_tokens >= FROM_TOKENS * host->n_seqs;
+bool cuda_wide_takes(const struct cuda_state *s, const struct batch *host, size_t n_single) {
+    return s->device.variants & VARIANT_WIDE_ATTENTION &&
+           host->n_tokens - n_single >= FROM_TOKENS * (host->n_seqs - n_single);
 }
 
-bool cuda_wide_attention(struct cuda_state *s, attention_params p, const struct batch *host, int head_dim,
-                         bool packed_only) {
-    if (!cuda_wide_takes(s, host)) return false;
+bool cuda_wide_attention(struct cuda_state *s, attention_params p, const struct batch *host, size_t n_single,
+                         int head_dim, bool packed_only) {
+    if (!cuda_wide_takes(s, host, n_single)) return false;
     size_t size = (size_t)p.tile_tokens * ATTN_WARPS, tiles = 0;
     if (packed_only && p.packed) p.out = NULL;
-    for (size_t i = 0; i < host->n_seqs; i++)
+    p.b.seq_start += n_single;
+    p.b.page_start += n_single;
+    p.b.n_seqs -= (int)n_single;
+    for (size_t i = n_single; i < host->n_seqs; i++)
         tiles += ((size_t)(host->seq_start[i + 1] - host->seq_start[i]) + size - 1) / size;
     if (cuda_group_attention(s, p, tiles, head_dim)) return true;
 #define LAUNCH(KV) launch<KV>(s, p, tiles)

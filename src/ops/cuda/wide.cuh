@@ -15,7 +15,7 @@ struct warp_rows {
 // Which sequence's tokens this block takes: tiles are counted through the sequences, the last ones first, since they
 // see most pages, of all heads side by side. Returns the sequence and sets `token` to the first of at most `size`.
 static __device__ __forceinline__ int find_tile(const batch_view &b, int size, int &token) {
-    int tile = (int)(gridDim.y - 1 - blockIdx.y), start = 0;
+    int tile = (int)(gridDim.y - 1 - blockIdx.y), start = b.seq_start[0];
     for (int seq = 0;; seq++) {
         int end = b.seq_start[seq + 1], n = (end - start + size - 1) / size;
         if (tile < n) {
@@ -98,7 +98,7 @@ template <int HD> struct wide_sums {
 };
 
 // Whether prompts of this batch are for wide.cu; and whether group_attention.cu has them.
-bool cuda_wide_takes(const struct cuda_state *s, const struct batch *host);
+bool cuda_wide_takes(const struct cuda_state *s, const struct batch *host, size_t n_single);
 bool cuda_group_attention_takes(const struct cuda_state *s, bool is_fp8, size_t head_dim);
 // The norm, rotation and store of k and v alone, where attention norms and rotates q (pointwise.cu). False: too few
 // tokens for it, or another kind of K and V.
