@@ -83,13 +83,12 @@ static void watch_attention(void *user, const char *name, int layer, const float
 
 // What a sequence computes in a step that begins at `at`.
 static size_t share_of(const struct way *w, size_t q, size_t at, size_t length) {
-    size_t n = at == 0 && w->lead ? w->lead : q + w->n_long < w->n_seqs ? w->chunk : w->long_chunk;
+    size_t n = q + w->n_long >= w->n_seqs ? w->long_chunk : at == 0 && w->lead ? w->lead : w->chunk;
     return n < length - at ? n : length - at;
 }
 
 static size_t most_tokens(const struct way *w) {
-    size_t n = (w->n_seqs - w->n_long) * w->chunk + w->n_long * w->long_chunk;
-    return n > w->lead * w->n_seqs ? n : w->lead * w->n_seqs;
+    return (w->n_seqs - w->n_long) * (w->chunk > w->lead ? w->chunk : w->lead) + w->n_long * w->long_chunk;
 }
 
 // Logits of the compared sequence at the kept positions: [n_kept, n_vocab], and, where the step is not recorded as a
@@ -184,7 +183,7 @@ static void add_mixed(struct ways *all, uint32_t fusion, size_t n_single) {
         add_way(all, fusion, 1, n_single + N_LONG, of_long);
         struct way *w = &all->list[all->n - 1];
         size_t used = strlen(w->name);
-        w->lead = 0;
+        if (of_long) w->lead = 0;
         w->n_long = N_LONG;
         w->long_chunk = LONG_CHUNK;
         w->of_long = of_long;
