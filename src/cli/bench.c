@@ -356,6 +356,7 @@ static bool run_workload(const struct cli_options *o, const struct request *r, s
     bool ok = true;
     for (size_t i = 0; ok && i < n_repeats; i++) {
         uint64_t hash = out.tokens_hash;
+        options.repeat = i;
         ok = workload_run(e, &options, &out, &err);
         if (ok && i > 0 && out.tokens_hash != hash) ok = error_set(&err, "repeat %zu gave other tokens", i + 1);
         tps[i] = (double)out.n_output / out.seconds;
@@ -370,13 +371,13 @@ static bool run_workload(const struct cli_options *o, const struct request *r, s
     struct spread s = ok ? bench_spread(tps, n_repeats) : (struct spread){0};
     if (ok)
         json_array_append_new(rep->results,
-                              json_pack("{s:s,s:s,s:s,s:s,s:I,s:I,s:I,s:I,s:I,s:s,s:o,s:n,s:n,s:n,s:n,s:s}", "kind",
+                              json_pack("{s:s,s:s,s:s,s:s,s:I,s:I,s:I,s:I,s:I,s:I,s:s,s:o,s:n,s:n,s:n,s:n,s:s}", "kind",
                                         "workload", "workload", o->text[OPT_WORKLOAD], "model", model, "type", type,
                                         "batch", (json_int_t)batch, "depth", (json_int_t)0, "n_tokens",
                                         (json_int_t)out.n_output, "n_prompt_tokens", (json_int_t)out.n_prompt,
-                                        "repeats", (json_int_t)n_repeats, "fusion",
-                                        fusion_text(e->fusion, fusion, sizeof fusion), "tps", spread_json(s), "gbs",
-                                        "bandwidth_share", "gflops", "logits_hash", "tokens_hash", hash));
+                                        "n_cached_tokens", (json_int_t)out.n_cached, "repeats", (json_int_t)n_repeats,
+                                        "fusion", fusion_text(e->fusion, fusion, sizeof fusion), "tps", spread_json(s),
+                                        "gbs", "bandwidth_share", "gflops", "logits_hash", "tokens_hash", hash));
     if (ok && rep->csv) print_header(rep);
     if (ok && rep->csv)
         printf("%s,workload,\"%s\",%s,%zu,0,%zu,%zu,\"%s\",%.4f,%.4f,%.4f,,,,\n", rep->device, model, type, batch,

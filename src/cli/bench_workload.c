@@ -68,7 +68,7 @@ struct asked {
 struct workload {
     const struct workload_options *options;
     struct asked asked[MOST_REQUESTS];
-    size_t n_done, n_output, n_expected;
+    size_t n_done, n_cached, n_output, n_expected;
     char error[512];
 };
 
@@ -83,6 +83,7 @@ static bool note(void *user, const tandem_event *event) {
             w->options->progress(w->options->user, w->n_output, w->n_expected);
     } else if (event->kind == TANDEM_EVENT_DONE) {
         w->n_done++;
+        w->n_cached += event->n_cached;
         if (event->finish != TANDEM_FINISH_LENGTH && !w->error[0])
             snprintf(w->error, sizeof w->error, "%s", event->error ? event->error : "a request ended early");
     }
@@ -102,7 +103,8 @@ static bool submit(tandem_engine *e, struct workload *w, size_t i, struct error 
                                 .max_tokens = offline_256_output[i],
                                 .sampling = &sampling,
                                 .n = 1,
-                                .tenant = i, // nothing is taken from another's cache
+                                .tenant =
+                                    w->options->repeat * MOST_REQUESTS + i, // nothing is taken from another's cache
                                 .user = &w->asked[i]};
     if (tandem_submit(e, &o, &id, text, sizeof text) == TANDEM_OK) return true;
     return error_set(err, "request %zu: %s", i + 1, text);
@@ -123,6 +125,7 @@ bool workload_run(tandem_engine *e, const struct workload_options *o, struct wor
     while (ok && w->n_done < o->n_requests && tandem_step(e, note, NULL) == TANDEM_OK) continue;
     out->seconds = clock_seconds() - start;
     out->n_output = w->n_output;
+    out->n_cached = w->n_cached;
     for (size_t i = 0; i < o->n_requests; i++) out->tokens_hash = out->tokens_hash * 31 + w->asked[i].hash;
     if (ok && (w->error[0] || w->n_output != w->n_expected))
         ok = error_set(err, "%zu of %zu tokens were generated%s%s", w->n_output, w->n_expected, w->error[0] ? ": " : "",

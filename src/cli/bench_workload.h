@@ -9,14 +9,13 @@ size_t workload_requests(const char *name);
 
 struct workload_options {
     size_t n_requests;
-    size_t max_batch, chunk; // as in tandem_options; 0: 256, the engine's
-    const char *fusion;
+    size_t repeat; // nothing is taken from the cache of one with another number
     void (*progress)(void *user, size_t done, size_t total); // in tokens generated; may be NULL
     void *user;
 };
 
 struct workload_outcome {
-    size_t n_prompt, n_output; // tokens
+    size_t n_prompt, n_cached, n_output; // tokens; n_cached: of the prompts, not computed
     double seconds;            // from the first request to the last token
     uint64_t tokens_hash;      // of all generated ids, in the order of the requests
 };

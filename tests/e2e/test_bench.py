@@ -102,6 +102,9 @@ def test_workload():
     (r,) = bench("--synthetic", "tiny-llama", "--workload", "offline-3")["results"]
     assert r["kind"] == "workload" and r["n_tokens"] == sum(outputs) and r["n_prompt_tokens"] == sum(prompts)
     assert r["tps"]["median"] > 0 and r["batch"] == 3
+    (again,) = bench("--synthetic", "tiny-llama", "--workload", "offline-3", "--repeat", "2")["results"]
+    assert again["repeats"] == 2 and again["tokens_hash"] == r["tokens_hash"]
+    assert again["n_cached_tokens"] == 0  # a repeat computes its prompts, too
     (one,) = bench("--synthetic", "tiny-llama", "--workload", "offline-3", "--batch", "1", "--chunk", "64")["results"]
     assert one["tokens_hash"] == r["tokens_hash"] and one["batch"] == 1
     assert "3 requests" in tandem("bench", "--synthetic", "tiny-llama", "--workload", "offline-3").stdout
