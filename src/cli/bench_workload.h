@@ -16,8 +16,8 @@ struct workload_options {
 
 struct workload_outcome {
     size_t n_prompt, n_cached, n_output; // tokens; n_cached: of the prompts, not computed
-    double seconds;            // from the first request to the last token
-    uint64_t tokens_hash;      // of all generated ids, in the order of the requests
+    double seconds;                      // from the first request to the last token
+    uint64_t tokens_hash;                // of all generated ids, in the order of the requests
 };
 
 // How many tokens of KV the engine should have for it: all that will ever be there, or, on the CPU, what fits into
