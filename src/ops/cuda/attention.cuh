@@ -31,6 +31,7 @@ struct attention_params {
     int max_chunks;
     float *partial; // [tile, kv_head][max_chunks][part_floats]; stream.cu: [tile][max_chunks][kv_head][part_floats]
     unsigned *arrivals;
+    int n_tiles;           // of prompts, by group_attention.cu: tiles of a KV head
     unsigned char *packed; // where the results go, too, rounded, for the next product (packed.cuh); or NULL
     int token_units;       // of that
     // With the norms, the rotation and the store of one token a sequence.

@@ -3,46 +3,104 @@
 // scores are a chain over the channels from +0 for q's high parts and one for its low parts, a page's values a chain
 // from +0 over its slots; wgmma returns the bits of mma.sync (docs/NUMERICS.md).
 //
-// Four more warps (the producers) have pages copied into a ring in shared memory and turn them, in place, into the
-// matrices that wgmma reads: of each 512 bytes (8 slots or channels by 32 columns, matrix.cuh) lane l's four words
-// become word l of four matrices of 8 by 8. Who orders what: a copy's end is waited for at `arrived`; what a producer
-// warp has rewritten, and fenced for the matrix instructions, it reports at `ready`; a consumer warp whose instructions
-// on a page have ended reports at `empty`, and only then is the next copy into that stage asked for.
+// Blocks stay and take tiles as they come, the long ones first. One warp takes the tiles, tells the others, and has
+// pages copied into a ring in shared memory; three more turn pages, in place, into the matrices that wgmma reads: of
+// each 512 bytes (8 slots or channels by 32 columns, matrix.cuh) lane l's four words become word l of four matrices of
+// 8 by 8. So the next tile's pages are there before this one has ended.
+//
+// Who orders what: a copy's end is waited for at `arrived`; what a turning warp has rewritten, and fenced for the
+// matrix instructions, it reports at `ready`; a consumer warp whose instructions on a page have ended reports at
+// `empty`, and only then is the next copy into that stage asked for. A tile is told at `told`, and its place used again
+// when all have read it, which they report at `taken`.
 #include "ops/cuda/groups.cuh"
 #include "ops/cuda/wide.cuh"
 
 enum {
     STAGES = 8, // pages of K and V
     PRODUCER_WARPS = 4,
+    TURNING_WARPS = PRODUCER_WARPS - 1, // the last one takes tiles and asks for pages
+    PLACES = 2,                         // for tiles that have been told
     GROUP_ATTENTION_THREADS = ATTN_THREADS + 32 * PRODUCER_WARPS,
+};
+
+// What a block works on: a tile of rows of a KV head.
+struct work {
+    int kv_head, token, end; // the tile's tokens; kv_head -1: there are no more tiles
+    int limit, n_pages;      // positions that its last row sees; their pages, rounded up to pairs
+    const int32_t *pages;
 };
 
 template <typename KV> struct group_attention_shared {
     alignas(128) unsigned char k[STAGES][KV::BYTES], v[STAGES][KV::BYTES];
     float4 sum[ATTN_WARPS][KV::HD / 8][32];
-    uint64_t arrived[STAGES], ready[STAGES], empty[STAGES];
+    work tiles[PLACES];
+    uint64_t arrived[STAGES], ready[STAGES / 2], empty[STAGES / 2], told[PLACES], taken[PLACES];
 };
 
 // ---- Producers
 // -------------------------------------------------------------------------------------------------------
 
-// What a block works on: a tile of rows of a KV head.
-struct work {
-    int kv_head, token, end; // the tile's tokens
-    int limit, last_page;    // positions that its last row sees; their last page
-    const int32_t *pages;
-};
+static __device__ __forceinline__ work find_work(const attention_params &p, int tile) {
+    work w;
+    int heads = p.kv.n_kv_heads, size = p.tile_tokens * ATTN_WARPS;
+    w.kv_head = tile % heads;
+    int seq = find_tile(p.b, size, p.n_tiles - 1 - tile / heads, w.token);
+    w.end = min(w.token + size, p.b.seq_start[seq + 1]);
+    w.limit = p.b.position[w.end - 1] + 1;
+    w.n_pages = (w.limit + 2 * ATTN_BLOCK - 1) / (2 * ATTN_BLOCK) * 2;
+    w.pages = p.b.pages + p.b.page_start[seq];
+    return w;
+}
 
-// Asks for a page; beyond the last one for nothing.
+// Asks for a page; beyond the last one for nothing. `number`: of all the block's pages.
 template <typename KV>
 static __device__ __forceinline__ void ask_page(group_attention_shared<KV> *sh, const attention_params &p,
-                                                const work &w, int page) {
-    int slot = page % STAGES;
-    if (page >= STAGES) barrier_wait(&sh->empty[slot], (uint32_t)(page / STAGES - 1) & 1);
-    barrier_expect(&sh->arrived[slot], page <= w.last_page ? 2 * KV::BYTES : 0);
-    if (page > w.last_page) return;
+                                                const work &w, int page, int number) {
+    int slot = number % STAGES;
+    bool any = page * ATTN_BLOCK < w.limit;
+    if (number >= STAGES) barrier_wait(&sh->empty[slot / 2], (uint32_t)(number / STAGES - 1) & 1);
+    barrier_expect(&sh->arrived[slot], any ? 2 * KV::BYTES : 0);
+    if (!any) return;
     bulk_copy(sh->k[slot], head_page(p.kv, false, w.pages[page], w.kv_head), KV::BYTES, &sh->arrived[slot]);
     bulk_copy(sh->v[slot], head_page(p.kv, true, w.pages[page], w.kv_head), KV::BYTES, &sh->arrived[slot]);
+}
+
+// One thread of the block: takes tiles, the next one while this one's pages are asked for, until there are no more.
+// Each block is refused one tile; the last to be sets the count back.
+template <typename KV>
+static __device__ __forceinline__ void ask_pages(group_attention_shared<KV> *sh, const attention_params &p) {
+    unsigned n_tiles = (unsigned)(p.n_tiles * p.kv.n_kv_heads), tile = atomicAdd(p.arrivals, 1u);
+    int number = 0;
+#pragma unroll 1
+    for (int i = 0;; i++) {
+        int place = i % PLACES;
+        work w = {-1, 0, 0, 0, 0, NULL};
+        bool any = tile < n_tiles;
+        if (any) {
+            w = find_work(p, (int)tile);
+            tile = atomicAdd(p.arrivals, 1u);
+        } else if (tile == n_tiles + gridDim.x - 1) *p.arrivals = 0;
+        if (i >= PLACES) barrier_wait(&sh->taken[place], (uint32_t)(i / PLACES - 1) & 1);
+        sh->tiles[place] = w;
+        barrier_arrive(&sh->told[place]);
+        if (!any) return;
+#pragma unroll 1
+        for (int page = 0; page < w.n_pages; page++) ask_page<KV>(sh, p, w, page, number + page);
+        number += w.n_pages;
+    }
+}
+
+// The block's tile i.
+template <typename KV>
+static __device__ __forceinline__ work take_tile(group_attention_shared<KV> *sh, int i, int lane) {
+    int place = i % PLACES;
+    barrier_wait(&sh->told[place], (uint32_t)(i / PLACES) & 1);
+    work w = sh->tiles[place];
+    w.kv_head = warp_uniform(w.kv_head);
+    w.n_pages = warp_uniform(w.n_pages);
+    __syncwarp();
+    if (lane == 0) barrier_arrive(&sh->taken[place]);
+    return w;
 }
 
 // A page of K or V, of which n slots are in use: of V the others become zeros.
@@ -51,51 +109,85 @@ static __device__ __forceinline__ void turn_page(unsigned char *page, int n, int
     enum { AT_ONCE = 4 };
     v_slots slots = slots_in_use(n, -1, lane % 4);
 #pragma unroll 1
-    for (unsigned char *own = page; own < page + KV::BYTES; own += AT_ONCE * 512) {
+    for (unsigned char *own = page + lane * 16; own < page + KV::BYTES; own += AT_ONCE * 512) {
         uint4 x[AT_ONCE];
 #pragma unroll
-        for (int i = 0; i < AT_ONCE; i++) x[i] = *reinterpret_cast<const uint4 *>(own + i * 512 + lane * 16);
+        for (int i = 0; i < AT_ONCE; i++) x[i] = *reinterpret_cast<const uint4 *>(own + i * 512);
         if (OF_V && n < ATTN_BLOCK) {
 #pragma unroll
             for (int i = 0; i < AT_ONCE; i++) x[i] = real_slots(x[i], slots, 0);
         }
-        __syncwarp(); // all lanes have read them
 #pragma unroll
-        for (int i = 0; i < AT_ONCE; i++) {
-            uint32_t *to = reinterpret_cast<uint32_t *>(own + i * 512) + lane;
-            to[0] = x[i].x;
-            to[32] = x[i].y;
-            to[64] = x[i].z;
-            to[96] = x[i].w;
-        }
+        for (int i = 0; i < AT_ONCE; i++) store_matrices(own + i * 512, x[i]);
     }
 }
 
-// Pages come in pairs: the last one may be none. They are dealt out to the producer warps, each of which has its next
-// page asked for before it turns one.
+// A turning warp's part: a stage is always the same warp's, which so has seen the stage's last page before it waits for
+// the next one.
 template <typename KV>
-static __device__ __forceinline__ void produce_pages(group_attention_shared<KV> *sh, const attention_params &p,
-                                                     const work &w, int warp, int lane) {
-    int last = w.last_page | 1;
-    if (lane == 0 && warp <= last) ask_page<KV>(sh, p, w, warp);
+static __device__ __forceinline__ void turn_pages(group_attention_shared<KV> *sh, int warp, int lane) {
+    int number = 0;
 #pragma unroll 1
-    for (int page = warp; page <= last; page += PRODUCER_WARPS) {
-        int slot = page % STAGES;
-        if (lane == 0 && page + PRODUCER_WARPS <= last) ask_page<KV>(sh, p, w, page + PRODUCER_WARPS);
-        __syncwarp();
-        barrier_wait(&sh->arrived[slot], (uint32_t)(page / STAGES) & 1);
-        if (page <= w.last_page) {
-            turn_page<KV, false>(sh->k[slot], ATTN_BLOCK, lane);
-            turn_page<KV, true>(sh->v[slot], w.limit - page * ATTN_BLOCK, lane);
-            stores_before_copies();
+    for (int i = 0;; i++) {
+        work w = take_tile<KV>(sh, i, lane);
+        if (w.kv_head < 0) return;
+#pragma unroll 1
+        for (int page = 0; page < w.n_pages; page++, number++) {
+            int slot = number % STAGES, n = w.limit - page * ATTN_BLOCK;
+            if (slot % TURNING_WARPS != warp) continue;
+            barrier_wait(&sh->arrived[slot], (uint32_t)(number / STAGES) & 1);
+            if (n > 0) {
+                turn_page<KV, false>(sh->k[slot], ATTN_BLOCK, lane);
+                turn_page<KV, true>(sh->v[slot], n, lane);
+                stores_before_copies();
+            }
+            __syncwarp();
+            if (lane == 0) barrier_arrive(&sh->ready[slot / 2]);
         }
-        __syncwarp();
-        if (lane == 0) barrier_arrive(&sh->ready[slot]);
     }
 }
 
 // ---- Consumers
 // -------------------------------------------------------------------------------------------------------
+
+// Rates of RMSNorm (normalise_head) of 16 heads that a warp has in registers: every lane's is that of row `lane / 2`,
+// from squares' sums that are added as warp_sum adds them, but 16 of them at once.
+template <int HD>
+static __device__ __forceinline__ float head_rates(const head_registers<HD> (&x)[ROWS], float eps, int lane) {
+    float s[ROWS];
+#pragma unroll
+    for (int row = 0; row < ROWS; row++) {
+        s[row] = 0;
+#pragma unroll
+        for (int k = 0; k < head_registers<HD>::PAIRS; k++) {
+            s[row] = fmaf(x[row].lo[k], x[row].lo[k], s[row]);
+            s[row] = fmaf(x[row].hi[k], x[row].hi[k], s[row]);
+        }
+    }
+#pragma unroll
+    for (int step = 0; step < 4; step++) { // half of the rows to the lane across, half kept
+        const int o = 16 >> step;
+#pragma unroll
+        for (int row = 0; row < ROWS / 2; row++) {
+            if (row >= o / 2) continue;
+            float kept = lane & o ? s[row + o / 2] : s[row], given = lane & o ? s[row] : s[row + o / 2];
+            s[row] = kept + __shfl_xor_sync(~0u, given, o);
+        }
+    }
+    s[0] += __shfl_xor_sync(~0u, s[0], 1);
+    return 1.0f / sqrtf(s[0] / (float)HD + eps);
+}
+
+// A lane's channels of a head, `x` its first.
+template <int HD> static __device__ __forceinline__ head_registers<HD> own_channels(const float *x) {
+    head_registers<HD> h;
+#pragma unroll
+    for (int k = 0; k < head_registers<HD>::PAIRS; k++) {
+        h.lo[k] = x[32 * k];
+        h.hi[k] = x[32 * k + HD / 2];
+    }
+    return h;
+}
 
 // A warp's rows of q, normed and rotated on the way: through `room`, [16][HD] floats of shared memory, where channels
 // stand in eights that a row's number turns (against bank conflicts).
@@ -103,19 +195,34 @@ template <int HD>
 static __device__ __forceinline__ void load_turned(wide_q<HD> &q, float *room, const attention_params &p,
                                                    const warp_rows &rows, int kv_head, int lane) {
     constexpr int PAIRS = head_registers<HD>::PAIRS, HALF = HD / 2;
-    int group = p.n_heads / p.kv.n_kv_heads;
+    int group = p.n_heads / p.kv.n_kv_heads, head = 0, last = rows.n_tokens * group - 1;
+    int next_token = (p.n_heads - group + 1) * HD;
     head_registers<HD> norm = read_head<HD>(p.q_norm, lane), x[ROWS], turn[ROWS]; // all asked for at once
+    const float *from = p.q + ((size_t)rows.token * p.n_heads + (size_t)kv_head * group) * HD + lane;
+    const float *cos_sin = p.cos_sin + (size_t)rows.token * HD + lane;
 #pragma unroll
     for (int row = 0; row < ROWS; row++) {
-        int token = rows.token + row / group;
-        bool real = row / group < rows.n_tokens;
-        const float *from = p.q + ((size_t)token * p.n_heads + (size_t)kv_head * group + row % group) * HD;
-        x[row] = read_head<HD>(real ? from : NULL, lane);
-        turn[row] = read_head<HD>(real ? p.cos_sin + (size_t)token * HD : NULL, lane);
+        x[row] = own_channels<HD>(from);
+        turn[row] = own_channels<HD>(cos_sin);
+        bool more = row < last, wraps = ++head == group; // the rows that there are not are like the last one
+        from += more ? wraps ? next_token : HD : 0;
+        cos_sin += more && wraps ? HD : 0;
+        if (wraps) head = 0;
+    }
+    if (p.q_norm) {
+        float rate = head_rates<HD>(x, p.eps, lane);
+#pragma unroll
+        for (int row = 0; row < ROWS; row++) {
+            float r = __shfl_sync(~0u, rate, 2 * row);
+#pragma unroll
+            for (int k = 0; k < PAIRS; k++) {
+                x[row].lo[k] = x[row].lo[k] * r * norm.lo[k];
+                x[row].hi[k] = x[row].hi[k] * r * norm.hi[k];
+            }
+        }
     }
 #pragma unroll
     for (int row = 0; row < ROWS; row++) {
-        if (p.q_norm) normalise_head<HD>(x[row], norm, p.eps);
         rotate_head<HD>(x[row], turn[row]);
 #pragma unroll
         for (int k = 0; k < PAIRS; k++) {
@@ -142,7 +249,7 @@ static __device__ __forceinline__ void load_turned(wide_q<HD> &q, float *room, c
 // softmax_row of a row that sees the whole page.
 static __device__ __forceinline__ void softmax_whole(uint32_t (&p)[4], float &m, float &l, const float (&s)[4][4],
                                                      int half) {
-    m = MINUS_INFINITY;
+    m = s[0][2 * half];
 #pragma unroll
     for (int j = 0; j < 4; j++)
 #pragma unroll
@@ -227,26 +334,90 @@ static __device__ __forceinline__ void group_page(wide_sums<KV::HD> &sums, const
     }
 }
 
+// wide_sums' end_chunk, but nothing is read before the first chunk of a tile, and after the last one, the results stay
+// in `of`.
+template <int HD>
+static __device__ __forceinline__ void end_chunk(wide_sums<HD> &sums, const int (&position)[2], int first,
+                                                 bool is_last) {
+    float a[2] = {1, 1}, c[2] = {1, 1};
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        if (position[half] >= first) {
+            chain_add(sums.all[half], sums.chunk[half].m, sums.chunk[half].l, a[half], c[half]);
+            continue;
+        }
+#pragma unroll
+        for (int i = 0; i < HD / 8; i++) sums.of[i][2 * half] = sums.of[i][2 * half + 1] = -0.0f; // adds nothing
+    }
+#pragma unroll
+    for (int i = 0; i < HD / 8; i++) {
+        float4 v = first > 0 ? sums.sum[i * 32] : make_float4(0, 0, 0, 0);
+        sums.of[i][0] = chain_value(v.x, a[0], sums.of[i][0], c[0]);
+        sums.of[i][1] = chain_value(v.y, a[0], sums.of[i][1], c[0]);
+        sums.of[i][2] = chain_value(v.z, a[1], sums.of[i][2], c[1]);
+        sums.of[i][3] = chain_value(v.w, a[1], sums.of[i][3], c[1]);
+    }
+    if (is_last) return;
+#pragma unroll
+    for (int i = 0; i < HD / 8; i++)
+        sums.sum[i * 32] = make_float4(sums.of[i][0], sums.of[i][1], sums.of[i][2], sums.of[i][3]);
+    sums.next_chunk();
+}
+
 template <typename KV>
 static __device__ __forceinline__ void put_rows(const attention_params &p, const warp_rows &rows,
                                                 const wide_sums<KV::HD> &sums, int kv_head, int lane) {
-    constexpr int HD = KV::HD;
+    enum { AT_ONCE = PACKED_COLUMNS / 8 };
     int group = p.n_heads / p.kv.n_kv_heads;
+    quotients by[2];
+    float *out[2];
+    unsigned char *packed[2];
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        int row = lane / 4 + 8 * half;
-        if (rows.position[half] < 0) continue;
-        int to = rows.token + row / group, first = (kv_head * group + row % group) * HD + 2 * (lane % 4);
-        float *out = p.out + (size_t)to * p.n_heads * HD + first;
+        int row = lane / 4 + 8 * half, token = rows.token + row / group;
+        int column = (kv_head * group + row % group) * KV::HD + 2 * (lane % 4);
+        by[half].start(rows.position[half] < 0 ? 1.0f : sums.all[half].l);
+        out[half] = p.out + (size_t)token * p.n_heads * KV::HD + column;
+        packed[half] = p.packed + packed_at(token, column, p.token_units);
+    }
 #pragma unroll
-        for (int i = 0; i < HD / 8; i++) {
-            float4 v = sums.sum[i * 32];
-            float l = sums.all[half].l;
-            float2 x = half ? make_float2(v.z / l, v.w / l) : make_float2(v.x / l, v.y / l);
-            if (p.out) *reinterpret_cast<float2 *>(out + i * 8) = x;
-            if (p.packed)
-                *reinterpret_cast<uint32_t *>(p.packed + packed_at(to, first + i * 8, p.token_units)) =
-                    pack_bf16(x.x, x.y);
+    for (int i = 0; i < KV::HD / 8; i += AT_ONCE) {
+        float x[AT_ONCE][4];
+        bool fast = by[0].takes() && by[1].takes();
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; j++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                x[j][e] = sums.of[i + j][e];
+                fast &= quotients::takes(x[j][e]);
+            }
+        if (fast) {
+#pragma unroll
+            for (int j = 0; j < AT_ONCE; j++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) x[j][e] = by[e / 2].of(x[j][e]);
+        } else {
+#pragma unroll
+            for (int j = 0; j < AT_ONCE; j++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) x[j][e] = x[j][e] / by[e / 2].divisor;
+        }
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            if (rows.position[half] < 0) continue;
+            if (p.out) {
+#pragma unroll
+                for (int j = 0; j < AT_ONCE; j++)
+                    *reinterpret_cast<float2 *>(out[half] + j * 8) = make_float2(x[j][2 * half], x[j][2 * half + 1]);
+            }
+            if (p.packed) {
+#pragma unroll
+                for (int j = 0; j < AT_ONCE; j++)
+                    *reinterpret_cast<uint32_t *>(packed[half] + j * MATRIX_BYTES) =
+                        pack_bf16(x[j][2 * half], x[j][2 * half + 1]);
+            }
+            out[half] += PACKED_COLUMNS;
+            packed[half] += (size_t)p.token_units * PACKED_BYTES;
         }
     }
 }
@@ -283,66 +454,137 @@ static __device__ __forceinline__ void group_pair(wide_sums<KV::HD> &sums, const
     };
 #pragma unroll
     for (int k = 0; k < PARTS; k++) multiply(0, k);
+    // What is there is weighted once for both pages: all weights are powers of two, so that the bits are those of one
+    // page after the other (but for sums that are subnormal: below 2^-126).
+    float of_all[2], of_first[2];
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        of_all[half] = a[0][half] * a[1][half];
+        of_first[half] = c[0][half] * a[1][half];
+    }
+    if (of_all[0] != 1.0f || of_all[1] != 1.0f) {
+#pragma unroll
+        for (int i = 0; i < KV::HD / 8; i++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) sums.of[i][e] *= of_all[e / 2];
+    }
+    __syncwarp();
 #pragma unroll
     for (int page = 0; page < 2; page++) {
-        if (a[page][0] != 1.0f || a[page][1] != 1.0f) {
-#pragma unroll
-            for (int i = 0; i < KV::HD / 8; i++)
-#pragma unroll
-                for (int e = 0; e < 4; e++) sums.of[i][e] *= a[page][e / 2];
-        }
-        __syncwarp();
+        const float(&weights)[2] = page ? c[1] : of_first;
 #pragma unroll
         for (int k = 0; k < PARTS; k++) {
             if (PARTS > 1 && (page == 0 || k == 0)) group_wait<1>(d[k]);
             else group_wait<0>(d[k]);
 #pragma unroll
             for (int i = 0; i < 32; i++) // chain_value
-                sums.of[8 * k + i / 4][i % 4] = fmaf(d[k][i], c[page][i % 4 / 2], sums.of[8 * k + i / 4][i % 4]);
+                sums.of[8 * k + i / 4][i % 4] = fmaf(d[k][i], weights[i % 4 / 2], sums.of[8 * k + i / 4][i % 4]);
             if (page == 0) multiply(1, k);
         }
     }
 }
 
-// A warp's part of all that its group does: pages in pairs, as they come.
-template <typename KV>
-static __device__ __forceinline__ void consume_pages(group_attention_shared<KV> *sh, const attention_params &p,
-                                                     const work &w, int warp, int lane) {
-    int group = p.n_heads / p.kv.n_kv_heads, last = w.last_page;
+// A warp's rows of a tile, and which pages they see.
+struct group_rows {
     warp_rows rows;
-    rows.token = w.token + warp * p.tile_tokens;
-    rows.n_tokens = max(0, min(p.tile_tokens, w.end - rows.token));
+    int whole_pairs, last_page; // of pages: that all of the group's rows see all of; the last one that any sees, or -1
+};
+
+static __device__ __forceinline__ group_rows rows_of(const attention_params &p, const work &w, int warp, int lane) {
+    group_rows r;
+    int group = p.n_heads / p.kv.n_kv_heads, first = w.token + warp / 4 * 4 * p.tile_tokens;
+    r.rows.token = w.token + warp * p.tile_tokens;
+    r.rows.n_tokens = max(0, min(p.tile_tokens, w.end - r.rows.token));
+    if (r.rows.n_tokens == 0) r.rows.token = w.token; // what is read for them stands for nothing
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         int row = (lane / 4 + 8 * half) / group;
-        rows.position[half] = row < rows.n_tokens ? p.b.position[rows.token + row] : -1;
+        r.rows.position[half] = row < r.rows.n_tokens ? p.b.position[r.rows.token + row] : -1;
     }
-    int group_first = w.token + warp / 4 * 4 * p.tile_tokens;
-    int own_last =
-        group_first < w.end ? p.b.position[min(group_first + 4 * p.tile_tokens, w.end) - 1] / ATTN_BLOCK : -1;
-    int group_position = group_first < w.end ? p.b.position[group_first] : -1;
+    r.last_page = first < w.end ? p.b.position[min(first + 4 * p.tile_tokens, w.end) - 1] / ATTN_BLOCK : -1;
+    r.whole_pairs = first < w.end ? (p.b.position[first] + 1) / (2 * ATTN_BLOCK) : 0;
+    r.last_page = warp_uniform(r.last_page);
+    r.whole_pairs = warp_uniform(r.whole_pairs);
+    return r;
+}
+
+// Which pair of stages is next.
+struct ring_place {
+    int pair;
+    uint32_t parity;
+
+    __device__ __forceinline__ void next() {
+        if (++pair == STAGES / 2) pair = 0, parity ^= 1;
+    }
+};
+
+// A pair of pages, once it is there, is worked on and given back.
+template <typename KV, typename WORK>
+static __device__ __forceinline__ void use_pair(group_attention_shared<KV> *sh, ring_place &at, int lane,
+                                                const WORK &work) {
+    barrier_wait(&sh->ready[at.pair], at.parity);
+    work(sh->k[2 * at.pair], sh->v[2 * at.pair]);
+    __syncwarp();
+    if (lane == 0) barrier_arrive(&sh->empty[at.pair]);
+    at.next();
+}
+
+// A warp's part of what its group does of a tile: pages in pairs, as they come.
+template <typename KV>
+static __device__ __forceinline__ void consume_pages(group_attention_shared<KV> *sh, const attention_params &p,
+                                                     const work &w, ring_place &at, int warp, int lane) {
+    enum { CHUNK_PAIRS = CHUNK_PAGES / 2 };
+    group_rows r = rows_of(p, w, warp, lane);
     wide_q<KV::HD> q;
-    if (p.cos_sin) load_turned<KV::HD>(q, &sh->sum[warp][0][0].x, p, rows, w.kv_head, lane);
-    else q.load(p, rows, w.kv_head, lane);
+    if (p.cos_sin) load_turned<KV::HD>(q, &sh->sum[warp][0][0].x, p, r.rows, w.kv_head, lane);
+    else q.load(p, r.rows, w.kv_head, lane);
     wide_sums<KV::HD> sums;
-    sums.start(&sh->sum[warp][0][lane]);
+    sums.all[0] = sums.all[1] = CHAIN_START;
+    sums.sum = &sh->sum[warp][0][lane];
+    sums.next_chunk();
 #pragma unroll 1
-    for (int page = 0; page <= last; page += 2) {
-        int slot = page % STAGES, first = page * ATTN_BLOCK;
-        uint32_t parity = (uint32_t)(page / STAGES) & 1;
-        barrier_wait(&sh->ready[slot], parity);
-        barrier_wait(&sh->ready[slot + 1], parity);
-        if (first + 2 * ATTN_BLOCK <= group_position + 1)
-            group_pair<KV, true>(sums, sh->k[slot], sh->v[slot], q, rows, first, p.scale, lane);
-        else if (page + 1 <= own_last)
-            group_pair<KV, false>(sums, sh->k[slot], sh->v[slot], q, rows, first, p.scale, lane);
-        else if (page <= own_last) group_page<KV>(sums, sh->k[slot], sh->v[slot], q, rows, first, p.scale, lane);
-        __syncwarp();
-        if (lane < 2) barrier_arrive(&sh->empty[slot + lane]);
-        if (page <= own_last && (page % CHUNK_PAGES == CHUNK_PAGES - 2 || page + 2 > own_last))
-            sums.end_chunk(rows.position, page / CHUNK_PAGES * ATTN_CHUNK);
+    for (int pair = 0; pair < w.n_pages / 2;) {
+        int begin = pair, end = min(begin + CHUNK_PAIRS, w.n_pages / 2), whole = min(end, r.whole_pairs);
+#pragma unroll 1
+        for (; pair < whole; pair++)
+            use_pair(sh, at, lane, [&](const unsigned char *k, const unsigned char *v) {
+                group_pair<KV, true>(sums, k, v, q, r.rows, 0, p.scale, lane);
+            });
+#pragma unroll 1
+        for (; pair < end; pair++)
+            use_pair(sh, at, lane, [&](const unsigned char *k, const unsigned char *v) {
+                int first = pair * 2 * ATTN_BLOCK;
+                if (2 * pair + 1 <= r.last_page) group_pair<KV, false>(sums, k, v, q, r.rows, first, p.scale, lane);
+                else if (2 * pair <= r.last_page) group_page<KV>(sums, k, v, q, r.rows, first, p.scale, lane);
+            });
+        if (2 * begin <= r.last_page) end_chunk(sums, r.rows.position, begin * 2 * ATTN_BLOCK, 2 * end > r.last_page);
     }
-    put_rows<KV>(p, rows, sums, w.kv_head, lane);
+    put_rows<KV>(p, r.rows, sums, w.kv_head, lane);
+}
+
+template <typename KV>
+static __device__ __forceinline__ void consume_tiles(group_attention_shared<KV> *sh, const attention_params &p,
+                                                     int warp, int lane) {
+    ring_place at = {0, 0};
+#pragma unroll 1
+    for (int i = 0;; i++) {
+        work w = take_tile<KV>(sh, i, lane);
+        if (w.kv_head < 0) return;
+        consume_pages<KV>(sh, p, w, at, warp, lane);
+    }
+}
+
+template <typename KV> static __device__ __forceinline__ void start_barriers(group_attention_shared<KV> *sh) {
+    for (int i = 0; i < STAGES; i++) barrier_init_for(&sh->arrived[i], 1);
+    for (int i = 0; i < STAGES / 2; i++) {
+        barrier_init_for(&sh->ready[i], 2);
+        barrier_init_for(&sh->empty[i], ATTN_WARPS);
+    }
+    for (int i = 0; i < PLACES; i++) {
+        barrier_init_for(&sh->told[i], 1);
+        barrier_init_for(&sh->taken[i], ATTN_WARPS + TURNING_WARPS);
+    }
+    barrier_fence();
 }
 
 template <typename KV>
@@ -350,31 +592,18 @@ static __global__ void __launch_bounds__(GROUP_ATTENTION_THREADS, 1) k_group_att
 #if HOPPER
     DYNAMIC_SHARED(raw);
     group_attention_shared<KV> *sh = reinterpret_cast<group_attention_shared<KV> *>(raw);
-    int thread = (int)threadIdx.x, warp = thread / 32, lane = thread % 32;
+    int thread = (int)threadIdx.x, warp = warp_uniform(thread / 32), lane = thread % 32;
     dependents_may_start();
-    if (thread == 0) {
-        for (int i = 0; i < STAGES; i++) {
-            barrier_init_for(&sh->arrived[i], 1);
-            barrier_init_for(&sh->ready[i], 1);
-            barrier_init_for(&sh->empty[i], ATTN_WARPS);
-        }
-        barrier_fence();
-    }
+    if (thread == 0) start_barriers(sh);
     __syncthreads();
     dependency_wait();
-    work w;
-    w.kv_head = (int)blockIdx.x;
-    int seq = find_tile(p.b, p.tile_tokens * ATTN_WARPS, w.token);
-    w.end = min(w.token + p.tile_tokens * ATTN_WARPS, p.b.seq_start[seq + 1]);
-    w.limit = p.b.position[w.end - 1] + 1;
-    w.last_page = (w.limit - 1) / ATTN_BLOCK;
-    w.pages = p.b.pages + p.b.page_start[seq];
     if (warp >= ATTN_WARPS) {
         registers_down<40>();
-        produce_pages<KV>(sh, p, w, warp - ATTN_WARPS, lane);
+        if (warp < ATTN_WARPS + TURNING_WARPS) turn_pages<KV>(sh, warp - ATTN_WARPS, lane);
+        else if (lane == 0) ask_pages<KV>(sh, p);
     } else {
         registers_up<232>();
-        consume_pages<KV>(sh, p, w, warp, lane);
+        consume_tiles<KV>(sh, p, warp, lane);
     }
 #endif
 }
@@ -382,10 +611,12 @@ static __global__ void __launch_bounds__(GROUP_ATTENTION_THREADS, 1) k_group_att
 // ---- Launcher
 // ------------------------------------------------------------------------------------------------------------
 
-template <typename KV> static void launch(struct cuda_state *s, const attention_params &p, size_t tiles) {
-    launch_kernel(
-        s, "wide attention", k_group_attention<KV>,
-        {grid_for((size_t)p.kv.n_kv_heads, tiles), GROUP_ATTENTION_THREADS, sizeof(group_attention_shared<KV>)}, p);
+template <typename KV> static void launch(struct cuda_state *s, attention_params p, size_t tiles) {
+    size_t blocks = tiles * (size_t)p.kv.n_kv_heads;
+    if (blocks > (size_t)s->n_sms) blocks = (size_t)s->n_sms;
+    p.n_tiles = (int)tiles;
+    launch_kernel(s, "wide attention", k_group_attention<KV>,
+                  {grid_for(blocks), GROUP_ATTENTION_THREADS, sizeof(group_attention_shared<KV>)}, p);
 }
 
 bool cuda_group_attention_takes(const struct cuda_state *s, bool is_fp8, size_t head_dim) {

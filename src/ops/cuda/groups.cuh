@@ -104,6 +104,11 @@ static __device__ __forceinline__ int opaque(int v) {
     return v;
 }
 
+// A number that is the same in all of a warp's lanes, so that the compiler knows.
+static __device__ __forceinline__ int warp_uniform(int v) {
+    return __shfl_sync(~0u, v, 0);
+}
+
 // Registers of a warp group's threads from here on; every warp of it comes here.
 template <int N> static __device__ __forceinline__ void registers_up() {
 #if HOPPER

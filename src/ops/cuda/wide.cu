@@ -108,7 +108,8 @@ template <typename KV> static __global__ void __launch_bounds__(ATTN_THREADS, 1)
     }
     __syncwarp();
     dependency_wait();
-    int seq = find_tile(p.b, p.tile_tokens * ATTN_WARPS, token), seq_end = p.b.seq_start[seq + 1];
+    int tile = (int)(gridDim.y - 1 - blockIdx.y), seq = find_tile(p.b, p.tile_tokens * ATTN_WARPS, tile, token);
+    int seq_end = p.b.seq_start[seq + 1];
     int end = min(token + p.tile_tokens * ATTN_WARPS, seq_end);
     int limit = p.b.position[end - 1] + 1, last_page = (limit - 1) / ATTN_BLOCK, n_groups = last_page / GROUP + 1;
     const int32_t *pages = p.b.pages + p.b.page_start[seq];

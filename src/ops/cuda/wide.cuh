@@ -12,10 +12,11 @@ struct warp_rows {
     int last_page;       // that any of its rows sees; -1: none
 };
 
-// Which sequence's tokens this block takes: tiles are counted through the sequences, the last ones first, since they
-// see most pages, of all heads side by side. Returns the sequence and sets `token` to the first of at most `size`.
-static __device__ __forceinline__ int find_tile(const batch_view &b, int size, int &token) {
-    int tile = (int)(gridDim.y - 1 - blockIdx.y), start = b.seq_start[0];
+// Which sequence's tokens tile `tile` has: tiles are counted through the sequences; the last ones are taken first,
+// since they see most pages, of all heads side by side. Returns the sequence and sets `token` to the first of at most
+// `size`.
+static __device__ __forceinline__ int find_tile(const batch_view &b, int size, int tile, int &token) {
+    int start = b.seq_start[0];
     for (int seq = 0;; seq++) {
         int end = b.seq_start[seq + 1], n = (end - start + size - 1) / size;
         if (tile < n) {

@@ -46,6 +46,33 @@ static inline uint32_t transpose(uint32_t v) {
     return (a >> shift & 0xFFFFu) | (b >> shift & 0xFFFFu) << 16;
 }
 
+struct quotients {
+    float divisor;
+
+    void start(float d) {
+        divisor = d;
+    }
+    static bool takes(float x) {
+        return fabsf(x) > 0x1p-60f && fabsf(x) < 0x1p60f;
+    }
+    bool takes() const {
+        return takes(divisor);
+    }
+    float of(float x) const {
+        return x / divisor;
+    }
+};
+
+static inline void store_matrices(void *at, uint4 v) {
+    int lane = (int)threadIdx.x % 32;
+    uint32_t *to = (uint32_t *)((unsigned char *)at - 16 * lane) + lane;
+    __syncwarp();
+    to[0] = v.x;
+    to[32] = v.y;
+    to[64] = v.z;
+    to[96] = v.w;
+}
+
 static inline uint32_t mul_bf16_pairs(uint32_t a, uint32_t b) {
     __nv_bfloat162 d = __floats2bfloat162_rn(__uint_as_float(a << 16) * __uint_as_float(b << 16),
                                              __uint_as_float(a & 0xFFFF0000u) * __uint_as_float(b & 0xFFFF0000u));

@@ -32,6 +32,10 @@ static inline int opaque(int v) {
     return v;
 }
 
+static inline int warp_uniform(int v) {
+    return __shfl_sync(~0u, v, 0);
+}
+
 template <int N> static inline void registers_up() {
     emulated_group_registers(N);
 }
