@@ -6,20 +6,23 @@
 #include "ops/cuda/products.cuh"
 #include "ops/cuda/quantised.cuh"
 
-// A slice of one token's inputs, as weights' own slices take it.
+// A slice of one token's inputs, as weights' own slices take it. The matrix instruction multiplies all eight columns
+// with it, and the first one's sums are read.
 static __device__ __forceinline__ uint4 load_input(const unsigned char *inputs, int c, int lane) {
-    return lane < 4 ? *reinterpret_cast<const uint4 *>(inputs + c * 64 + lane * 16) : make_uint4(0, 0, 0, 0);
+    return *reinterpret_cast<const uint4 *>(inputs + c * 64 + lane % 4 * 16);
 }
 
 // Four units' slices in registers, loaded while there is waiting. Units 2 i and 2 i + 1 are 16 rows, or eight twice.
+// A pointer to a unit is one to this lane's share of its first 32 columns, LANE bytes.
 template <typename W> struct held_units;
 
 template <> struct held_units<bf16_weights> {
+    static constexpr int LANE = 16;
     uint4 w[4][4]; // [unit][32 columns]
 
-    __device__ __forceinline__ void load(const unsigned char *const (&u)[4], int c, int lane) {
+    __device__ __forceinline__ void load(const unsigned char *const (&u)[4], int c, int) {
 #pragma unroll
-        for (int i = 0; i < 4; i++) w[i][c] = *reinterpret_cast<const uint4 *>(u[i] + (c * CHUNK_LANES + lane) * 16);
+        for (int i = 0; i < 4; i++) w[i][c] = *reinterpret_cast<const uint4 *>(u[i] + c * CHUNK_LANES * LANE);
     }
     // As bf16_weights' slice.
     __device__ __forceinline__ void multiply(float (&d)[2][4], int c, const uint4 (&x)[2]) {
@@ -35,14 +38,14 @@ template <> struct held_units<bf16_weights> {
 // As they are stored: unpacked they would take twice the registers.
 template <typename Q> struct held_units<quantised_weights<Q>> {
     static_assert((Q::BITS == 8 || Q::BITS == 4) && Q::GROUP == 32 && !Q::HAS_MIN, "one scale for 32 columns");
-    static constexpr int WORDS = Q::BITS / 4; // of a lane's 32 columns
+    static constexpr int WORDS = Q::BITS / 4, LANE = WORDS * 4; // of a lane's 32 columns
     uint32_t w[4][4][WORDS];
     typename Q::scales scales[4];
 
     __device__ __forceinline__ void load(const unsigned char *const (&u)[4], int c, int lane) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            const unsigned char *at = u[i] + (c * CHUNK_LANES + lane) * (WORDS * 4);
+            const unsigned char *at = u[i] + c * CHUNK_LANES * LANE;
             if constexpr (WORDS == 2) {
                 uint2 both = *reinterpret_cast<const uint2 *>(at);
                 w[i][c][0] = both.x;
@@ -51,7 +54,8 @@ template <typename Q> struct held_units<quantised_weights<Q>> {
                 w[i][c][0] = *reinterpret_cast<const uint32_t *>(at);
             }
             // The last chunk's scales, and so the next ones', are read when they have been used.
-            if (c == 3) scales[i] = Q::load(u[i] + quantised_weights<Q>::INTEGERS + lane / 4 * Q::SCALE_BYTES);
+            if (c == 3)
+                scales[i] = Q::load(u[i] + (quantised_weights<Q>::INTEGERS + lane / 4 * Q::SCALE_BYTES - lane * LANE));
         }
     }
     // As quantised_weights' fragment.
@@ -90,9 +94,9 @@ static __device__ __forceinline__ void hold(held_units<W> &h, const unsigned cha
     for (int c = 0; c < 4; c++) h.load(u, c, lane);
 }
 
-// d[i] = held units 2 i, 2 i + 1, times x[i]; `more`: then the next ones are held. What is read is on its way while
-// the matrix instructions run.
-template <typename W>
+// d[i] = held units 2 i, 2 i + 1, times x[i], or both times x[0] (SAME); `more`: then the next ones are held. What is
+// read is on its way while the matrix instructions run.
+template <bool SAME, typename W>
 static __device__ __forceinline__ void multiply_held(held_units<W> &h, float (&d)[2][4],
                                                      const unsigned char *const (&x)[2], bool more,
                                                      const unsigned char *const (&next)[4], int lane) {
@@ -102,7 +106,8 @@ static __device__ __forceinline__ void multiply_held(held_units<W> &h, float (&d
         for (int e = 0; e < 4; e++) d[i][e] = 0;
 #pragma unroll
     for (int c = 0; c < 4; c++) {
-        uint4 inputs[2] = {load_input(x[0], c, lane), load_input(x[1], c, lane)};
+        uint4 inputs[2] = {load_input(x[0], c, lane)};
+        inputs[1] = SAME ? inputs[0] : load_input(x[1], c, lane);
         h.multiply(d, c, inputs);
         if (more) h.load(next, c, lane);
     }

@@ -268,10 +268,10 @@ static __device__ __forceinline__ void norm_inputs(const persistent_args &p, per
 // Two pairs of whole units, this warp's slice; the last of an odd number twice.
 template <typename W>
 static __device__ __forceinline__ void point_to_pairs(const unsigned char *(&u)[4], persistent_shared *sh,
-                                                      ring_place at, int n_slots, int warp) {
+                                                      ring_place at, int n_slots, int warp, int lane) {
+    int here = warp * W::RECORD + lane * held_units<W>::LANE;
 #pragma unroll
-    for (unsigned i = 0; i < 4; i++)
-        u[i] = sh->ring[at.ahead(i < 2 || n_slots == 4 ? i : i - 2).slot] + warp * W::RECORD;
+    for (unsigned i = 0; i < 4; i++) u[i] = sh->ring[at.ahead(i < 2 || n_slots == 4 ? i : i - 2).slot] + here;
 }
 
 static __device__ __forceinline__ int slots_of_two(int n) {
@@ -292,7 +292,7 @@ static __device__ __forceinline__ void hold_pairs(const persistent_args &p, pers
                                                   int lane) {
     const unsigned char *u[4];
     await_slots(p, sh, at, slots_of_two(n_pairs), lane);
-    point_to_pairs<W>(u, sh, at, slots_of_two(n_pairs), warp);
+    point_to_pairs<W>(u, sh, at, slots_of_two(n_pairs), warp, lane);
     hold(h, u, lane);
     if (!passes_early<W>()) return;
     norm = norm_weights(p, sh, turn, warp, lane);
@@ -312,10 +312,10 @@ static __device__ __forceinline__ void by_slices(const persistent_args &p, persi
         if (more) {
             ring_place then = passes_early<W>() ? at : at.ahead((unsigned)n);
             await_slots(p, sh, then, n_next, lane);
-            point_to_pairs<W>(next, sh, then, n_next, warp);
+            point_to_pairs<W>(next, sh, then, n_next, warp, lane);
         }
         float d[2][4];
-        multiply_held<W>(h, d, {x, x}, more, next, lane);
+        multiply_held<true>(h, d, {x, x}, more, next, lane);
         if (lane % 4 == 0) {
 #pragma unroll
             for (int i = 0; i < 2; i++) {
@@ -344,12 +344,12 @@ static __device__ __forceinline__ float add_slices(const persistent_args &p, con
 // Two slices of this warp's 16 rows; the last of an odd number twice. n_rows <= 8: the other unit does not exist.
 template <typename W>
 static __device__ __forceinline__ void point_to_rows(const unsigned char *(&u)[4], persistent_shared *sh, ring_place at,
-                                                     int n_slots, int n_rows, int warp) {
-    const uint32_t record = 2 * (uint32_t)warp % 8 * W::RECORD;
+                                                     int n_slots, int n_rows, int warp, int lane) {
+    const uint32_t here = 2 * (uint32_t)warp % 8 * W::RECORD + (uint32_t)lane * held_units<W>::LANE;
     int other = n_rows > 8 ? W::RECORD : 0;
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        u[2 * i] = sh->ring[at.ahead((unsigned)(i * (n_slots - 2) + warp / 4)).slot] + record;
+        u[2 * i] = sh->ring[at.ahead((unsigned)(i * (n_slots - 2) + warp / 4)).slot] + here;
         u[2 * i + 1] = u[2 * i] + other;
     }
 }
@@ -359,7 +359,7 @@ static __device__ __forceinline__ void hold_rows(const persistent_args &p, persi
                                                  ring_place &at, int n, int n_rows, int warp, int lane) {
     const unsigned char *u[4];
     await_slots(p, sh, at, slots_of_two(n), lane);
-    point_to_rows<W>(u, sh, at, slots_of_two(n), n_rows, warp);
+    point_to_rows<W>(u, sh, at, slots_of_two(n), n_rows, warp, lane);
     hold(h, u, lane);
     if (passes_early<W>()) pass(sh, at, slots_of_two(n), lane);
 }
@@ -380,10 +380,10 @@ static __device__ __forceinline__ void by_rows(const persistent_args &p, persist
         if (more) {
             ring_place then = passes_early<W>() ? at : at.ahead((unsigned)n_slots);
             await_slots(p, sh, then, n_next, lane);
-            point_to_rows<W>(next, sh, then, n_next, n_rows, warp);
+            point_to_rows<W>(next, sh, then, n_next, n_rows, warp, lane);
         }
         float d[2][4];
-        multiply_held<W>(h, d, {inputs, inputs + second * SLICE * 2}, more, next, lane);
+        multiply_held<false>(h, d, {inputs, inputs + second * SLICE * 2}, more, next, lane);
         if (lane % 4 == 0) {
 #pragma unroll
             for (int i = 0; i < 2; i++)
