@@ -549,7 +549,7 @@ static bool prompt_attention(const struct op_ctx *ctx, const struct rope_attenti
     const struct attention_args *a = r->attention;
     const struct batch *host = host_of(a->batch);
     struct cuda_state *s = cuda_of(ctx);
-    if (!cuda_wide_takes(s, host, n_single) || !cuda_group_attention_takes(s, is_fp8(a->kv), a->head_dim) ||
+    if (!cuda_wide_takes(s, host, n_single) || !cuda_group_attention_takes(s, a->head_dim) ||
         !cuda_store_kv(ctx, r->store))
         return false;
     attention_params p = params_for(ctx, a, false);

@@ -6,7 +6,8 @@
 // Blocks stay and take tiles as they come, the long ones first. One warp takes the tiles, tells the others, and has
 // pages copied into a ring in shared memory; three more turn pages, in place, into the matrices that wgmma reads: of
 // each 512 bytes (8 slots or channels by 32 columns, matrix.cuh) lane l's four words become word l of four matrices of
-// 8 by 8. So the next tile's pages are there before this one has ended.
+// 8 by 8. So the next tile's pages are there before this one has ended. A page of eight bits comes to the end of its
+// place and is expanded from the beginning on, so that what is written never reaches what is still to be read.
 //
 // Who orders what: a copy's end is waited for at `arrived`; what a turning warp has rewritten, and fenced for the
 // matrix instructions, it reports at `ready`; a consumer warp whose instructions on a page have ended reports at
@@ -30,9 +31,10 @@ struct work {
     const int32_t *pages;
 };
 
-template <typename KV> struct group_attention_shared {
-    alignas(128) unsigned char k[STAGES][KV::BYTES], v[STAGES][KV::BYTES];
-    float4 sum[ATTN_WARPS][KV::HD / 8][32];
+template <int HD> struct group_attention_shared {
+    static constexpr int PAGE = bf16_kv<HD>::BYTES; // as it is multiplied
+    alignas(128) unsigned char k[STAGES][PAGE], v[STAGES][PAGE];
+    float4 sum[ATTN_WARPS][HD / 8][32];
     work tiles[PLACES];
     uint64_t arrived[STAGES], ready[STAGES / 2], empty[STAGES / 2], told[PLACES], taken[PLACES];
 };
@@ -52,23 +54,28 @@ static __device__ __forceinline__ work find_work(const attention_params &p, int 
     return w;
 }
 
+// Where in its place a page comes to.
+template <typename KV> constexpr int PAGE_BEGIN = bf16_kv<KV::HD>::BYTES - KV::BYTES;
+
 // Asks for a page; beyond the last one for nothing. `number`: of all the block's pages.
 template <typename KV>
-static __device__ __forceinline__ void ask_page(group_attention_shared<KV> *sh, const attention_params &p,
+static __device__ __forceinline__ void ask_page(group_attention_shared<KV::HD> *sh, const attention_params &p,
                                                 const work &w, int page, int number) {
     int slot = number % STAGES;
     bool any = page * ATTN_BLOCK < w.limit;
     if (number >= STAGES) barrier_wait(&sh->empty[slot / 2], (uint32_t)(number / STAGES - 1) & 1);
     barrier_expect(&sh->arrived[slot], any ? 2 * KV::BYTES : 0);
     if (!any) return;
-    bulk_copy(sh->k[slot], head_page(p.kv, false, w.pages[page], w.kv_head), KV::BYTES, &sh->arrived[slot]);
-    bulk_copy(sh->v[slot], head_page(p.kv, true, w.pages[page], w.kv_head), KV::BYTES, &sh->arrived[slot]);
+    bulk_copy(sh->k[slot] + PAGE_BEGIN<KV>, head_page(p.kv, false, w.pages[page], w.kv_head), KV::BYTES,
+              &sh->arrived[slot]);
+    bulk_copy(sh->v[slot] + PAGE_BEGIN<KV>, head_page(p.kv, true, w.pages[page], w.kv_head), KV::BYTES,
+              &sh->arrived[slot]);
 }
 
 // One thread of the block: takes tiles, the next one while this one's pages are asked for, until there are no more.
 // Each block is refused one tile; the last to be sets the count back.
 template <typename KV>
-static __device__ __forceinline__ void ask_pages(group_attention_shared<KV> *sh, const attention_params &p) {
+static __device__ __forceinline__ void ask_pages(group_attention_shared<KV::HD> *sh, const attention_params &p) {
     unsigned n_tiles = (unsigned)(p.n_tiles * p.kv.n_kv_heads), tile = atomicAdd(p.arrivals, 1u);
     int number = 0;
 #pragma unroll 1
@@ -92,7 +99,7 @@ static __device__ __forceinline__ void ask_pages(group_attention_shared<KV> *sh,
 
 // The block's tile i.
 template <typename KV>
-static __device__ __forceinline__ work take_tile(group_attention_shared<KV> *sh, int i, int lane) {
+static __device__ __forceinline__ work take_tile(group_attention_shared<KV::HD> *sh, int i, int lane) {
     int place = i % PLACES;
     barrier_wait(&sh->told[place], (uint32_t)(i / PLACES) & 1);
     work w = sh->tiles[place];
@@ -106,26 +113,35 @@ static __device__ __forceinline__ work take_tile(group_attention_shared<KV> *sh,
 // A page of K or V, of which n slots are in use: of V the others become zeros.
 template <typename KV, bool OF_V>
 static __device__ __forceinline__ void turn_page(unsigned char *page, int n, int lane) {
-    enum { AT_ONCE = 4 };
+    constexpr int AT_ONCE = 4, ACROSS = KV::HD / 32, UNITS = KV::HD / 8;
+    static_assert(512 * (UNITS - AT_ONCE) <= PAGE_BEGIN<KV> + KV::BYTES / UNITS / 256 * 256 * (UNITS - AT_ONCE),
+                  "the last units are read before they are written over");
     v_slots slots = slots_in_use(n, -1, lane % 4);
+    const unsigned char *from = page + PAGE_BEGIN<KV>;
 #pragma unroll 1
-    for (unsigned char *own = page + lane * 16; own < page + KV::BYTES; own += AT_ONCE * 512) {
+    for (int first = 0; first < UNITS; first += AT_ONCE) {
         uint4 x[AT_ONCE];
 #pragma unroll
-        for (int i = 0; i < AT_ONCE; i++) x[i] = *reinterpret_cast<const uint4 *>(own + i * 512);
+        for (int i = 0; i < AT_ONCE; i += 2) {
+            if (OF_V) page_reader<KV>::two(x[i], x[i + 1], from, (first + i) / 2, lane);
+            else
+                for (int e = i; e < i + 2; e++)
+                    x[e] = page_reader<KV>::k(from, (first + e) / ACROSS, (first + e) % ACROSS, lane);
+        }
         if (OF_V && n < ATTN_BLOCK) {
 #pragma unroll
             for (int i = 0; i < AT_ONCE; i++) x[i] = real_slots(x[i], slots, 0);
         }
+        __syncwarp(); // all lanes have read them
 #pragma unroll
-        for (int i = 0; i < AT_ONCE; i++) store_matrices(own + i * 512, x[i]);
+        for (int i = 0; i < AT_ONCE; i++) store_matrices(page + (first + i) * 512 + lane * 16, x[i]);
     }
 }
 
 // A turning warp's part: a stage is always the same warp's, which so has seen the stage's last page before it waits for
 // the next one.
 template <typename KV>
-static __device__ __forceinline__ void turn_pages(group_attention_shared<KV> *sh, int warp, int lane) {
+static __device__ __forceinline__ void turn_pages(group_attention_shared<KV::HD> *sh, int warp, int lane) {
     int number = 0;
 #pragma unroll 1
     for (int i = 0;; i++) {
@@ -519,8 +535,8 @@ struct ring_place {
 };
 
 // A pair of pages, once it is there, is worked on and given back.
-template <typename KV, typename WORK>
-static __device__ __forceinline__ void use_pair(group_attention_shared<KV> *sh, ring_place &at, int lane,
+template <int HD, typename WORK>
+static __device__ __forceinline__ void use_pair(group_attention_shared<HD> *sh, ring_place &at, int lane,
                                                 const WORK &work) {
     barrier_wait(&sh->ready[at.pair], at.parity);
     work(sh->k[2 * at.pair], sh->v[2 * at.pair]);
@@ -531,7 +547,7 @@ static __device__ __forceinline__ void use_pair(group_attention_shared<KV> *sh, 
 
 // A warp's part of what its group does of a tile: pages in pairs, as they come.
 template <typename KV>
-static __device__ __forceinline__ void consume_pages(group_attention_shared<KV> *sh, const attention_params &p,
+static __device__ __forceinline__ void consume_pages(group_attention_shared<KV::HD> *sh, const attention_params &p,
                                                      const work &w, ring_place &at, int warp, int lane) {
     enum { CHUNK_PAIRS = CHUNK_PAGES / 2 };
     group_rows r = rows_of(p, w, warp, lane);
@@ -563,7 +579,7 @@ static __device__ __forceinline__ void consume_pages(group_attention_shared<KV> 
 }
 
 template <typename KV>
-static __device__ __forceinline__ void consume_tiles(group_attention_shared<KV> *sh, const attention_params &p,
+static __device__ __forceinline__ void consume_tiles(group_attention_shared<KV::HD> *sh, const attention_params &p,
                                                      int warp, int lane) {
     ring_place at = {0, 0};
 #pragma unroll 1
@@ -574,7 +590,7 @@ static __device__ __forceinline__ void consume_tiles(group_attention_shared<KV> 
     }
 }
 
-template <typename KV> static __device__ __forceinline__ void start_barriers(group_attention_shared<KV> *sh) {
+template <int HD> static __device__ __forceinline__ void start_barriers(group_attention_shared<HD> *sh) {
     for (int i = 0; i < STAGES; i++) barrier_init_for(&sh->arrived[i], 1);
     for (int i = 0; i < STAGES / 2; i++) {
         barrier_init_for(&sh->ready[i], 2);
@@ -591,10 +607,11 @@ template <typename KV>
 static __global__ void __launch_bounds__(GROUP_ATTENTION_THREADS, 1) k_group_attention(attention_params p) {
 #if HOPPER
     DYNAMIC_SHARED(raw);
-    group_attention_shared<KV> *sh = reinterpret_cast<group_attention_shared<KV> *>(raw);
+    constexpr int HD = KV::HD;
+    group_attention_shared<HD> *sh = reinterpret_cast<group_attention_shared<HD> *>(raw);
     int thread = (int)threadIdx.x, warp = warp_uniform(thread / 32), lane = thread % 32;
     dependents_may_start();
-    if (thread == 0) start_barriers(sh);
+    if (thread == 0) start_barriers<HD>(sh);
     __syncthreads();
     dependency_wait();
     if (warp >= ATTN_WARPS) {
@@ -603,7 +620,7 @@ static __global__ void __launch_bounds__(GROUP_ATTENTION_THREADS, 1) k_group_att
         else if (lane == 0) ask_pages<KV>(sh, p);
     } else {
         registers_up<232>();
-        consume_tiles<KV>(sh, p, warp, lane);
+        consume_tiles<bf16_kv<HD>>(sh, p, warp, lane);
     }
 #endif
 }
@@ -616,29 +633,31 @@ template <typename KV> static void launch(struct cuda_state *s, attention_params
     if (blocks > (size_t)s->n_sms) blocks = (size_t)s->n_sms;
     p.n_tiles = (int)tiles;
     launch_kernel(s, "wide attention", k_group_attention<KV>,
-                  {grid_for(blocks), GROUP_ATTENTION_THREADS, sizeof(group_attention_shared<KV>)}, p);
+                  {grid_for(blocks), GROUP_ATTENTION_THREADS, sizeof(group_attention_shared<KV::HD>)}, p);
 }
 
-bool cuda_group_attention_takes(const struct cuda_state *s, bool is_fp8, size_t head_dim) {
-    return HOPPER && s->device.variants & VARIANT_WGMMA_ATTENTION && !is_fp8 && (head_dim == 64 || head_dim == 128);
+bool cuda_group_attention_takes(const struct cuda_state *s, size_t head_dim) {
+    return HOPPER && s->device.variants & VARIANT_WGMMA_ATTENTION && (head_dim == 64 || head_dim == 128);
 }
 
 bool cuda_group_attention(struct cuda_state *s, const attention_params &p, size_t tiles, int head_dim) {
-    if (!cuda_group_attention_takes(s, p.kv.is_fp8, (size_t)head_dim)) return false;
-    if (head_dim == 128) launch<bf16_kv<128>>(s, p, tiles);
-    else launch<bf16_kv<64>>(s, p, tiles);
+    if (!cuda_group_attention_takes(s, (size_t)head_dim)) return false;
+    if (head_dim == 128) p.kv.is_fp8 ? launch<fp8_kv<128>>(s, p, tiles) : launch<bf16_kv<128>>(s, p, tiles);
+    else p.kv.is_fp8 ? launch<fp8_kv<64>>(s, p, tiles) : launch<bf16_kv<64>>(s, p, tiles);
     return true;
 }
 
 template <typename KV> static void allow(struct cuda_state *s) {
     cuda_check(s,
                cudaFuncSetAttribute(k_group_attention<KV>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    (int)sizeof(group_attention_shared<KV>)),
+                                    (int)sizeof(group_attention_shared<KV::HD>)),
                "preparing attention");
 }
 
 extern "C" bool cuda_group_attention_setup(struct cuda_state *s) {
     allow<bf16_kv<64>>(s);
+    allow<fp8_kv<64>>(s);
     allow<bf16_kv<128>>(s);
+    allow<fp8_kv<128>>(s);
     return s->failed == cudaSuccess;
 }

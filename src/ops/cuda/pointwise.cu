@@ -303,16 +303,22 @@ static bool store_heads(const struct op_ctx *ctx, const struct qk_norm_rope_stor
     return true;
 }
 
+// A warp a head; n_heads: of q.
+static void store_by_warps(const struct op_ctx *ctx, const struct qk_norm_rope_store_args *a, size_t n_heads) {
+    size_t warps = a->batch->n_tokens * (n_heads + 2 * a->n_kv_heads);
+    launch_kernel(cuda_of(ctx), "qk_norm_rope_store", k_qk_norm_rope_store,
+                  {grid_for(blocks(warps, THREADS / 32)), THREADS, 0}, view(a->kv), view(a->batch), a->q, a->k, a->v,
+                  a->q_norm, a->k_norm, a->cos_sin, a->eps, (int)n_heads);
+}
+
 bool cuda_store_kv(const struct op_ctx *ctx, const struct qk_norm_rope_store_args *a) {
-    return store_heads(ctx, a, true);
+    if (store_heads(ctx, a, true)) return true;
+    if (is_fp8(a->kv)) store_by_warps(ctx, a, 0);
+    return is_fp8(a->kv);
 }
 
 static void qk_norm_rope_store(const struct op_ctx *ctx, const struct qk_norm_rope_store_args *a) {
-    if (store_heads(ctx, a, false)) return;
-    size_t warps = a->batch->n_tokens * (a->n_heads + 2 * a->n_kv_heads);
-    launch_kernel(cuda_of(ctx), "qk_norm_rope_store", k_qk_norm_rope_store,
-                  {grid_for(blocks(warps, THREADS / 32)), THREADS, 0}, view(a->kv), view(a->batch), a->q, a->k, a->v,
-                  a->q_norm, a->k_norm, a->cos_sin, a->eps, (int)a->n_heads);
+    if (!store_heads(ctx, a, false)) store_by_warps(ctx, a, a->n_heads);
 }
 
 extern "C" void cuda_pack_rows(struct cuda_state *s, const struct matrix *out, const void *rows, size_t row,
