@@ -202,4 +202,9 @@ template <typename T> static inline T __shfl_xor_sync(unsigned, T v, int mask) {
     }
 }
 
+static inline int __all_sync(unsigned, int p) {
+    for (int o = 16; o; o >>= 1) p = __shfl_xor_sync(~0u, p, o) && p;
+    return p;
+}
+
 #endif

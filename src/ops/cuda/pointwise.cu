@@ -3,6 +3,7 @@
 #include "ops/cuda/common.cuh"
 #include "ops/cuda/kv.cuh"
 #include "ops/cuda/matrix.cuh"
+#include "ops/cuda/wide.cuh"
 
 enum { THREADS = 256 };
 
@@ -130,7 +131,6 @@ struct store_args {
     const float *v, *q_norm, *k_norm, *cos_sin;
     float eps;
     int n_heads, turning_blocks; // blocks of q and k
-    bool pages_only;             // k's floats are not wanted
 };
 
 struct place_of_token {
@@ -167,10 +167,8 @@ template <int DIM> static __device__ __forceinline__ void turn_heads(const store
 #pragma unroll
         for (int k = 0; k < PAIRS; k++) {
             int c = lane + 32 * k;
-            if (!a.pages_only) {
-                at[e][c] = h[e].lo[k];
-                at[e][c + HALF] = h[e].hi[k];
-            }
+            at[e][c] = h[e].lo[k];
+            at[e][c + HALF] = h[e].hi[k];
             if (head < a.n_heads) continue;
             kv_put(a.kv, false, place.page, head - a.n_heads, place.slot, c, h[e].lo[k]);
             kv_put(a.kv, false, place.page, head - a.n_heads, place.slot, c + HALF, h[e].hi[k]);
@@ -285,18 +283,18 @@ static void kv_store(const struct op_ctx *ctx, struct kv_layer *kv, const struct
     launch_kernel(cuda_of(ctx), "kv_store", k_kv_store, {grid_for(b->n_tokens), THREADS, 0}, view(kv), view(b), k, v);
 }
 
-// By k_store_heads: all heads, or k and v alone. False: too few tokens, or another kind of K and V.
-static bool store_heads(const struct op_ctx *ctx, const struct qk_norm_rope_store_args *a, bool kv_only) {
+// By k_store_heads. False: too few tokens, or another kind of K and V.
+static bool store_heads(const struct op_ctx *ctx, const struct qk_norm_rope_store_args *a) {
     struct cuda_state *s = cuda_of(ctx);
-    size_t n_heads = kv_only ? 0 : a->n_heads, per_token = blocks(n_heads + a->n_kv_heads, HEADS_AT_ONCE);
+    size_t per_token = blocks(a->n_heads + a->n_kv_heads, HEADS_AT_ONCE);
     size_t turning = blocks(a->batch->n_tokens * per_token, THREADS / 32);
     size_t storing = blocks(a->batch->n_tokens, V_TOKENS) * a->n_kv_heads;
     bool fills = turning + storing >= 4 * (size_t)s->n_sms; // measured at 2,048 tokens and more
     if (!(s->device.variants & VARIANT_STORE_HEADS) || !fills || is_fp8(a->kv) ||
         (a->head_dim != 64 && a->head_dim != 128))
         return false;
-    store_args args = {view(a->kv), view(a->batch), a->q,   a->k,         a->v,         a->q_norm,
-                       a->k_norm,   a->cos_sin,     a->eps, (int)n_heads, (int)turning, kv_only};
+    store_args args = {view(a->kv), view(a->batch),  a->q,        a->k, a->v, a->q_norm, a->k_norm, a->cos_sin,
+                       a->eps,      (int)a->n_heads, (int)turning};
     struct launch l = {grid_for(turning + storing), THREADS, 0};
     if (a->head_dim == 64) launch_kernel(s, "qk_norm_rope_store", k_store_heads<64>, l, args);
     else launch_kernel(s, "qk_norm_rope_store", k_store_heads<128>, l, args);
@@ -312,13 +310,13 @@ static void store_by_warps(const struct op_ctx *ctx, const struct qk_norm_rope_s
 }
 
 bool cuda_store_kv(const struct op_ctx *ctx, const struct qk_norm_rope_store_args *a) {
-    if (store_heads(ctx, a, true)) return true;
+    if (cuda_store_pages(ctx, a)) return true;
     if (is_fp8(a->kv)) store_by_warps(ctx, a, 0);
     return is_fp8(a->kv);
 }
 
 static void qk_norm_rope_store(const struct op_ctx *ctx, const struct qk_norm_rope_store_args *a) {
-    if (!store_heads(ctx, a, false)) store_by_warps(ctx, a, a->n_heads);
+    if (!store_heads(ctx, a)) store_by_warps(ctx, a, a->n_heads);
 }
 
 extern "C" void cuda_pack_rows(struct cuda_state *s, const struct matrix *out, const void *rows, size_t row,

@@ -1,0 +1,175 @@
+// pages.cu: K's norm and rotation, and the places of K and V, for the many tokens of prompts: bf16 pages are written in
+// the order in which they lie in memory (matrix.cuh), 16 bytes a lane. Formulas: ops.h; order of a norm's sum: kv.cuh.
+#include "ops/cuda/kv.cuh"
+#include "ops/cuda/wide.cuh"
+
+enum {
+    PAGES_THREADS = 128,
+    PAGES_WARPS = PAGES_THREADS / 32,
+    HEADS_IN_TURN = 2, // of K, for which a warp keeps its tokens' cosines
+    EIGHTS = 4,        // of V's channels, of a page's slots
+};
+
+struct pages_args {
+    kv_view kv;
+    batch_view b;
+    const float *k, *v; // [n_tokens, n_kv_heads, head_dim]
+    const float *norm;  // [head_dim] or NULL
+    const float *cos_sin;
+    float eps;
+    int key_blocks;
+};
+
+struct place {
+    int page, slot;
+};
+
+static __device__ __forceinline__ place place_of(const batch_view &b, int token) {
+    int position = b.position[token];
+    return {b.pages[b.page_start[b.seq[token]] + position / KV_PAGE_TOKENS], position % KV_PAGE_TOKENS};
+}
+
+// ---- K: a warp has eight tokens' heads, one after the other. Lane 4 g + t has channels 8 e + 2 t and 8 e + 2 t + 1 of
+// token g: what it writes of a page, and both channels of every pair that turns.
+// ----------------------------------------------------------------------------------------------------------------
+
+template <int DIM> struct key {
+    float2 x[DIM / 8];
+
+    __device__ __forceinline__ void load(const float *from) {
+#pragma unroll
+        for (int e = 0; e < DIM / 8; e++) x[e] = *reinterpret_cast<const float2 *>(from + 8 * e);
+    }
+};
+
+// As normalise_head, whose lane l adds channels l, l + DIM / 2, l + 32, ...; of its tree's steps those over 16, 8 and 1
+// lanes are within a lane here.
+template <int DIM> static __device__ __forceinline__ void normalise_key(key<DIM> &h, const float *weights, float eps) {
+    constexpr int HALF = DIM / 16;
+    float2 s[4] = {};
+#pragma unroll
+    for (int e = 0; e < HALF; e++) {
+        float2 &sum = s[e % 4], lo = h.x[e], hi = h.x[e + HALF];
+        sum.x = fmaf(hi.x, hi.x, fmaf(lo.x, lo.x, sum.x));
+        sum.y = fmaf(hi.y, hi.y, fmaf(lo.y, lo.y, sum.y));
+    }
+    float x = (s[0].x + s[2].x) + (s[1].x + s[3].x), y = (s[0].y + s[2].y) + (s[1].y + s[3].y);
+#pragma unroll
+    for (int o = 2; o; o >>= 1) {
+        x += __shfl_xor_sync(~0u, x, o);
+        y += __shfl_xor_sync(~0u, y, o);
+    }
+    float r = 1.0f / sqrtf((x + y) / (float)DIM + eps);
+#pragma unroll
+    for (int e = 0; e < DIM / 8; e++) {
+        float2 w = *reinterpret_cast<const float2 *>(weights + 8 * e);
+        h.x[e] = make_float2(h.x[e].x * r * w.x, h.x[e].y * r * w.y);
+    }
+}
+
+// As rotate_head, and rounded.
+template <int DIM>
+static __device__ __forceinline__ void turn_key(uint32_t (&out)[DIM / 8], const key<DIM> &h, const key<DIM> &turn) {
+    constexpr int HALF = DIM / 16;
+#pragma unroll
+    for (int e = 0; e < HALF; e++) {
+        float2 lo = h.x[e], hi = h.x[e + HALF], cosine = turn.x[e], sine = turn.x[e + HALF];
+        out[e] = pack_bf16(fmaf(lo.x, cosine.x, -(hi.x * sine.x)), fmaf(lo.y, cosine.y, -(hi.y * sine.y)));
+        out[e + HALF] = pack_bf16(fmaf(hi.x, cosine.x, lo.x * sine.x), fmaf(hi.y, cosine.y, lo.y * sine.y));
+    }
+}
+
+template <int DIM> static __device__ __forceinline__ void store_keys(const pages_args &a, int warp, int lane) {
+    int n_kv = a.kv.n_kv_heads, in_turn = (n_kv + HEADS_IN_TURN - 1) / HEADS_IN_TURN, t = lane % 4;
+    int first = warp / in_turn * 8, head = warp % in_turn * HEADS_IN_TURN, end = min(head + HEADS_IN_TURN, n_kv);
+    if (first >= a.b.n_tokens) return;
+    int token = min(first + lane / 4, a.b.n_tokens - 1);
+    bool real = first + lane / 4 < a.b.n_tokens;
+    const float *from = a.k + ((size_t)token * n_kv + head) * DIM + 2 * t;
+    key<DIM> h, turn;
+    h.load(from);
+    place at = place_of(a.b, token);
+    turn.load(a.cos_sin + (size_t)token * DIM + 2 * t);
+#pragma unroll 1
+    for (; head < end; head++, from += DIM) {
+        uint32_t out[DIM / 8];
+        if (a.norm) normalise_key<DIM>(h, a.norm + 2 * t, a.eps);
+        turn_key<DIM>(out, h, turn);
+        if (head + 1 < end) h.load(from + DIM);
+        uint4 *to = reinterpret_cast<uint4 *>(head_page(a.kv, false, at.page, head)) +
+                    at.slot / 8 * (DIM / 32) * CHUNK_LANES + at.slot % 8 * 4 + t;
+#pragma unroll
+        for (int i = 0; i < DIM / 32; i++)
+            if (real) to[i * CHUNK_LANES] = make_uint4(out[4 * i], out[4 * i + 1], out[4 * i + 2], out[4 * i + 3]);
+    }
+}
+
+// ---- V: a warp has 32 tokens and EIGHTS eights of a head's channels. Lane 4 g + t has channel g of each eight, and
+// tokens 8 e + 2 t and 8 e + 2 t + 1: its 16 bytes of a page, where the tokens fill one.
+// ----------------------------------------------------------------------------------------------------------------
+
+template <int DIM> static __device__ __forceinline__ void store_values(const pages_args &a, int warp, int lane) {
+    constexpr int PARTS = DIM / (8 * EIGHTS);
+    int n_kv = a.kv.n_kv_heads, g = lane / 4, t = lane % 4, first = warp / (n_kv * PARTS) * KV_PAGE_TOKENS;
+    int head = warp / PARTS % n_kv, c = warp % PARTS * EIGHTS * 8;
+    if (first >= a.b.n_tokens) return;
+    int n = min(a.b.n_tokens - first, (int)KV_PAGE_TOKENS);
+    const float *from = a.v + ((size_t)first * n_kv + head) * DIM + c + g;
+    float v[EIGHTS][8];
+#pragma unroll
+    for (int e = 0; e < 8; e++) {
+        int token = e / 2 * 8 + 2 * t + e % 2;
+#pragma unroll
+        for (int i = 0; i < EIGHTS; i++) v[i][e] = token < n ? from[(size_t)token * n_kv * DIM + i * 8] : 0.0f;
+    }
+    place at = place_of(a.b, first + min(lane, n - 1));
+    int page = __shfl_sync(~0u, at.page, 0);
+    if (__all_sync(~0u, n == KV_PAGE_TOKENS && at.page == page && at.slot == lane)) {
+        uint4 *to = reinterpret_cast<uint4 *>(head_page(a.kv, true, page, head)) + c / 8 * CHUNK_LANES + lane;
+#pragma unroll
+        for (int i = 0; i < EIGHTS; i++)
+            to[i * CHUNK_LANES] = make_uint4(pack_bf16(v[i][0], v[i][1]), pack_bf16(v[i][2], v[i][3]),
+                                             pack_bf16(v[i][4], v[i][5]), pack_bf16(v[i][6], v[i][7]));
+        return;
+    }
+#pragma unroll
+    for (int e = 0; e < 8; e++) {
+        int token = e / 2 * 8 + 2 * t + e % 2;
+        int its_page = __shfl_sync(~0u, at.page, token), slot = __shfl_sync(~0u, at.slot, token);
+        __nv_bfloat16 *to = reinterpret_cast<__nv_bfloat16 *>(head_page(a.kv, true, its_page, head));
+#pragma unroll
+        for (int i = 0; i < EIGHTS; i++)
+            if (token < n) to[kv_index(true, slot, c + i * 8 + g, DIM)] = __float2bfloat16_rn(v[i][e]);
+    }
+}
+
+template <int DIM> static __global__ void __launch_bounds__(PAGES_THREADS) k_store_pages(pages_args a) {
+    dependents_may_start();
+    dependency_wait();
+    int block = (int)blockIdx.x, warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32;
+    if (block < a.key_blocks) store_keys<DIM>(a, block * PAGES_WARPS + warp, lane);
+    else store_values<DIM>(a, (block - a.key_blocks) * PAGES_WARPS + warp, lane);
+}
+
+// ---- Launcher
+// ----------------------------------------------------------------------------------------------------------------
+
+static size_t parts_of(size_t n, size_t size) {
+    return (n + size - 1) / size;
+}
+
+bool cuda_store_pages(const struct op_ctx *ctx, const struct qk_norm_rope_store_args *a) {
+    struct cuda_state *s = cuda_of(ctx);
+    size_t n = a->batch->n_tokens;
+    size_t keys = parts_of(parts_of(n, 8) * parts_of(a->n_kv_heads, HEADS_IN_TURN), PAGES_WARPS);
+    size_t values = parts_of(parts_of(n, KV_PAGE_TOKENS) * a->n_kv_heads * (a->head_dim / (8 * EIGHTS)), PAGES_WARPS);
+    bool fills = keys + values >= 4 * (size_t)s->n_sms;
+    if (!(s->device.variants & VARIANT_STORE_HEADS) || !fills || is_fp8(a->kv) ||
+        (a->head_dim != 64 && a->head_dim != 128))
+        return false;
+    pages_args args = {view(a->kv), view(a->batch), a->k, a->v, a->k_norm, a->cos_sin, a->eps, (int)keys};
+    struct launch l = {grid_for(keys + values), PAGES_THREADS, 0};
+    if (a->head_dim == 64) launch_kernel(s, "qk_norm_rope_store", k_store_pages<64>, l, args);
+    else launch_kernel(s, "qk_norm_rope_store", k_store_pages<128>, l, args);
+    return true;
+}
