@@ -166,6 +166,24 @@ static void test_groups(void **state) {
     }
 }
 
+// Tiles of 128 rows by 256 tokens whose rows all exist, several a block: each way in which their results are written.
+static void test_pieces(void **state) {
+    (void)state;
+    static const size_t chunks[] = {40, 270};
+    struct subject s;
+    struct plan plan = {
+        .length = 274, .lead = 270, .standard_chunk = 137, .chunks = chunks, .n_chunks = 2, .variants = VARIANT_WGMMA};
+    size_t n_ways = 0;
+    open_gpu(80, 3);
+    ((struct cuda_state *)(uintptr_t)cuda)->tile_shape = 7;
+    open_part(&s, "synthetic:qwen3-0.6b", &(struct part){1, 75, 256, 2, 1, 128});
+    size_t different = compare_ways(&s, "pieces", &plan, &n_ways);
+    close_subject(&s);
+    ops_close(cuda);
+    print_message("%zu ways, %zu differ\n", n_ways, different);
+    assert_int_equal(different, 0);
+}
+
 // Products in clusters: one, several side by side, and more than the GPU holds; quantised weights; and these by warp
 // groups, in small tiles and in large ones.
 static void test_clusters(void **state) {
@@ -501,14 +519,23 @@ static int say_counts(void **state) {
 
 int main(int argc, char **argv) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_qwen3),          cmocka_unit_test(test_company),
-        cmocka_unit_test(test_prompts),        cmocka_unit_test(test_split),
-        cmocka_unit_test(test_tiles),          cmocka_unit_test(test_heads),
-        cmocka_unit_test(test_persistent),     cmocka_unit_test(test_choices),
-        cmocka_unit_test(test_oracle),         cmocka_unit_test(test_doctor),
-        cmocka_unit_test(test_quantised),      cmocka_unit_test(test_quantised_tiles),
-        cmocka_unit_test(test_quantised_ring), cmocka_unit_test(test_quantised_values),
-        cmocka_unit_test(test_groups),         cmocka_unit_test(test_sampling),
+        cmocka_unit_test(test_qwen3),
+        cmocka_unit_test(test_company),
+        cmocka_unit_test(test_prompts),
+        cmocka_unit_test(test_split),
+        cmocka_unit_test(test_tiles),
+        cmocka_unit_test(test_heads),
+        cmocka_unit_test(test_persistent),
+        cmocka_unit_test(test_choices),
+        cmocka_unit_test(test_oracle),
+        cmocka_unit_test(test_doctor),
+        cmocka_unit_test(test_quantised),
+        cmocka_unit_test(test_quantised_tiles),
+        cmocka_unit_test(test_pieces),
+        cmocka_unit_test(test_quantised_ring),
+        cmocka_unit_test(test_quantised_values),
+        cmocka_unit_test(test_groups),
+        cmocka_unit_test(test_sampling),
         cmocka_unit_test(test_clusters),
     };
     if (argc > 1) cmocka_set_test_filter(argv[1]);

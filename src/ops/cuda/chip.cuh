@@ -38,6 +38,13 @@ static __device__ __forceinline__ float exp2_fast(float x) {
     return y;
 }
 
+// 1 / x, within one unit in the last place.
+static __device__ __forceinline__ float reciprocal_fast(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // The products of two pairs of bf16s, rounded once; subnormal numbers count.
 static __device__ __forceinline__ uint32_t mul_bf16_pairs(uint32_t a, uint32_t b) {
     uint32_t d;

@@ -41,6 +41,10 @@ template <typename W_, int WM_, int WN_, int C_, int N_, int AHEAD_, int STAGES_
     static_assert(BLOCKS * SHARED <= 226 * 1024, "shared memory");
 };
 
+// What becomes of a tile's sums where all of its rows exist and none has a bias (results.cuh): PLAIN and QKV; RESIDUAL;
+// GATE_UP, packed alone. And of all others.
+enum ending { END_ANY, END_ROWS, END_ADDED, END_GATED };
+
 struct group_args {
     product_args p;
     enum product_mode mode;

@@ -2,12 +2,13 @@
 // slice of such a tile is 96 KB, of which shared memory holds two: given back as a whole, nothing is on its way while
 // the last of a slice is multiplied. Here a slice's weights are given back as soon as a matrix instruction has taken
 // them (before, their loads may still be under way, and a copy may overtake them), and the tokens of each of its two
-// chains, of 128 tokens, when that chain has ended. The arithmetic, and the bits, are those of groups.cu.
+// chains, of 128 tokens, when that chain has ended. The arithmetic, and the bits, are those of groups.cu. Each way in
+// which a tile ends has a kernel of its own, whose code stays in the SM's cache.
 //
 // Who orders what: a producer warp asks for a quarter of a slice's weights and for half of a chain's tokens. A copy
 // into a place of the ring is asked for when all eight consumer warps have reported at its `empty` barrier; they do so
 // behind the instructions that take the weights, or when the matrix instructions that read the tokens have ended.
-#include "ops/cuda/group_kernel.cuh"
+#include "ops/cuda/results.cuh"
 
 typedef group_shape<bf16_weights, 2, 1, 4, 64, 2, 2> shape; // its chains are the parts in which results are written
 enum { CHAINS = 2, N = 128, WEIGHT_BYTES = shape::UNITS * shape::UNIT_BYTES, CHAIN_BYTES = N * SLICE * 2 };
@@ -85,12 +86,32 @@ static __device__ __forceinline__ void multiply_chain(float (&d)[N / 2], const u
     group_commit();
 }
 
+// What becomes of a tile's sums. `where`: which tile of rows, and of tokens: known before it is multiplied, for the
+// divisions take long.
+template <enum ending END>
+static __device__ __forceinline__ void finish_piece(const group_args &a, const piece_ring &r, int where, int thread,
+                                                    const float (&total)[shape::C][shape::N / 2]) {
+    int from = opaque(thread), lane = from % 32;
+    piece_of_work work = {where >> 16, where & 0xFFFF, 0, 0, 0};
+    warp_tile w = warp_tile_of<shape>(work, from);
+    float *room = reinterpret_cast<float *>(r.stages + shape::STAGED_AT) + from / 32 * shape::N * 16;
+    if (END == END_ROWS) {
+        write_rows<shape>(a, w, 0, lane, total);
+    } else if (END == END_ADDED) {
+        add_rows<shape>(a, w, room, lane, total);
+    } else if (END == END_ANY || !pack_gated<shape>(a, w, lane, total)) {
+        ring<shape> staged = {r.stages, NULL, NULL, NULL, NULL, NULL};
+        finish_tile<shape>(a, staged, work, thread, total);
+    }
+}
+
+template <enum ending END>
 static __device__ __forceinline__ void consume_pieces(const group_args &a, const piece_ring &r, int thread) {
     int lane = thread % 32, own = (thread / 128 * 8 + thread / 32 % 4 * 2) * shape::UNIT_BYTES + lane * 16;
     int n_slices = a.p.columns / SLICE, n_tiles = a.row_tiles * a.token_tiles;
-    ring<shape> staged = {r.stages, NULL, NULL, NULL, NULL, NULL}; // for finish_tile
     position at = {0, 0};
     for (int tile = (int)blockIdx.x; tile < n_tiles; tile += (int)gridDim.x) {
+        int where = row_tile(a, tile) << 16 | token_tile(a, tile);
         float total[shape::C][shape::N / 2], d[N / 2];
 #pragma unroll
         for (int c = 0; c < shape::C; c++)
@@ -121,11 +142,11 @@ static __device__ __forceinline__ void consume_pieces(const group_args &a, const
                 for (int i = 0; i < N / 2; i++) total[2 * c + i / 32][i % 32] += d[i];
             }
         }
-        finish_tile<shape>(a, staged, piece_at(a, tile), thread, total);
+        finish_piece<END>(a, r, where, thread, total);
     }
 }
 
-static __global__ void __launch_bounds__(shape::THREADS, 1) k_group_pieces(group_args a) {
+template <enum ending END> static __global__ void __launch_bounds__(shape::THREADS, 1) k_group_pieces(group_args a) {
 #if HOPPER
     DYNAMIC_SHARED(shared);
     __shared__ __align__(8) uint64_t weights_full[shape::STAGES], weights_empty[shape::STAGES];
@@ -151,19 +172,36 @@ static __global__ void __launch_bounds__(shape::THREADS, 1) k_group_pieces(group
     } else {
         registers_up<240>();
         dependency_wait();
-        consume_pieces(a, r, thread);
+        consume_pieces<END>(a, r, thread);
     }
 #endif
+}
+
+template <enum ending END> static void launch(struct cuda_state *s, const char *what, const group_args &a) {
+    size_t tiles = (size_t)a.row_tiles * (size_t)a.token_tiles, most = (size_t)s->n_sms;
+    launch_kernel(s, what, k_group_pieces<END>, {grid_for(tiles < most ? tiles : most), shape::THREADS, shape::SHARED},
+                  a);
 }
 
 void cuda_piece_product(struct cuda_state *s, const char *what, group_args &a, int rows) {
     a.row_tiles = (rows + shape::ROWS - 1) / shape::ROWS;
     a.token_tiles = (a.p.n_tokens + shape::TOKENS - 1) / shape::TOKENS;
-    size_t tiles = (size_t)a.row_tiles * (size_t)a.token_tiles, most = (size_t)s->n_sms;
-    launch_kernel(s, what, k_group_pieces, {grid_for(tiles < most ? tiles : most), shape::THREADS, shape::SHARED}, a);
+    switch (ending_of(a, rows, shape::ROWS)) {
+    case END_ROWS: launch<END_ROWS>(s, what, a); break;
+    case END_ADDED: launch<END_ADDED>(s, what, a); break;
+    case END_GATED: launch<END_GATED>(s, what, a); break;
+    case END_ANY: launch<END_ANY>(s, what, a); break;
+    }
+}
+
+template <enum ending END> static void allow(struct cuda_state *s) {
+    cuda_check(s, cudaFuncSetAttribute(k_group_pieces<END>, cudaFuncAttributeMaxDynamicSharedMemorySize, shape::SHARED),
+               "preparing products");
 }
 
 void cuda_piece_setup(struct cuda_state *s) {
-    cuda_check(s, cudaFuncSetAttribute(k_group_pieces, cudaFuncAttributeMaxDynamicSharedMemorySize, shape::SHARED),
-               "preparing products");
+    allow<END_ANY>(s);
+    allow<END_ROWS>(s);
+    allow<END_ADDED>(s);
+    allow<END_GATED>(s);
 }

@@ -22,6 +22,10 @@ static inline float exp2_fast(float x) {
     return exp2f(x);
 }
 
+static inline float reciprocal_fast(float x) {
+    return 1.0f / x;
+}
+
 static inline uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
     float low =
         (float)((double)__uint_as_float(a << 16) * (double)__uint_as_float(b << 16) + (double)__uint_as_float(c << 16));
