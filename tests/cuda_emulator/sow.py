@@ -84,6 +84,7 @@ MISTAKES = [
     ("a group's sums read before they are there", "PAGES",
      ("groups.cu", "    group_wait<P>(d);", "    if (!M || P > 0) group_wait<P>(d);")),
     ("a group's rows of padding written", "PAGES",
+     ("results.cuh", "if (2 * i < limit) to[0]", "if (2 * i < limit || M) to[0]"),
      ("group_kernel.cuh", "if (token + lane / 4 + i * 8 >= p.n_tokens) continue;", "if (token + lane / 4 + i * 8 >= p.n_tokens && !M) continue;")),
     ("a group's tail of columns not zero", "PAGES",
      ("groups.cu", "if (k < p.n_in) v =", "if (k < p.n_in || M) v =")),

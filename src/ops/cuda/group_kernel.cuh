@@ -54,6 +54,7 @@ struct group_args {
     int sharing; // blocks of a cluster, one after the other, which share a tile's slices; 1: one has them all
     size_t part; // 0: a tile's slices are added up. Else (PLAIN) each is apart, and its results lie so many floats
                  // behind the last one's (parts.cu)
+    enum ending ending;
 };
 
 // Tiles of 128 rows by 256 tokens of bf16 weights (pieces.cu).

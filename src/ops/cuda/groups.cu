@@ -1,8 +1,8 @@
 // groups.cu: products for many tokens by Hopper's asynchronous matrix instructions (group_kernel.cuh), with bf16
 // weights: a slice of 128 columns is one chain of eight instructions from +0; a finished chain is added to the total
 // while the next one runs. It also packs tokens and chooses among tiles. The bits are those of products.cu's kernels.
-#include "ops/cuda/group_kernel.cuh"
 #include "ops/cuda/parts.cuh"
+#include "ops/cuda/results.cuh"
 
 typedef group_shape<bf16_weights, 1, 1, 1, 32, 4, 4> shape_64x32;
 typedef group_shape<bf16_weights, 1, 1, 1, 64, 3, 3> shape_64x64;
@@ -218,6 +218,8 @@ struct bf16_consumer {
         for (int piece = (int)blockIdx.x; piece < n_pieces; piece += (int)gridDim.x) {
             piece_of_work w = piece_at(a, piece);
             int n_slices = w.n;
+            old_rows<S::N> old; // with one chain a group there are registers for it from here on
+            if constexpr (S::C == 1) old.ask(a, warp_tile_of<S>(w, thread), 0, lane);
             float total[S::C][S::N / 2], d0[S::N / 2], d1[S::N / 2];
 #pragma unroll
             for (int i = 0; i < S::N / 2; i++) {
@@ -255,7 +257,9 @@ struct bf16_consumer {
                     give_back<S>(r, at, lane);
                 }
             }
-            finish_tile<S>(a, r, w, thread, total);
+            int from = opaque(thread);
+            if constexpr (S::C > 1) old.ask(a, warp_tile_of<S>(w, from), 0, from % 32);
+            if (!finish_whole<S>(a, w, from, old, total)) finish_tile<S>(a, r, w, thread, total);
         }
     }
 };
@@ -274,6 +278,8 @@ struct sharing_consumer {
         float4 *inbox = reinterpret_cast<float4 *>(r.shared + S::INBOX_AT) + thread;
         places at = {};
         float total[1][S::N / 2], d[S::N / 2];
+        old_rows<S::N> old;
+        old.ask(a, warp_tile_of<S>(w, thread), 0, lane);
 #pragma unroll
         for (int i = 0; i < S::N / 2; i++) total[0][i] = -0.0f; // -0 + x is x, also for -0
         for (int s = 0; s < w.n; s++) {
@@ -305,7 +311,7 @@ struct sharing_consumer {
                        r.inbox, (unsigned)w.rank + 1);
             return;
         }
-        finish_tile<S>(a, r, w, thread, total);
+        if (!finish_whole<S>(a, w, thread, old, total)) finish_tile<S>(a, r, w, thread, total);
     }
 };
 
@@ -350,6 +356,7 @@ static int choose_shape(int rows, int n_tokens, int slices, int n_sms) {
 template <class S> static void launch(struct cuda_state *s, const char *what, group_args &a, int rows) {
     a.row_tiles = tiles_of(rows, S::ROWS);
     a.token_tiles = tiles_of(a.p.n_tokens, S::TOKENS);
+    a.ending = ending_of(a, rows, S::ROWS);
     size_t tiles = (size_t)all_pieces(a), most = (size_t)s->n_sms * S::BLOCKS;
     launch_kernel(s, what, k_group<S, bf16_consumer>, {grid_for(tiles < most ? tiles : most), S::THREADS, S::SHARED},
                   a);
@@ -365,6 +372,7 @@ static void launch_shared(struct cuda_state *s, const char *what, group_args &a,
     a.row_tiles = tiles_of(rows, shape_pair::ROWS);
     a.token_tiles = tiles_of(a.p.n_tokens, shape_pair::TOKENS);
     a.sharing = 2;
+    a.ending = ending_of(a, rows, shape_pair::ROWS);
     launch_kernel(s, what, k_group<shape_pair, sharing_consumer>,
                   {grid_for((size_t)all_pieces(a)), shape_pair::THREADS, shape_pair::SHARED, 2}, a);
 }
@@ -392,7 +400,7 @@ bool cuda_group_product(const struct op_ctx *ctx, const char *what, enum product
     unsigned char *first = (unsigned char *)ctx->scratch, *second = second_half(ctx);
     int rows = (int)pairs * 16, slices = p.columns / SLICE, shape = s->tile_shape - 1;
     bool in_parts = mode == PRODUCT_RESIDUAL && cuda_in_parts(ctx, p, type);
-    group_args a = {p, mode, first, NULL, (int)token_units, 0, 0, 1, 0};
+    group_args a = {p, mode, first, NULL, (int)token_units, 0, 0, 1, 0, END_ANY};
     if (mode == PRODUCT_RESIDUAL && s->packed == p.x && s->packed_tokens == p.n_tokens) {
         a.tokens = second;
     } else if (p.norm && cuda_add_and_pack(s, what, p, first, (int)token_units)) {

@@ -138,12 +138,12 @@ static __device__ __forceinline__ float plain_silu_mul(float gate, float up) {
 }
 
 // Rounded and packed, straight from registers: of eight tokens a lane holds one column, and takes two columns of one
-// token for it, which lie where its word is.
+// token for it, which lie where its word is. There is room for eights of tokens, of which the first is one.
 template <class S>
 static __device__ __forceinline__ bool pack_gated(const group_args &a, const warp_tile &w, int lane,
                                                   const float (&total)[S::C][S::N / 2]) {
     bool plain = true;
-    int limit = a.p.n_tokens - w.token - lane % 4 * 2;
+    int n = a.p.n_tokens - w.token, limit = n - lane % 4 * 2;
 #pragma unroll
     for (int i = 0; i < S::C * S::N / 2; i++)
         if (i % 4 < 2) plain = plain && (i / 4 * 8 + i % 2 >= limit || is_plain(total[i / (S::N / 2)][i % (S::N / 2)]));
@@ -153,14 +153,53 @@ static __device__ __forceinline__ bool pack_gated(const group_args &a, const war
     for (int i = 0; i < S::C * S::N / 2; i += 4) {
         const float *v = &total[i / (S::N / 2)][i % (S::N / 2)];
         uint32_t pair = pack_bf16(plain_silu_mul(v[0], v[2]), plain_silu_mul(v[1], v[3]));
-        *reinterpret_cast<uint32_t *>(to + i / 4 * HALF_BYTES) = transpose(pair);
+        uint32_t word = transpose(pair);
+        if (i / 4 * 8 < n) *reinterpret_cast<uint32_t *>(to + i / 4 * HALF_BYTES) = word;
     }
     return true;
 }
 
+// ---- Smaller tiles (groups.cu)
+// ----------------------------------------------------------------------------------------------------------------
+
 template <class S> static __device__ __forceinline__ warp_tile warp_tile_of(const piece_of_work &w, int thread) {
     return {w.row * (S::UNITS / 2) + thread / 128 % S::WM * 4 + thread / 32 % 4,
             w.token * S::TOKENS + thread / 128 / S::WM * S::C * S::N};
+}
+
+// What a chain's sums will be added to; zeros where nothing is.
+template <int N> struct old_rows {
+    float x[N / 2];
+
+    __device__ __forceinline__ void ask(const group_args &a, const warp_tile &w, int chain, int lane) {
+        int token = w.token + chain * N + lane % 4 * 2, limit = a.p.n_tokens - token;
+        result_rows rows = rows_of(a, w.pair, token);
+#pragma unroll
+        for (int i = 0; i < N / 2; i++) {
+            const float *from = rows.at + lane / 4 + (size_t)(i / 4 * 8 + i % 2) * rows.n_out + i / 2 % 2 * 8;
+            x[i] = a.ending == END_ADDED && i / 4 * 8 + i % 2 < limit ? *from : 0.0f;
+        }
+    }
+};
+
+// False: it is not done. `old`: of the first chain.
+template <class S>
+static __device__ __forceinline__ bool finish_whole(const group_args &a, const piece_of_work &w, int thread,
+                                                    old_rows<S::N> &old, float (&total)[S::C][S::N / 2]) {
+    warp_tile tile = warp_tile_of<S>(w, thread);
+    int lane = thread % 32;
+    if (a.ending == END_ANY) return false;
+    if (a.ending == END_GATED) return pack_gated<S>(a, tile, lane, total);
+    if (a.ending == END_ADDED) {
+#pragma unroll
+        for (int c = 0; c < S::C; c++) {
+            if (c > 0) old.ask(a, tile, c, lane);
+#pragma unroll
+            for (int i = 0; i < S::N / 2; i++) total[c][i] = old.x[i] + total[c][i];
+        }
+    }
+    write_rows<S>(a, tile, (size_t)w.first * a.part, lane, total);
+    return true;
 }
 
 #endif
