@@ -237,10 +237,11 @@ enum { BARRIER_MADE = 0xB7 };
 
 // What the 64 bits of such a barrier hold.
 struct arrivals {
-    int32_t bytes;       // still to come
-    uint8_t threads, of; // still to arrive in this phase, and in each
-    uint8_t phase, made;
+    int32_t bytes;                  // still to come
+    uint32_t threads : 11, of : 11; // still to arrive in this phase, and in each
+    uint32_t phase : 1, made : 8;
 };
+_Static_assert(sizeof(struct arrivals) == sizeof(uint64_t), "in a barrier's place");
 
 static struct arrivals barrier_read(const uint64_t *barrier) {
     struct arrivals a;
@@ -626,7 +627,8 @@ static void check_shared(const void *p, size_t bytes, const char *what) {
 
 void emulated_barrier_init(uint64_t *barrier, unsigned n_threads) {
     check_shared(barrier, sizeof *barrier, "a barrier");
-    struct arrivals a = {.threads = (uint8_t)n_threads, .of = (uint8_t)n_threads, .made = BARRIER_MADE};
+    if (n_threads == 0 || n_threads > MOST_THREADS) emulated_fail("a barrier for %u threads", n_threads);
+    struct arrivals a = {.threads = n_threads & 2047, .of = n_threads & 2047, .made = BARRIER_MADE};
     memcpy(barrier, &a, sizeof a);
 }
 

@@ -78,9 +78,9 @@ MISTAKES = [
      ("group_kernel.cuh", "if (at.round > 0) barrier_wait(&r.weights_empty[", "if (at.round > 0 && !M) barrier_wait(&r.weights_empty[")),
     ("a group's weights given back before what was loaded is used", "TILES",
      ("groups.cu", "    s.tokens = group_operand(r.tokens",
-      "    __syncwarp();\n    if (M && threadIdx.x % 32 == 0) barrier_arrive(&r.weights_empty[at.weights.stage]);\n"
+      "    __syncwarp();\n    if (M) barrier_arrive(&r.weights_empty[at.weights.stage]);\n"
       "    s.tokens = group_operand(r.tokens"),
-     ("groups.cu", "if (lane == 0) barrier_arrive(&r.weights_empty[used", "if (lane == 0 && !M) barrier_arrive(&r.weights_empty[used")),
+     ("groups.cu", "    barrier_arrive(&r.weights_empty[used", "    if (!M) barrier_arrive(&r.weights_empty[used")),
     ("a group's sums read before they are there", "PAGES",
      ("groups.cu", "    group_wait<P>(d);", "    if (!M || P > 0) group_wait<P>(d);")),
     ("a group's rows of padding written", "PAGES",

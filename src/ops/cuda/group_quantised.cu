@@ -131,10 +131,8 @@ template <typename Q> struct quantised_consumer {
                     for (int i = 0; i < S::N / 2; i++) total[c][i] += d[i];
                 }
                 __syncwarp(); // all lanes have used what they loaded, and waited for what reads tokens
-                if (lane == 0) {
-                    if (S::APART) barrier_arrive(&r.weights_empty[weights.stage]); // else it is one ring
-                    barrier_arrive(&r.tokens_empty[tokens.stage]);
-                }
+                if (S::APART) barrier_arrive(&r.weights_empty[weights.stage]); // else it is one ring
+                barrier_arrive(&r.tokens_empty[tokens.stage]);
                 weights.advance<S::AHEAD>();
                 tokens.advance<S::STAGES>();
             }

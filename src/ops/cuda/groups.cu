@@ -153,9 +153,9 @@ static __device__ __forceinline__ void load_slice(slice &s, const ring<S> &r, pl
     at.tokens.advance<S::STAGES>();
 }
 
-template <class S> static __device__ __forceinline__ void give_back(const ring<S> &r, places &at, int lane) {
+template <class S> static __device__ __forceinline__ void give_back(const ring<S> &r, places &at) {
     __syncwarp(); // all lanes have waited for what reads it
-    if (lane == 0) barrier_arrive(&r.tokens_empty[at.last.stage]);
+    barrier_arrive(&r.tokens_empty[at.last.stage]);
     at.last.advance<S::STAGES>();
 }
 
@@ -174,12 +174,12 @@ template <class S> static __device__ __forceinline__ void multiply(float (&d)[S:
 // instruction takes what was loaded, it may not have come.
 template <class S>
 static __device__ __forceinline__ void begin_slice(const ring<S> &r, float (&d)[S::N / 2], const slice &s,
-                                                   const places &at, int lane) {
+                                                   const places &at) {
     int used = (at.weights.stage > 0 ? at.weights.stage : S::AHEAD) - 1;
     multiply<S>(d, s, 0);
     if (!S::APART) return; // until the tokens' is
     __syncwarp();          // all lanes have used it
-    if (lane == 0) barrier_arrive(&r.weights_empty[used]);
+    barrier_arrive(&r.weights_empty[used]);
 }
 
 template <class S, int P>
@@ -194,18 +194,18 @@ static __device__ __forceinline__ void add_chain(float (&total)[S::N / 2], float
 template <class S>
 static __device__ __forceinline__ void step(const ring<S> &r, float (&total)[S::C][S::N / 2], float (&d)[S::N / 2],
                                             float (&other)[S::N / 2], const slice &now, slice &following, places &at,
-                                            bool more, bool is_first, const share &own, int lane) {
-    begin_slice<S>(r, d, now, at, lane);
+                                            bool more, bool is_first, const share &own) {
+    begin_slice<S>(r, d, now, at);
     if constexpr (S::C == 1) {
         add_chain<S, 1>(total[0], other);
-        if (!is_first) give_back<S>(r, at, lane);
+        if (!is_first) give_back<S>(r, at);
         if (more) load_slice<S>(following, r, at, own);
     } else {
         multiply<S>(other, now, 1);
         if (more) load_slice<S>(following, r, at, own);
         add_chain<S, 1>(total[0], d);
         add_chain<S, 0>(total[1], other);
-        give_back<S>(r, at, lane);
+        give_back<S>(r, at);
     }
 }
 
@@ -234,27 +234,26 @@ struct bf16_consumer {
                     load_slice<S>(now, r, at, own);
 #pragma unroll
                     for (int c = 0; c < S::C; c++) {
-                        if (c == 0) begin_slice<S>(r, d0, now, at, lane);
+                        if (c == 0) begin_slice<S>(r, d0, now, at);
                         else multiply<S>(d0, now, c);
                         add_chain<S, 0>(total[c], d0);
                     }
-                    give_back<S>(r, at, lane);
+                    give_back<S>(r, at);
                 }
             } else {
                 slice even, odd;
                 load_slice<S>(even, r, at, own);
                 for (int s = 0; s < n_slices; s += 2) {
                     bool more = s + 1 < n_slices;
-                    step<S>(r, total, d0, d1, even, odd, at, more, s == 0, own, lane);
+                    step<S>(r, total, d0, d1, even, odd, at, more, s == 0, own);
                     if (!more) break;
-                    if constexpr (S::C == 2)
-                        step<S>(r, total, d0, d1, odd, even, at, s + 2 < n_slices, false, own, lane);
-                    else step<S>(r, total, d1, d0, odd, even, at, s + 2 < n_slices, false, own, lane);
+                    if constexpr (S::C == 2) step<S>(r, total, d0, d1, odd, even, at, s + 2 < n_slices, false, own);
+                    else step<S>(r, total, d1, d0, odd, even, at, s + 2 < n_slices, false, own);
                 }
                 if constexpr (S::C == 1) {
                     if (n_slices % 2 == 0) add_chain<S, 0>(total[0], d1);
                     else add_chain<S, 0>(total[0], d0);
-                    give_back<S>(r, at, lane);
+                    give_back<S>(r, at);
                 }
             }
             int from = opaque(thread);
@@ -285,9 +284,9 @@ struct sharing_consumer {
         for (int s = 0; s < w.n; s++) {
             slice now;
             load_slice<S>(now, r, at, own);
-            begin_slice<S>(r, d, now, at, lane);
+            begin_slice<S>(r, d, now, at);
             group_wait<0>(d);
-            give_back<S>(r, at, lane);
+            give_back<S>(r, at);
 #pragma unroll
             for (int i = 0; i < S::N / 2; i++) total[0][i] = w.rank == 0 ? total[0][i] + d[i] : total[0][i];
 #pragma unroll

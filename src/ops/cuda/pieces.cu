@@ -129,11 +129,11 @@ static __device__ __forceinline__ void consume_pieces(const group_args &a, const
                 multiply_chain(d, w, tokens + (uint64_t)(c * (CHAIN_BYTES / 2) >> 4));
                 if (c == 0) {
                     __syncwarp(); // all lanes have used what they loaded
-                    if (lane == 0) barrier_arrive(&r.weights_empty[stage]);
+                    barrier_arrive(&r.weights_empty[stage]);
                 }
                 if (c + 1 < CHAINS) barrier_wait(&r.tokens_full[stage][c + 1], (uint32_t)round & 1);
                 group_wait<0>(d);
-                if (lane == 0) barrier_arrive(&r.tokens_empty[stage][c]);
+                barrier_arrive(&r.tokens_empty[stage][c]);
                 if (c + 1 == CHAINS) { // the next slice's weights come while this one is added
                     at.advance<shape::STAGES>();
                     if (s + 1 < n_slices) load_weights(w, r, at, own);
@@ -156,10 +156,10 @@ template <enum ending END> static __global__ void __launch_bounds__(shape::THREA
     if (thread == 0) {
         for (int i = 0; i < shape::STAGES; i++) {
             barrier_init_for(&weights_full[i], PRODUCERS);
-            barrier_init_for(&weights_empty[i], shape::WARPS);
+            barrier_init_for(&weights_empty[i], 32 * shape::WARPS);
             for (int c = 0; c < CHAINS; c++) {
                 barrier_init_for(&tokens_full[i][c], 2);
-                barrier_init_for(&tokens_empty[i][c], shape::WARPS);
+                barrier_init_for(&tokens_empty[i][c], 32 * shape::WARPS);
             }
         }
         barrier_fence();
