@@ -96,15 +96,14 @@ static bool submit(tandem_engine *e, struct workload *w, size_t i, struct error 
     size_t n_vocab = e->model->config.n_vocab, range = n_vocab < 10000 ? n_vocab : 10000;
     for (size_t k = 0; k < offline_256_prompt[i]; k++) ids[k] = (int32_t)((k * 7919 + i * 104729 + 17) % range);
     tandem_sampling sampling = {.temperature = 0.6, .top_p = 1, .repeat_penalty = 1, .seed = i, .ignore_end = true};
-    uint64_t id;
+    uint64_t id, tenant = w->options->repeat * MOST_REQUESTS + i; // nothing is taken from another's cache
     w->asked[i] = (struct asked){.workload = w, .hash = 14695981039346656037u};
     tandem_request_options o = {.prompt = ids,
                                 .n_prompt = offline_256_prompt[i],
                                 .max_tokens = offline_256_output[i],
                                 .sampling = &sampling,
                                 .n = 1,
-                                .tenant =
-                                    w->options->repeat * MOST_REQUESTS + i, // nothing is taken from another's cache
+                                .tenant = tenant,
                                 .user = &w->asked[i]};
     if (tandem_submit(e, &o, &id, text, sizeof text) == TANDEM_OK) return true;
     return error_set(err, "request %zu: %s", i + 1, text);
