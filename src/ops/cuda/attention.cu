@@ -442,10 +442,6 @@ static void attn_combine(const struct op_ctx *ctx, float *out, const float *bloc
                   block_sum, o, (int)n_blocks, (int)head_dim);
 }
 
-static const struct batch *host_of(const struct batch *b) {
-    return b->host ? b->host : b;
-}
-
 // The longest context, up to the next power of two, in chunks: what a recorded sequence may depend on.
 static size_t most_chunks(const struct batch *b) {
     const struct batch *host = host_of(b);

@@ -76,8 +76,7 @@ struct quotients {
     float divisor, reciprocal;
 
     __device__ __forceinline__ void start(float d) {
-        float y;
-        asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(d));
+        float y = reciprocal_fast(d);
         divisor = d;
         reciprocal = fmaf(y, fmaf(y, -d, 1.0f), y);
     }

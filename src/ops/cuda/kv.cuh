@@ -31,6 +31,20 @@ static inline batch_view view(const struct batch *b) {
     return {b->position, b->seq, b->seq_start, b->page_start, b->pages, (int)b->n_tokens, (int)b->n_seqs};
 }
 
+static inline const struct batch *host_of(const struct batch *b) {
+    return b->host ? b->host : b;
+}
+
+// Where a token's k and v belong.
+struct kv_place {
+    int page, slot;
+};
+
+static __device__ __forceinline__ kv_place place_of(const batch_view &b, int token) {
+    int position = b.position[token];
+    return {b.pages[b.page_start[b.seq[token]] + position / KV_PAGE_TOKENS], position % KV_PAGE_TOKENS};
+}
+
 // A head's K page is a matrix [slots, channels], its V page one [channels, slots], both in units (matrix.cuh). In eight
 // bits two elements, eight channels apart, share 16 bits, the first one's in bits 15 and 10 to 4, as they stand in a
 // bf16, the second one's sign in 11, the higher bits of its exponent in 14 to 12 and the rest in 3 to 0. So a lane's 8

@@ -20,15 +20,6 @@ struct pages_args {
     int key_blocks;
 };
 
-struct place {
-    int page, slot;
-};
-
-static __device__ __forceinline__ place place_of(const batch_view &b, int token) {
-    int position = b.position[token];
-    return {b.pages[b.page_start[b.seq[token]] + position / KV_PAGE_TOKENS], position % KV_PAGE_TOKENS};
-}
-
 // ---- K: a warp has eight tokens' heads, one after the other. Lane 4 g + t has channels 8 e + 2 t and 8 e + 2 t + 1 of
 // token g: what it writes of a page, and both channels of every pair that turns.
 // ----------------------------------------------------------------------------------------------------------------
@@ -88,7 +79,7 @@ template <int DIM> static __device__ __forceinline__ void store_keys(const pages
     const float *from = a.k + ((size_t)token * n_kv + head) * DIM + 2 * t;
     key<DIM> h, turn;
     h.load(from);
-    place at = place_of(a.b, token);
+    kv_place at = place_of(a.b, token);
     turn.load(a.cos_sin + (size_t)token * DIM + 2 * t);
 #pragma unroll 1
     for (; head < end; head++, from += DIM) {
@@ -122,7 +113,7 @@ template <int DIM> static __device__ __forceinline__ void store_values(const pag
 #pragma unroll
         for (int i = 0; i < EIGHTS; i++) v[i][e] = token < n ? from[(size_t)token * n_kv * DIM + i * 8] : 0.0f;
     }
-    place at = place_of(a.b, first + min(lane, n - 1));
+    kv_place at = place_of(a.b, first + min(lane, n - 1));
     int page = __shfl_sync(~0u, at.page, 0);
     if (__all_sync(~0u, n == KV_PAGE_TOKENS && at.page == page && at.slot == lane)) {
         uint4 *to = reinterpret_cast<uint4 *>(head_page(a.kv, true, page, head)) + c / 8 * CHUNK_LANES + lane;

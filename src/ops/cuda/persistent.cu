@@ -666,7 +666,7 @@ template <typename F> static bool with_weights(enum dtype type, F f) {
 
 static bool layers(const struct op_ctx *ctx, const struct layers_args *a) {
     struct cuda_state *s = cuda_of(ctx);
-    const struct batch *host = a->batch->host ? a->batch->host : a->batch;
+    const struct batch *host = host_of(a->batch);
     size_t longest = ATTN_CHUNK; // as a recorded sequence's key knows it
     persistent_args p = {};
     while (host->n_seqs > 0 && longest < (size_t)host->kv_len[0]) longest *= 2;

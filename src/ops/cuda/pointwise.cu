@@ -133,15 +133,6 @@ struct store_args {
     int n_heads, turning_blocks; // blocks of q and k
 };
 
-struct place_of_token {
-    int page, slot;
-};
-
-static __device__ __forceinline__ place_of_token place_of(const batch_view &b, int token) {
-    int position = b.position[token];
-    return {b.pages[b.page_start[b.seq[token]] + position / KV_PAGE_TOKENS], position % KV_PAGE_TOKENS};
-}
-
 template <int DIM> static __device__ __forceinline__ void turn_heads(const store_args &a, int i, int lane) {
     constexpr int HALF = DIM / 2, PAIRS = head_registers<DIM>::PAIRS;
     int n_kv = a.kv.n_kv_heads, n = a.n_heads + n_kv, per_token = (n + HEADS_AT_ONCE - 1) / HEADS_AT_ONCE;
@@ -157,7 +148,7 @@ template <int DIM> static __device__ __forceinline__ void turn_heads(const store
                                  : a.k + ((size_t)token * n_kv + head - a.n_heads) * DIM;
         h[e] = read_head<DIM>(head < n ? at[e] : NULL, lane);
     }
-    place_of_token place = place_of(a.b, token);
+    kv_place place = place_of(a.b, token);
 #pragma unroll
     for (int e = 0; e < HEADS_AT_ONCE; e++) {
         int head = first + e;
@@ -180,7 +171,7 @@ template <int DIM> static __device__ __forceinline__ void turn_heads(const store
 // other.
 template <int DIM> static __device__ __forceinline__ void store_values(const store_args &a, int i, int thread) {
     __shared__ float values[V_TOKENS][DIM + 1];
-    __shared__ place_of_token places[V_TOKENS];
+    __shared__ kv_place places[V_TOKENS];
     constexpr int EACH = V_TOKENS * DIM / THREADS;
     int n_kv = a.kv.n_kv_heads, head = i % n_kv, first = i / n_kv * V_TOKENS, n = min(a.b.n_tokens - first, V_TOKENS);
     const float *from = a.v + ((size_t)first * n_kv + head) * DIM;
@@ -197,7 +188,7 @@ template <int DIM> static __device__ __forceinline__ void store_values(const sto
     for (int at = thread; at < V_TOKENS / 2 * DIM; at += THREADS) {
         int token = at % (V_TOKENS / 2) * 2, c = at / (V_TOKENS / 2);
         if (token >= n) continue;
-        place_of_token one = places[token], two = places[min(token + 1, n - 1)];
+        kv_place one = places[token], two = places[min(token + 1, n - 1)];
         __nv_bfloat16 *to = reinterpret_cast<__nv_bfloat16 *>(head_page(a.kv, true, one.page, head));
         if (token + 1 < n && two.page == one.page && one.slot % 2 == 0 && two.slot == one.slot + 1) {
             *reinterpret_cast<uint32_t *>(to + kv_index(true, one.slot, c, DIM)) =

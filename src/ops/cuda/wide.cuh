@@ -101,9 +101,10 @@ template <int HD> struct wide_sums {
 // Whether prompts of this batch are for wide.cu; and whether group_attention.cu has them.
 bool cuda_wide_takes(const struct cuda_state *s, const struct batch *host, size_t n_single);
 bool cuda_group_attention_takes(const struct cuda_state *s, size_t head_dim);
-// The norm, rotation and store of k and v alone, where attention norms and rotates q (pointwise.cu; in bf16 pages.cu).
-// False: too few tokens for it.
-bool cuda_store_pages(const struct op_ctx *ctx, const struct qk_norm_rope_store_args *a);
+// The norm, rotation and store of k and v alone, where attention norms and rotates q (pointwise.cu). False: too few
+// tokens for it.
 bool cuda_store_kv(const struct op_ctx *ctx, const struct qk_norm_rope_store_args *a);
+// Its part for bf16: pages.cu. False: also for eight bits.
+bool cuda_store_pages(const struct op_ctx *ctx, const struct qk_norm_rope_store_args *a);
 
 #endif
