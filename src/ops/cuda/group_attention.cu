@@ -12,7 +12,7 @@
 // Who orders what: a copy's end is waited for at `arrived`; what a turning warp has rewritten, and fenced for the
 // matrix instructions, it reports at `ready`; a consumer warp whose instructions on a page have ended reports at
 // `empty`, and only then is the next copy into that stage asked for. A tile is told at `told`, and its place used again
-// when all have read it, which they report at `taken`.
+// when all lanes have read it, which each reports at `taken`.
 #include "ops/cuda/groups.cuh"
 #include "ops/cuda/wide.cuh"
 
@@ -99,14 +99,13 @@ static __device__ __forceinline__ void ask_pages(group_attention_shared<KV::HD> 
 
 // The block's tile i.
 template <typename KV>
-static __device__ __forceinline__ work take_tile(group_attention_shared<KV::HD> *sh, int i, int lane) {
+static __device__ __forceinline__ work take_tile(group_attention_shared<KV::HD> *sh, int i) {
     int place = i % PLACES;
     barrier_wait(&sh->told[place], (uint32_t)(i / PLACES) & 1);
     work w = sh->tiles[place];
     w.kv_head = warp_uniform(w.kv_head);
     w.n_pages = warp_uniform(w.n_pages);
-    __syncwarp();
-    if (lane == 0) barrier_arrive(&sh->taken[place]);
+    barrier_arrive(&sh->taken[place]);
     return w;
 }
 
@@ -145,7 +144,7 @@ static __device__ __forceinline__ void turn_pages(group_attention_shared<KV::HD>
     int number = 0;
 #pragma unroll 1
     for (int i = 0;; i++) {
-        work w = take_tile<KV>(sh, i, lane);
+        work w = take_tile<KV>(sh, i);
         if (w.kv_head < 0) return;
 #pragma unroll 1
         for (int page = 0; page < w.n_pages; page++, number++) {
@@ -584,7 +583,7 @@ static __device__ __forceinline__ void consume_tiles(group_attention_shared<KV::
     ring_place at = {0, 0};
 #pragma unroll 1
     for (int i = 0;; i++) {
-        work w = take_tile<KV>(sh, i, lane);
+        work w = take_tile<KV>(sh, i);
         if (w.kv_head < 0) return;
         consume_pages<KV>(sh, p, w, at, warp, lane);
     }
@@ -598,7 +597,7 @@ template <int HD> static __device__ __forceinline__ void start_barriers(group_at
     }
     for (int i = 0; i < PLACES; i++) {
         barrier_init_for(&sh->told[i], 1);
-        barrier_init_for(&sh->taken[i], ATTN_WARPS + TURNING_WARPS);
+        barrier_init_for(&sh->taken[i], 32 * (ATTN_WARPS + TURNING_WARPS));
     }
     barrier_fence();
 }
