@@ -199,15 +199,17 @@ static int32_t draw(const struct candidate *c, size_t n, const tandem_sampling *
                     double scale) {
     int32_t chosen = -1;
     double highest = -INFINITY;
+    float below = -INFINITY;
     for (size_t i = 0; i < n; i++) {
         uint64_t random = sampling_random(key, c[i].id);
-        if (sampling_score(c[i].logit, scale, sampling_noise_bound(random)) < highest) continue;
+        if (sampling_loses(c[i].logit, (float)scale, random, below)) continue;
         if (p->min_p > 0 && (double)sampling_weight(c[i].logit, best, (float)scale) < p->min_p * (double)SAMPLING_ONE)
             continue;
         double score = sampling_score(c[i].logit, scale, sampling_noise(random));
         if (chosen < 0 || score > highest || (score == highest && c[i].id < chosen)) {
             chosen = c[i].id;
             highest = score;
+            below = sampling_below(highest);
         }
     }
     return chosen;

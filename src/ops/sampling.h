@@ -137,19 +137,29 @@ SAMPLING float sampling_noise(uint64_t random) {
     return -((float)e + sampling_log1p(f) * 1.44269502f);
 }
 
-// The noise is at most this, which costs much less: -ln u >= 1 - u.
+// The noise is at most this, which costs much less, and a tenth or two more mostly. With l what u lacks to 1, rounded
+// down, -ln u >= l + l^2 / 2; and log2 x is at least what x's bits are as a number. 2^-14: for all that is rounded.
 SAMPLING float sampling_noise_bound(uint64_t random) {
-    uint64_t lacking = ~random;
-    if (!lacking) return 66.0f;
-#ifdef __CUDA_ARCH__
-    return (float)(__clzll((long long)lacking) + 2);
-#else
-    return (float)(__builtin_clzll(lacking) + 2);
-#endif
+    float l = (float)(uint32_t)(~random >> 32) * 0x1p-32f;
+    int32_t bits = (int32_t)sampling_bits_of(l + 0.5f * l * l);
+    return (float)(0x3F800000 - bits) * 0x1p-23f + 0x1p-14f;
 }
 
 SAMPLING double sampling_score(float logit, double scale, float noise) {
     return (double)logit * scale + (double)noise;
+}
+
+// A number that no score from `highest` on is below, for what follows.
+SAMPLING float sampling_below(double highest) {
+    float f = (float)highest;
+    return f * (f < 0 ? 1 + 0x1p-20f : 1 - 0x1p-20f);
+}
+
+// Whether a score is certainly lower than another, of which `below` is sampling_below, as most are: in f32, and without
+// the noise. (float)scale is the scale.
+SAMPLING int sampling_loses(float logit, float scale, uint64_t random, float below) {
+    float x = logit * scale;
+    return x * (x < 0 ? 1 - 0x1p-20f : 1 + 0x1p-20f) + sampling_noise_bound(random) < below;
 }
 
 #endif

@@ -202,6 +202,32 @@ static void chooses_what_the_definition_says(void **state) {
     }
 }
 
+// What is not looked at more closely could not have won: not even against a score that is the same.
+static void nothing_is_passed_over_that_could_win(void **state) {
+    (void)state;
+    static const double scales[] = {0.0144, 1, 1.4427, 2.4045, 14.4, 1e6, 1e30};
+    static const float logits[] = {0, -0.0f, 1e-30f, -7.25f, 11.03f, -88.8f, 3e4f, -INFINITY};
+    uint64_t rng = 5;
+    for (int i = 0; i < 300000; i++) {
+        rng = sampling_mix(rng);
+        uint64_t random = rng;
+        if (i < 65) random = i ? ~0ull >> (i - 1) : 0;
+        else if (i < 130) random = ~(i > 65 ? ~0ull >> (i - 66) : 0);
+        else if (i % 4 == 1) random = ~(rng >> (i % 60));
+        else if (i % 4 == 2) random = rng >> (i % 60);
+        float bound = sampling_noise_bound(random), noise = sampling_noise(random);
+        assert_true(noise <= bound);
+        // Of noise that may win, and is not rarer than one of a million tokens has it, it is a good bound.
+        if (noise > 0.6f && noise < 20) assert_true(bound < noise + 0.3f);
+        double scale = scales[rng >> 8 & 7 ? (rng >> 8 & 7) - 1 : 3];
+        float logit = rng & 1 ? logits[rng >> 1 & 7] : (float)(int32_t)(rng >> 32) * 0x1p-26f;
+        double score = sampling_score(logit, scale, noise);
+        assert_false(sampling_loses(logit, (float)scale, random, sampling_below(score)));
+    }
+    assert_true(sampling_loses(1, 1, ~0ull >> 1, sampling_below(3.0)));
+    assert_true(sampling_loses(-INFINITY, 1, 0, sampling_below(-1e5)));
+}
+
 static void penalties(void **state) {
     (void)state;
     float logits[N];
@@ -311,6 +337,7 @@ int main(void) {
         cmocka_unit_test(noise_belongs_to_the_id),
         cmocka_unit_test(top_k_equals_a_full_sort),
         cmocka_unit_test(chooses_what_the_definition_says),
+        cmocka_unit_test(nothing_is_passed_over_that_could_win),
         cmocka_unit_test(penalties),
         cmocka_unit_test(uniform_is_open),
         cmocka_unit_test(refuses_bad_fields),

@@ -200,13 +200,23 @@ static __device__ void answer(const sample_step &s, int32_t id, int32_t ok) {
     s.chosen[blockIdx.y] = ok ? id : 0;
 }
 
-// The score of a token that is kept, unless it cannot win.
-static __device__ __forceinline__ void compete(double &highest, int32_t &id, float logit, int32_t candidate,
-                                               double scale, uint64_t key) {
-    uint64_t random = sampling_random(key, candidate);
-    if (sampling_score(logit, scale, sampling_noise_bound(random)) < highest) return;
-    better_score(highest, id, sampling_score(logit, scale, sampling_noise(random)), candidate);
-}
+// The best score that a thread knows of.
+struct contest {
+    double score;
+    int32_t id;
+    float below; // sampling_below(score)
+
+    __device__ __forceinline__ void put(double s, int32_t candidate) {
+        better_score(score, id, s, candidate);
+        below = sampling_below(score);
+    }
+    // A token that is kept: its score, unless it cannot win.
+    __device__ __forceinline__ void enter(float logit, int32_t candidate, double scale, uint64_t key) {
+        uint64_t random = sampling_random(key, candidate);
+        if (!sampling_loses(logit, (float)scale, random, below))
+            put(sampling_score(logit, scale, sampling_noise(random)), candidate);
+    }
+};
 
 static __device__ __forceinline__ bool min_p_keeps(const sample_row &r, float logit, float best) {
     return !(r.min_p > 0) ||
@@ -215,8 +225,9 @@ static __device__ __forceinline__ bool min_p_keeps(const sample_row &r, float lo
 
 static const int NOBODY = 0x7FFFFFFF;
 
-static __device__ __forceinline__ double lowest() {
-    return (double)__int_as_float((int)0xFF800000);
+static __device__ __forceinline__ contest no_contest() {
+    float lowest = __int_as_float((int)0xFF800000);
+    return {(double)lowest, NOBODY, lowest};
 }
 
 // ---- The kernels
@@ -232,8 +243,8 @@ static __global__ void __launch_bounds__(THREADS) k_sample(sample_step s) {
     bool filtered = has_filter(r, s.n);
     open_span(&p, s, r);
     float best = __int_as_float((int)0xFF800000);
-    int32_t best_id = NOBODY, bad = 0, score_id = NOBODY;
-    double score = lowest();
+    int32_t best_id = NOBODY, bad = 0;
+    contest c = no_contest();
     each_token(p, [&](float v, int id) {
         bad |= !isfinite(v);
         if (!is_banned(p, id)) better_logit(best, best_id, v, id);
@@ -241,28 +252,28 @@ static __global__ void __launch_bounds__(THREADS) k_sample(sample_step s) {
     block_best_logit(best, best_id, bad);
     if (r.scale > 0 && !filtered && !bad && best_id != NOBODY) {
         uint64_t key = key_of(s, r);
-        score = sampling_score(best, r.scale, sampling_noise(sampling_random(key, best_id)));
-        score_id = best_id; // few can beat this one
+        // Few can beat this one.
+        c.put(sampling_score(best, r.scale, sampling_noise(sampling_random(key, best_id))), best_id);
         each_token(p, [&](float v, int id) {
-            if (!is_banned(p, id)) compete(score, score_id, v, id, r.scale, key);
+            if (!is_banned(p, id)) c.enter(v, id, r.scale, key);
         });
-        block_best_score(score, score_id);
+        block_best_score(c.score, c.id);
     }
-    if (threadIdx.x == 0) parts[blockIdx.x] = {score, score_id, best, best_id, bad};
+    if (threadIdx.x == 0) parts[blockIdx.x] = {c.score, c.id, best, best_id, bad};
     if (!is_last(state)) return;
     if (threadIdx.x < gridDim.x) {
         const volatile part *other = &parts[threadIdx.x];
         better_logit(best, best_id, other->best, other->best_id);
-        better_score(score, score_id, other->score, other->score_id);
+        better_score(c.score, c.id, other->score, other->score_id);
         bad |= other->bad;
     }
     block_best_logit(best, best_id, bad);
-    block_best_score(score, score_id);
+    block_best_score(c.score, c.id);
     if (threadIdx.x != 0) return;
     state->task = TASK_NONE;
     bad |= best_id == NOBODY;
     if (bad || !filtered) {
-        answer(s, r.scale > 0 ? score_id : best_id, !bad);
+        answer(s, r.scale > 0 ? c.id : best_id, !bad);
         return;
     }
     bool cuts = top_k_cuts(r, s.n) || r.top_p < 1;
@@ -352,12 +363,6 @@ static __global__ void __launch_bounds__(THREADS) k_weigh(sample_step s) {
     if (is_last(state)) find_boundary(s, r, state);
 }
 
-// Where a thread stands among all that may be kept.
-struct contest {
-    double score;
-    int32_t id;
-};
-
 // The tokens of the boundary's bin, each against all others.
 static __device__ void judge_listed(const sample_step &s, const sample_row &r, const sample_state &state, int n,
                                     contest *c) {
@@ -392,7 +397,7 @@ static __device__ void judge_listed(const sample_step &s, const sample_row &r, c
         if (better >= most_better || (r.top_p < 1 && above > 0 && (double)above >= most) ||
             !min_p_keeps(r, x[id], state.best))
             continue;
-        compete(c->score, c->id, x[id], id, r.scale, key);
+        c->enter(x[id], id, r.scale, key);
     }
 }
 
@@ -441,10 +446,10 @@ static __device__ void judge_row(const sample_step &s, const sample_row &r, cons
         low = lowest_kept(*p, r, state.best, low, high,
                           [&](uint64_t, uint64_t above) { return above == 0 || (double)above < most; });
     }
-    *c = {lowest(), NOBODY};
+    *c = no_contest();
     each_token(*p, [&](float v, int id) {
         if (!is_banned(*p, id) && sampling_place(v, id) >= low && min_p_keeps(r, v, state.best))
-            compete(c->score, c->id, v, id, r.scale, key);
+            c->enter(v, id, r.scale, key);
     });
 }
 
@@ -458,13 +463,13 @@ static __global__ void __launch_bounds__(THREADS) k_draw(sample_step s) {
     const sample_row r = s.rows[blockIdx.y];
     part *parts = s.memory->parts[blockIdx.y];
     uint64_t key = key_of(s, r);
-    contest c = {lowest(), NOBODY};
+    contest c = no_contest();
     open_span(&p, s, r);
     each_token(p, [&](float v, int id) {
         if (is_banned(p, id)) return;
         int bin = bin_of(v, state.best);
         if (bin < state.from) {
-            if (min_p_keeps(r, v, state.best)) compete(c.score, c.id, v, id, r.scale, key);
+            if (min_p_keeps(r, v, state.best)) c.enter(v, id, r.scale, key);
         } else if (bin < state.until) {
             unsigned place = atomicAdd(&at->n_listed, 1u);
             if (place < MOST_LISTED) s.memory->listed[blockIdx.y][place] = sampling_place(v, id);
