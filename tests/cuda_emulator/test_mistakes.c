@@ -140,6 +140,7 @@ static bool is_found_at_large(enum place place) {
     static const char *const models[] = {"synthetic:tiny-qwen3", "synthetic:tiny-llama", "models/tandem-tiny"};
     static const size_t chunks[] = {5, 33, 128}, neighbours[] = {3, 40};
     static const struct plan plan = {.length = 290,
+                                     .lead = 253,
                                      .standard_chunk = 97,
                                      .whole = true,
                                      .chunks = chunks,
@@ -148,9 +149,11 @@ static bool is_found_at_large(enum place place) {
                                      .n_neighbours = 2,
                                      .n_ragged = 7,
                                      .n_crowd = 32};
-    enum { COMPANIONS = 300 };
-    size_t different = 0, company[COMPANIONS];
+    // Many sequences of a chunk or two, and fewer of so many that a part holds several.
+    enum { COMPANIONS = 300, DEEP_COMPANIONS = 150 };
+    size_t different = 0, company[COMPANIONS], deep_company[DEEP_COMPANIONS];
     for (size_t q = 0; q < COMPANIONS; q++) company[q] = q * q % 300;
+    for (size_t q = 0; q < DEEP_COMPANIONS; q++) deep_company[q] = q * q % 4000;
     open_gpu();
     for (size_t i = place < LAYERS ? 0 : 2; i < 3 && different == 0; i++) {
         struct subject s;
@@ -159,7 +162,8 @@ static bool is_found_at_large(enum place place) {
         if (place == LAYERS || place == DEEP)
             different = compare_depths(&s, variant_named("persistent"), place == DEEP ? deep : depths, 5);
         else if (place == COMPANY)
-            different = compare_company(&s, variant_named("stream-attention"), company, COMPANIONS, false);
+            different = compare_company(&s, variant_named("stream-attention"), company, COMPANIONS, false) +
+                        compare_company(&s, variant_named("stream-attention"), deep_company, DEEP_COMPANIONS, false);
         else different = compare_ways(&s, models[i], &plan, NULL);
         cuda->device->variants = 0; // the kernels that others stand in for
         if (different == 0 && place < LAYERS) different = compare_ways(&s, models[i], &plan, NULL);
