@@ -194,22 +194,26 @@ static size_t keep(struct candidate *c, const float *logits, size_t n, const tan
     return kept;
 }
 
+// The noise is at most this: -ln u >= 1 - u. sampling_noise_bound is closer to it, and takes a processor half as long
+// again.
+static float quick_bound(uint64_t random) {
+    return random == UINT64_MAX ? 66.0f : (float)(__builtin_clzll(~random) + 2);
+}
+
 // The best score of those that min_p keeps. The noise of most is not needed to see that they lose.
 static int32_t draw(const struct candidate *c, size_t n, const tandem_sampling *p, uint64_t key, float best,
                     double scale) {
     int32_t chosen = -1;
     double highest = -INFINITY;
-    float below = -INFINITY;
     for (size_t i = 0; i < n; i++) {
         uint64_t random = sampling_random(key, c[i].id);
-        if (sampling_loses(c[i].logit, (float)scale, random, below)) continue;
+        if (sampling_score(c[i].logit, scale, quick_bound(random)) < highest) continue;
         if (p->min_p > 0 && (double)sampling_weight(c[i].logit, best, (float)scale) < p->min_p * (double)SAMPLING_ONE)
             continue;
         double score = sampling_score(c[i].logit, scale, sampling_noise(random));
         if (chosen < 0 || score > highest || (score == highest && c[i].id < chosen)) {
             chosen = c[i].id;
             highest = score;
-            below = sampling_below(highest);
         }
     }
     return chosen;
