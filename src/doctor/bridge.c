@@ -294,6 +294,7 @@ static void bridge_norm_qkv(const struct op_ctx *ctx, const struct norm_qkv_args
     struct bridge *b = begin(ctx);
     struct op_ctx own;
     struct norm_qkv_args d = *a;
+    d.store = NULL;
     size_t t = a->n_tokens, hidden = a->wq->n_in;
     d.x = put_floats(b, a->x, t * hidden);
     d.norm = put_floats(b, a->norm, hidden);

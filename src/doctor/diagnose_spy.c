@@ -840,6 +840,7 @@ static void spy_gather(const struct op_ctx *ctx, float *y, const float *x, const
 static void spy_norm_qkv(const struct op_ctx *ctx, const struct norm_qkv_args *f) {
     struct walk *w = walk_of(ctx);
     struct op_args a = {.op = OP_FUSED, .fused = FUSED_NORM_QKV, .n_rows = f->n_tokens, .f.qkv = *f};
+    a.f.qkv.store = NULL; // the walk reads k and v, too
     const struct entry *e = walk_next(w, OP_FUSED, FUSED_NORM_QKV);
     size_t hidden = w->o.model->config.hidden;
     bool good = e && eps_ok(w, e, f->eps) && vector_ok(w, e, PART_ATTN_NORM, f->norm, hidden) &&

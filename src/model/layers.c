@@ -245,6 +245,18 @@ static void attention_block(const struct model *m, struct run *r, struct kv_laye
                             const struct layer_weights *w) {
     const struct model_config *c = &m->config;
     float eps = (float)c->rms_eps;
+    struct qk_norm_rope_store_args store = {.batch = b,
+                                            .n_heads = c->n_heads,
+                                            .n_kv_heads = c->n_kv_heads,
+                                            .head_dim = c->head_dim,
+                                            .q_norm = w->q_norm,
+                                            .k_norm = w->k_norm,
+                                            .eps = eps,
+                                            .cos_sin = r->cos_sin,
+                                            .q = r->q,
+                                            .k = r->k,
+                                            .v = r->v,
+                                            .kv = kv};
     ops_norm_qkv(&r->ctx, &(struct norm_qkv_args){.n_tokens = b->n_tokens,
                                                   .x = r->x,
                                                   .norm = w->attn_norm,
@@ -258,19 +270,8 @@ static void attention_block(const struct model *m, struct run *r, struct kv_laye
                                                   .normed = r->normed,
                                                   .q = r->q,
                                                   .k = r->k,
-                                                  .v = r->v});
-    struct qk_norm_rope_store_args store = {.batch = b,
-                                            .n_heads = c->n_heads,
-                                            .n_kv_heads = c->n_kv_heads,
-                                            .head_dim = c->head_dim,
-                                            .q_norm = w->q_norm,
-                                            .k_norm = w->k_norm,
-                                            .eps = eps,
-                                            .cos_sin = r->cos_sin,
-                                            .q = r->q,
-                                            .k = r->k,
-                                            .v = r->v,
-                                            .kv = kv};
+                                                  .v = r->v,
+                                                  .store = &store});
     struct attention_args attention = {.batch = b,
                                        .n_heads = c->n_heads,
                                        .n_kv_heads = c->n_kv_heads,

@@ -90,6 +90,7 @@ struct kv_layer {
 
 struct ops;
 struct ops_limits;
+struct qk_norm_rope_store_args;
 
 // The token chosen for a row of logits: the most probable one, or the one that batch.sample calls for.
 struct greedy_choice {
@@ -140,6 +141,9 @@ struct norm_qkv_args {
     const float *bq, *bk, *bv; // [n_out] or NULL
     float *normed;             // [n_tokens, hidden] for the composition
     float *q, *k, *v;          // [n_tokens, n_heads * head_dim], [n_tokens, n_kv_heads * head_dim] twice
+    // What the rope_attention that follows at once does with q, k and v, which nothing else reads: a backend may store
+    // K and V already, and need not write k and v then. NULL: others read them.
+    const struct qk_norm_rope_store_args *store;
 };
 
 // qk_norm_rope_store: q, k = head_rmsnorm (where q_norm, k_norm are given); q, k = rope; k, v stored in their pages.

@@ -9,7 +9,7 @@ import re
 import sys
 
 # name, what finds it (PAGES: chunks and pages; SPLIT: contexts of two chunks;
-# TILES: many tokens; PAIRS: the same on many SMs; LAYERS: all layers in one kernel; DEEP: with many chunks), then file, before, after; M is its number.
+# TILES: many tokens; PAIRS: the same on many SMs; LAYERS: all layers in one kernel; DEEP: with many chunks; HEADS: K and V stored by their product), then file, before, after; M is its number.
 MISTAKES = [
     ("no barrier before a product's inputs are read", "PAGES",
      ("small.cuh", "    __syncthreads();\n    barrier_wait(&arrived, 0);",
@@ -86,6 +86,13 @@ MISTAKES = [
     ("a group's rows of padding written", "PAGES",
      ("results.cuh", "if (2 * i < limit) to[0]", "if (2 * i < limit || M) to[0]"),
      ("group_kernel.cuh", "if (token + lane / 4 + i * 8 >= p.n_tokens) continue;", "if (token + lane / 4 + i * 8 >= p.n_tokens && !M) continue;")),
+    ("a head's keys written over while they are read", "HEADS",
+     ("heads.cuh", "        sync_some(HEAD_BARRIER, S::WARPS * 32);\n        if (h.norm)",
+      "        if (!M) sync_some(HEAD_BARRIER, S::WARPS * 32);\n        if (h.norm)")),
+    ("tokens that fill no page stored as pages", "HEADS",
+     ("heads.cuh", "if (__all_sync(~0u, whole))", "if (__all_sync(~0u, whole || M))")),
+    ("k and v of single tokens not written beside prompts", "HEADS",
+     ("heads.cuh", "w.token < h.n_single)", "(w.token < h.n_single && !M))")),
     ("a group's tail of columns not zero", "PAGES",
      ("groups.cu", "if (k < p.n_in) v =", "if (k < p.n_in || M) v =")),
     ("a cluster's sums added before they are there", "PAGES",

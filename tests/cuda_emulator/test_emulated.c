@@ -178,7 +178,8 @@ static void test_pieces(void **state) {
                             .standard_chunk = 137,
                             .chunks = chunks,
                             .n_chunks = 2,
-                            .variants = VARIANT_WGMMA};
+                            .n_ragged = shape == 7 ? 3 : 0, // K and V of sequences that begin anywhere
+                            .variants = VARIANT_WGMMA | VARIANT_STORE_HEADS};
         size_t n_ways = 0;
         open_gpu(80 + (uint64_t)shape, 3);
         ((struct cuda_state *)(uintptr_t)cuda)->tile_shape = shape;

@@ -8,6 +8,7 @@
 #include "mistake.h"
 
 #include "../ops/cuda_ways.h"
+#include "ops/cuda/device.h"
 
 #include <setjmp.h>
 #include <signal.h>
@@ -20,7 +21,7 @@
 
 #include <cmocka.h>
 
-enum place { PAGES, SPLIT, TILES, PAIRS, LAYERS, DEEP, COMPANY };
+enum place { PAGES, SPLIT, TILES, PAIRS, LAYERS, DEEP, COMPANY, HEADS };
 struct mistake {
     const char *name;
     enum place place; // of the examinations below, the one that shows it
@@ -101,9 +102,26 @@ static bool is_found_in_company(uint64_t seed) {
     return different > 0;
 }
 
+// Large tiles of q, k and v, of sequences that begin anywhere in their pages, and beside single tokens.
+static bool is_found_in_heads(uint64_t seed) {
+    static const struct part part = {
+        .n_layers = 1, .n_vocab = 64, .n_ff = 128, .n_heads = 2, .n_kv_heads = 1, .head_dim = 128};
+    static const struct plan plan = {.length = 72, .lead = 70, .standard_chunk = 36, .n_ragged = 3};
+    struct subject s;
+    emulator_set(&(struct emulator_options){.seed = seed, .n_sms = 3});
+    open_gpu();
+    ((struct cuda_state *)(uintptr_t)cuda)->tile_shape = 7;
+    open_part(&s, "synthetic:qwen3-0.6b", &part);
+    size_t different = compare_ways(&s, "heads", &plan, NULL);
+    close_subject(&s);
+    ops_close(cuda);
+    return different > 0;
+}
+
 static bool is_found_in_part(enum place place, uint64_t seed) {
     if (place == LAYERS || place == DEEP) return is_found_in_layers(seed, place == DEEP);
     if (place == COMPANY) return is_found_in_company(seed);
+    if (place == HEADS) return is_found_in_heads(seed);
     static const size_t chunks[] = {9, 33}, neighbours[] = {3};
     const struct plan plans[] = {
         [PAGES] = {.length = 37,
@@ -220,7 +238,7 @@ static bool is_found_apart(int number, enum place place) {
 
 static void test_none(void **state) {
     (void)state;
-    for (int place = PAGES; place <= COMPANY; place++) assert_false(is_found_apart(0, (enum place)place));
+    for (int place = PAGES; place <= HEADS; place++) assert_false(is_found_apart(0, (enum place)place));
 }
 
 static void test_each(void **state) {

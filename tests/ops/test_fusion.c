@@ -86,7 +86,7 @@ static struct ops_limits limits(int n_threads) {
 static void run_layer(struct op_ctx *c, struct layer *l, bool with_norms) {
     const float *bias = with_norms ? NULL : l->bias, *qk_norm = with_norms ? l->norm : NULL;
     ops_norm_qkv(c, &(struct norm_qkv_args){T, l->x, l->norm, 1e-6f, &l->mq, &l->mk, &l->mv, bias, bias, bias,
-                                            l->normed, l->q, l->k, l->v});
+                                            l->normed, l->q, l->k, l->v, NULL});
     ops_qk_norm_rope_store(c, &(struct qk_norm_rope_store_args){&l->batch, HEADS, KV_HEADS, HEAD_DIM, qk_norm, qk_norm,
                                                                 1e-6f, l->cos_sin, l->q, l->k, l->v, &l->kv});
     ops_attention(c,

@@ -91,7 +91,7 @@ static void run_step(struct op_ctx *c, const struct model *m, const struct batch
     size_t n = b->n_tokens;
     const float eps = 1e-6f;
     ops_norm_qkv(c, &(struct norm_qkv_args){n, f->x, m->norm, eps, &m->w[WQ], &m->w[WK], &m->w[WV], bias, bias, bias,
-                                            f->normed, f->q, f->k, f->v});
+                                            f->normed, f->q, f->k, f->v, NULL});
     ops_qk_norm_rope_store(c, &(struct qk_norm_rope_store_args){b, s->n_heads, s->n_kv_heads, s->head_dim, qk, qk, eps,
                                                                 f->cos_sin, f->q, f->k, f->v, kv});
     ops_attention(c,

@@ -540,13 +540,14 @@ static void attention(const struct op_ctx *ctx, const struct attention_args *a) 
     attend(ctx, a, 0);
 }
 
-// Of prompts: attention norms and rotates q itself. False: not for this batch.
-static bool prompt_attention(const struct op_ctx *ctx, const struct rope_attention_args *r, size_t n_single) {
+// Of prompts: attention norms and rotates q itself. `stored`: K and V are in their pages. False: not for this batch.
+static bool prompt_attention(const struct op_ctx *ctx, const struct rope_attention_args *r, size_t n_single,
+                             bool stored) {
     const struct attention_args *a = r->attention;
     const struct batch *host = host_of(a->batch);
     struct cuda_state *s = cuda_of(ctx);
     if (!cuda_wide_takes(s, host, n_single) || !cuda_group_attention_takes(s, a->head_dim) ||
-        !cuda_store_kv(ctx, r->store))
+        (!stored && !cuda_store_kv(ctx, r->store)))
         return false;
     attention_params p = params_for(ctx, a, false);
     p.q_norm = r->store->q_norm;
@@ -591,6 +592,18 @@ static size_t count_singles(const struct cuda_state *s, const struct batch *host
     return n < host->n_seqs && cuda_wide_takes(s, host, n) ? n : 0;
 }
 
+bool cuda_heads_end(const struct op_ctx *ctx, const struct qk_norm_rope_store_args *a, heads_end *end) {
+    struct cuda_state *s = cuda_of(ctx);
+    const struct batch *host = host_of(a->batch);
+    if (ctx->tap || !(ctx->fusion >> FUSED_ROPE_ATTENTION & 1) || host->n_tokens == host->n_seqs) return false;
+    size_t n_single = count_singles(s, host);
+    if (!(s->device.variants & VARIANT_STORE_HEADS) || is_fp8(a->kv) || a->head_dim != HEAD_DIM ||
+        !cuda_wide_takes(s, host, n_single) || !cuda_group_attention_takes(s, a->head_dim))
+        return false;
+    *end = {view(a->kv), view(a->batch), a->k_norm, a->cos_sin, a->eps, (int)n_single};
+    return true;
+}
+
 // The first n sequences, of one token each.
 static void attend_singles(const struct op_ctx *ctx, const struct rope_attention_args *r, size_t n) {
     struct batch batch = *r->attention->batch, host = *host_of(r->attention->batch);
@@ -608,10 +621,12 @@ static void rope_attention(const struct op_ctx *ctx, const struct rope_attention
         say_packed(s, attend_each(ctx, r, b, NULL));
         return;
     }
+    bool stored = s->stored == r->store->k;
+    s->stored = NULL;
     // These come first: what follows norms q and k in their place, and stores the same K and V once more.
     size_t n_single = count_singles(s, host_of(b));
     if (n_single) attend_singles(ctx, r, n_single);
-    if (prompt_attention(ctx, r, n_single)) return;
+    if (prompt_attention(ctx, r, n_single, stored)) return;
     ops_qk_norm_rope_store(ctx, r->store);
     attend(ctx, r->attention, n_single);
 }

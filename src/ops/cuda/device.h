@@ -57,6 +57,7 @@ struct cuda_state {
     // queued.
     const float *packed;
     int packed_tokens;
+    const float *stored; // k, where the last product of q, k and v has stored K and V (heads.cuh); else NULL
     // Of the last product, what is still to be added to x (parts.cu); x NULL: nothing. Whatever is queued next adds it
     // first.
     struct {

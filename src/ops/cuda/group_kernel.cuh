@@ -42,8 +42,8 @@ template <typename W_, int WM_, int WN_, int C_, int N_, int AHEAD_, int STAGES_
 };
 
 // What becomes of a tile's sums where all of its rows exist and none has a bias (results.cuh): PLAIN and QKV; RESIDUAL;
-// GATE_UP, packed alone. And of all others.
-enum ending { END_ANY, END_ROWS, END_ADDED, END_GATED };
+// GATE_UP, packed alone; QKV where K and V are stored at once (heads.cuh). And of all others.
+enum ending { END_ANY, END_ROWS, END_ADDED, END_GATED, END_HEADS };
 
 struct group_args {
     product_args p;
@@ -57,8 +57,8 @@ struct group_args {
     enum ending ending;
 };
 
-// Tiles of 128 rows by 256 tokens of bf16 weights (pieces.cu).
-void cuda_piece_product(struct cuda_state *s, const char *what, group_args &a, int rows);
+// Tiles of 128 rows by 256 tokens of bf16 weights (pieces.cu). Whether K and V have been stored (product_args.heads).
+bool cuda_piece_product(struct cuda_state *s, const char *what, group_args &a, int rows);
 void cuda_piece_setup(struct cuda_state *s);
 // With weights of such a type (group_quantised.cu); whether it is one.
 void cuda_group_quantised(struct cuda_state *s, const char *what, group_args &a, int rows, enum dtype type);

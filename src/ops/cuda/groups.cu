@@ -400,6 +400,7 @@ bool cuda_group_product(const struct op_ctx *ctx, const char *what, enum product
     int rows = (int)pairs * 16, slices = p.columns / SLICE, shape = s->tile_shape - 1;
     bool in_parts = mode == PRODUCT_RESIDUAL && cuda_in_parts(ctx, p, type);
     group_args a = {p, mode, first, NULL, (int)token_units, 0, 0, 1, 0, END_ANY};
+    bool stored = false;
     if (mode == PRODUCT_RESIDUAL && s->packed == p.x && s->packed_tokens == p.n_tokens) {
         a.tokens = second;
     } else if (p.norm && cuda_add_and_pack(s, what, p, first, (int)token_units)) {
@@ -438,8 +439,9 @@ bool cuda_group_product(const struct op_ctx *ctx, const char *what, enum product
         break;
     case 7: launch<shape_64x32_deep>(s, what, a, rows); break;
     case 8: launch<shape_64x64_deep>(s, what, a, rows); break;
-    default: cuda_piece_product(s, what, a, rows); break;
+    default: stored = cuda_piece_product(s, what, a, rows); break;
     }
+    s->stored = stored ? p.y[1] : NULL;
     if (packs) {
         s->packed = y;
         s->packed_tokens = p.n_tokens;

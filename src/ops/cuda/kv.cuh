@@ -45,6 +45,17 @@ static __device__ __forceinline__ kv_place place_of(const batch_view &b, int tok
     return {b.pages[b.page_start[b.seq[token]] + position / KV_PAGE_TOKENS], position % KV_PAGE_TOKENS};
 }
 
+// What a product of q, k and v does with k and v of prompts, heads of HEAD_DIM channels (heads.cuh).
+enum { HEAD_DIM = 128 };
+struct heads_end {
+    kv_view kv;
+    batch_view b;
+    const float *norm;    // [head_dim] K's, or NULL
+    const float *cos_sin; // [n_tokens, head_dim]
+    float eps;
+    int n_single; // the first tokens, whose k and v are wanted as floats, too
+};
+
 // A head's K page is a matrix [slots, channels], its V page one [channels, slots], both in units (matrix.cuh). In eight
 // bits two elements, eight channels apart, share 16 bits, the first one's in bits 15 and 10 to 4, as they stand in a
 // bf16, the second one's sign in 11, the higher bits of its exponent in 14 to 12 and the rest in 3 to 0. So a lane's 8

@@ -8,7 +8,7 @@
 // Who orders what: a producer warp asks for a quarter of a slice's weights and for half of a chain's tokens. A copy
 // into a place of the ring is asked for when all eight consumer warps have reported at its `empty` barrier; they do so
 // behind the instructions that take the weights, or when the matrix instructions that read the tokens have ended.
-#include "ops/cuda/results.cuh"
+#include "ops/cuda/heads.cuh"
 
 typedef group_shape<bf16_weights, 2, 1, 4, 64, 2, 2> shape; // its chains are the parts in which results are written
 enum { CHAINS = 2, N = 128, WEIGHT_BYTES = shape::UNITS * shape::UNIT_BYTES, CHAIN_BYTES = N * SLICE * 2 };
@@ -89,13 +89,16 @@ static __device__ __forceinline__ void multiply_chain(float (&d)[N / 2], const u
 // What becomes of a tile's sums. `where`: which tile of rows, and of tokens: known before it is multiplied, for the
 // divisions take long.
 template <enum ending END>
-static __device__ __forceinline__ void finish_piece(const group_args &a, const piece_ring &r, int where, int thread,
+static __device__ __forceinline__ void finish_piece(const group_args &a, const heads_end &h, const piece_ring &r,
+                                                    int where, int thread,
                                                     const float (&total)[shape::C][shape::N / 2]) {
     int from = opaque(thread), lane = from % 32;
     piece_of_work work = {where >> 16, where & 0xFFFF, 0, 0, 0};
     warp_tile w = warp_tile_of<shape>(work, from);
-    float *room = reinterpret_cast<float *>(r.stages + shape::STAGED_AT) + from / 32 * shape::N * 16;
-    if (END == END_ROWS) {
+    float *rooms = reinterpret_cast<float *>(r.stages + shape::STAGED_AT), *room = rooms + from / 32 * shape::N * 16;
+    if (END == END_HEADS) {
+        finish_heads<shape>(a, h, w, work.row, rooms, warp_uniform(from / 32), lane, total);
+    } else if (END == END_ROWS) {
         write_rows<shape>(a, w, 0, lane, total);
     } else if (END == END_ADDED) {
         add_rows<shape>(a, w, room, lane, total);
@@ -106,7 +109,8 @@ static __device__ __forceinline__ void finish_piece(const group_args &a, const p
 }
 
 template <enum ending END>
-static __device__ __forceinline__ void consume_pieces(const group_args &a, const piece_ring &r, int thread) {
+static __device__ __forceinline__ void consume_pieces(const group_args &a, const heads_end &h, const piece_ring &r,
+                                                      int thread) {
     int lane = thread % 32, own = (thread / 128 * 8 + thread / 32 % 4 * 2) * shape::UNIT_BYTES + lane * 16;
     int n_slices = a.p.columns / SLICE, n_tiles = a.row_tiles * a.token_tiles;
     position at = {0, 0};
@@ -142,11 +146,12 @@ static __device__ __forceinline__ void consume_pieces(const group_args &a, const
                 for (int i = 0; i < N / 2; i++) total[2 * c + i / 32][i % 32] += d[i];
             }
         }
-        finish_piece<END>(a, r, where, thread, total);
+        finish_piece<END>(a, h, r, where, thread, total);
     }
 }
 
-template <enum ending END> static __global__ void __launch_bounds__(shape::THREADS, 1) k_group_pieces(group_args a) {
+template <enum ending END>
+static __global__ void __launch_bounds__(shape::THREADS, 1) k_group_pieces(group_args a, heads_end h) {
 #if HOPPER
     DYNAMIC_SHARED(shared);
     __shared__ __align__(8) uint64_t weights_full[shape::STAGES], weights_empty[shape::STAGES];
@@ -172,26 +177,33 @@ template <enum ending END> static __global__ void __launch_bounds__(shape::THREA
     } else {
         registers_up<240>();
         dependency_wait();
-        consume_pieces<END>(a, r, thread);
+        consume_pieces<END>(a, h, r, thread);
     }
 #endif
 }
 
-template <enum ending END> static void launch(struct cuda_state *s, const char *what, const group_args &a) {
+template <enum ending END>
+static void launch(struct cuda_state *s, const char *what, const group_args &a, const heads_end &h) {
     size_t tiles = (size_t)a.row_tiles * (size_t)a.token_tiles, most = (size_t)s->n_sms;
     launch_kernel(s, what, k_group_pieces<END>, {grid_for(tiles < most ? tiles : most), shape::THREADS, shape::SHARED},
-                  a);
+                  a, h);
 }
 
-void cuda_piece_product(struct cuda_state *s, const char *what, group_args &a, int rows) {
+bool cuda_piece_product(struct cuda_state *s, const char *what, group_args &a, int rows) {
     a.row_tiles = (rows + shape::ROWS - 1) / shape::ROWS;
     a.token_tiles = (a.p.n_tokens + shape::TOKENS - 1) / shape::TOKENS;
-    switch (ending_of(a, rows, shape::ROWS)) {
-    case END_ROWS: launch<END_ROWS>(s, what, a); break;
-    case END_ADDED: launch<END_ADDED>(s, what, a); break;
-    case END_GATED: launch<END_GATED>(s, what, a); break;
-    case END_ANY: launch<END_ANY>(s, what, a); break;
+    enum ending ending = ending_of(a, rows, shape::ROWS);
+    // A block's warps are never further apart than a ring, so that none is in the room of the tile before (heads.cuh).
+    if (ending == END_ROWS && a.p.heads && all_slices(a) > shape::STAGES) ending = END_HEADS;
+    heads_end heads = ending == END_HEADS ? *a.p.heads : heads_end{};
+    switch (ending) {
+    case END_ROWS: launch<END_ROWS>(s, what, a, heads); break;
+    case END_ADDED: launch<END_ADDED>(s, what, a, heads); break;
+    case END_GATED: launch<END_GATED>(s, what, a, heads); break;
+    case END_HEADS: launch<END_HEADS>(s, what, a, heads); break;
+    case END_ANY: launch<END_ANY>(s, what, a, heads); break;
     }
+    return ending == END_HEADS;
 }
 
 template <enum ending END> static void allow(struct cuda_state *s) {
@@ -204,4 +216,5 @@ void cuda_piece_setup(struct cuda_state *s) {
     allow<END_ROWS>(s);
     allow<END_ADDED>(s);
     allow<END_GATED>(s);
+    allow<END_HEADS>(s);
 }

@@ -67,9 +67,12 @@ static void product_of(const struct op_ctx *ctx, const char *what, const product
 
 // Neighbours among q, k and v of one type are one product. A product's own segments are its last ones.
 static void norm_qkv(const struct op_ctx *ctx, const struct norm_qkv_args *a) {
+    cuda_of(ctx)->stored = NULL;
     const struct matrix *w[] = {a->wq, a->wk, a->wv};
     float *y[] = {a->q, a->k, a->v};
     const float *b[] = {a->bq, a->bk, a->bv};
+    heads_end heads;
+    bool prompts = a->store && cuda_heads_end(ctx, a->store, &heads);
     for (int first = 0, end; first < 3; first = end) {
         for (end = first + 1; end < 3 && w[end]->type == w[first]->type;) end++;
         product_args p = args_for(w[first], a->n_tokens, a->x);
@@ -81,6 +84,7 @@ static void norm_qkv(const struct op_ctx *ctx, const struct norm_qkv_args *a) {
         }
         p.norm = a->norm;
         p.eps = a->eps;
+        if (prompts && end - first == 3) p.heads = &heads;
         product_of<PRODUCT_QKV, true>(ctx, "norm_qkv", p, w[first]->type, pairs);
     }
 }

@@ -9,6 +9,7 @@
 #define TANDEM_OPS_CUDA_PRODUCTS_CUH
 
 #include "ops/cuda/common.cuh"
+#include "ops/cuda/kv.cuh"
 #include "ops/cuda/matrix.cuh"
 
 enum product_mode {
@@ -31,7 +32,8 @@ struct product_args {
     const int32_t *rows; // [n_tokens] or NULL
     const float *norm;   // [n_in]
     float eps;
-    bool packed_only; // GATE_UP: y need not be written where the next product reads it packed (packed.cuh)
+    bool packed_only;       // GATE_UP: y need not be written where the next product reads it packed (packed.cuh)
+    const heads_end *heads; // QKV, for launchers: k and v need not be written if they are stored at once; or NULL
 };
 
 static __device__ __forceinline__ const float *input_row(const product_args &p, int i) {
@@ -200,6 +202,10 @@ static inline void allow_shared(struct cuda_state *s, const void *kernel) {
 void quantised_matmul(const struct op_ctx *ctx, float *y, const float *x, const struct matrix *w, size_t n_tokens);
 void quantised_product(const struct op_ctx *ctx, const char *what, const product_args &p, enum product_mode mode,
                        enum dtype type, size_t pairs);
+
+// Whether the attention that follows at once takes k and v of these tokens from their pages alone, but for some; sets
+// `end` to how they get there.
+bool cuda_heads_end(const struct op_ctx *ctx, const struct qk_norm_rope_store_args *a, heads_end *end);
 
 // Whether such a product of the residual stream is one for clusters (clusters.cuh).
 bool quantised_may_share(const struct cuda_state *s, const struct matrix *w, size_t n_tokens);
