@@ -219,8 +219,7 @@ struct contest {
 };
 
 static __device__ __forceinline__ bool min_p_keeps(const sample_row &r, float logit, float best) {
-    return !(r.min_p > 0) ||
-           (double)sampling_weight(logit, best, (float)r.scale) >= r.min_p * (double)SAMPLING_ONE;
+    return !(r.min_p > 0) || (double)sampling_weight(logit, best, (float)r.scale) >= r.min_p * (double)SAMPLING_ONE;
 }
 
 static const int NOBODY = 0x7FFFFFFF;
