@@ -88,13 +88,13 @@ static void test_split(void **state) {
 }
 
 // Prompts deep enough for every stage of attention's ring to be used again; in chunks that leave half of the last
-// tile's rows empty, too. K and V in 16 bits and in eight.
+// tile's rows empty, too. K and V in 16 bits and in eight; groups of 1, 2 and 4 query heads.
 static void test_prompts(void **state) {
     (void)state;
     static const size_t chunks[] = {40, 100};
     for (size_t i = 0; i < 4; i++)
         same_bits(
-            "models/tandem-tiny", (struct part){1, 64, 64, 2, i % 2 ? 2 : 1, i % 2 ? 64 : 128},
+            "models/tandem-tiny", (struct part){1, 64, 64, i == 3 ? 4 : 2, i == 1 ? 2 : 1, i % 2 ? 64 : 128},
             (struct plan){
                 .length = 330, .lead = 328, .standard_chunk = 165, .chunks = chunks, .n_chunks = 2, .fp8 = i >= 2},
             31 + i, 2);

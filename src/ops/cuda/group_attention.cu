@@ -165,6 +165,11 @@ static __device__ __forceinline__ void turn_pages(group_attention_shared<KV::HD>
 // ---- Consumers
 // -------------------------------------------------------------------------------------------------------
 
+// Query heads of a KV head: GROUP, so that the compiler knows where rows lie, or, where that is 0, any number.
+template <int GROUP> static __device__ __forceinline__ int heads_of(const attention_params &p) {
+    return GROUP ? GROUP : p.n_heads / p.kv.n_kv_heads;
+}
+
 // Rates of RMSNorm (normalise_head) of 16 heads that a warp has in registers: every lane's is that of row `lane / 2`,
 // from squares' sums that are added as warp_sum adds them, but 16 of them at once.
 template <int HD>
@@ -206,23 +211,20 @@ template <int HD> static __device__ __forceinline__ head_registers<HD> own_chann
 
 // A warp's rows of q, normed and rotated on the way: through `room`, [16][HD] floats of shared memory, where channels
 // stand in eights that a row's number turns (against bank conflicts).
-template <int HD>
+template <int HD, int GROUP>
 static __device__ __forceinline__ void load_turned(wide_q<HD> &q, float *room, const attention_params &p,
                                                    const warp_rows &rows, int kv_head, int lane) {
     constexpr int PAIRS = head_registers<HD>::PAIRS, HALF = HD / 2;
-    int group = p.n_heads / p.kv.n_kv_heads, head = 0, last = rows.n_tokens * group - 1;
-    int next_token = (p.n_heads - group + 1) * HD;
+    int group = heads_of<GROUP>(p), head = 0, token = 0, last = max(rows.n_tokens - 1, 0);
     head_registers<HD> norm = read_head<HD>(p.q_norm, lane), x[ROWS], turn[ROWS]; // all asked for at once
     const float *from = p.q + ((size_t)rows.token * p.n_heads + (size_t)kv_head * group) * HD + lane;
     const float *cos_sin = p.cos_sin + (size_t)rows.token * HD + lane;
 #pragma unroll
-    for (int row = 0; row < ROWS; row++) {
-        x[row] = own_channels<HD>(from);
-        turn[row] = own_channels<HD>(cos_sin);
-        bool more = row < last, wraps = ++head == group; // the rows that there are not are like the last one
-        from += more ? wraps ? next_token : HD : 0;
-        cos_sin += more && wraps ? HD : 0;
-        if (wraps) head = 0;
+    for (int row = 0; row < ROWS; row++) { // those that there are not are like others
+        int t = min(token, last);
+        x[row] = own_channels<HD>(from + (size_t)(t * p.n_heads + head) * HD);
+        turn[row] = own_channels<HD>(cos_sin + (size_t)t * HD);
+        if (++head == group) head = 0, token++;
     }
     if (p.q_norm) {
         float rate = head_rates<HD>(x, p.eps, lane);
@@ -350,27 +352,41 @@ static __device__ __forceinline__ void group_page(wide_sums<KV::HD> &sums, const
 }
 
 // wide_sums' end_chunk, but nothing is read before the first chunk of a tile, and after the last one, the results stay
-// in `of`.
+// in `of`. `all_see`: all rows that there are see some of the chunk.
 template <int HD>
-static __device__ __forceinline__ void end_chunk(wide_sums<HD> &sums, const int (&position)[2], int first,
+static __device__ __forceinline__ void end_chunk(wide_sums<HD> &sums, const int (&position)[2], int first, bool all_see,
                                                  bool is_last) {
-    float a[2] = {1, 1}, c[2] = {1, 1};
+    float a[2], c[2];
+    if (all_see) {
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        if (position[half] >= first) {
+        for (int half = 0; half < 2; half++)
             chain_add(sums.all[half], sums.chunk[half].m, sums.chunk[half].l, a[half], c[half]);
-            continue;
+    } else {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            bool sees = position[half] >= first;
+            chain before = sums.all[half];
+            chain_add(sums.all[half], sums.chunk[half].m, sums.chunk[half].l, a[half], c[half]);
+            if (!sees) sums.all[half] = before, a[half] = c[half] = 1;
+#pragma unroll
+            for (int i = 0; i < HD / 8; i++)
+#pragma unroll
+                for (int e = 2 * half; e < 2 * half + 2; e++)
+                    sums.of[i][e] = sees ? sums.of[i][e] : -0.0f; // adds nothing
         }
-#pragma unroll
-        for (int i = 0; i < HD / 8; i++) sums.of[i][2 * half] = sums.of[i][2 * half + 1] = -0.0f; // adds nothing
     }
-#pragma unroll
-    for (int i = 0; i < HD / 8; i++) {
-        float4 v = first > 0 ? sums.sum[i * 32] : make_float4(0, 0, 0, 0);
+    auto join = [&](int i, float4 v) {
         sums.of[i][0] = chain_value(v.x, a[0], sums.of[i][0], c[0]);
         sums.of[i][1] = chain_value(v.y, a[0], sums.of[i][1], c[0]);
         sums.of[i][2] = chain_value(v.z, a[1], sums.of[i][2], c[1]);
         sums.of[i][3] = chain_value(v.w, a[1], sums.of[i][3], c[1]);
+    };
+    if (first == 0) {
+#pragma unroll
+        for (int i = 0; i < HD / 8; i++) join(i, make_float4(0, 0, 0, 0));
+    } else {
+#pragma unroll
+        for (int i = 0; i < HD / 8; i++) join(i, sums.sum[i * 32]);
     }
     if (is_last) return;
 #pragma unroll
@@ -379,11 +395,11 @@ static __device__ __forceinline__ void end_chunk(wide_sums<HD> &sums, const int 
     sums.next_chunk();
 }
 
-template <typename KV>
+template <typename KV, int GROUP>
 static __device__ __forceinline__ void put_rows(const attention_params &p, const warp_rows &rows,
                                                 const wide_sums<KV::HD> &sums, int kv_head, int lane) {
     enum { AT_ONCE = PACKED_COLUMNS / 8 };
-    int group = p.n_heads / p.kv.n_kv_heads;
+    int group = heads_of<GROUP>(p);
     quotients by[2];
     float *out[2];
     unsigned char *packed[2];
@@ -505,9 +521,10 @@ struct group_rows {
     int whole_pairs, last_page; // of pages: that all of the group's rows see all of; the last one that any sees, or -1
 };
 
+template <int GROUP>
 static __device__ __forceinline__ group_rows rows_of(const attention_params &p, const work &w, int warp, int lane) {
     group_rows r;
-    int group = p.n_heads / p.kv.n_kv_heads, first = w.token + warp / 4 * 4 * p.tile_tokens;
+    int group = heads_of<GROUP>(p), first = w.token + warp / 4 * 4 * p.tile_tokens;
     r.rows.token = w.token + warp * p.tile_tokens;
     r.rows.n_tokens = max(0, min(p.tile_tokens, w.end - r.rows.token));
     if (r.rows.n_tokens == 0) r.rows.token = w.token; // what is read for them stands for nothing
@@ -545,13 +562,13 @@ static __device__ __forceinline__ void use_pair(group_attention_shared<HD> *sh, 
 }
 
 // A warp's part of what its group does of a tile: pages in pairs, as they come.
-template <typename KV>
+template <typename KV, int GROUP>
 static __device__ __forceinline__ void consume_pages(group_attention_shared<KV::HD> *sh, const attention_params &p,
                                                      const work &w, ring_place &at, int warp, int lane) {
     enum { CHUNK_PAIRS = CHUNK_PAGES / 2 };
-    group_rows r = rows_of(p, w, warp, lane);
+    group_rows r = rows_of<GROUP>(p, w, warp, lane);
     wide_q<KV::HD> q;
-    if (p.cos_sin) load_turned<KV::HD>(q, &sh->sum[warp][0][0].x, p, r.rows, w.kv_head, lane);
+    if (p.cos_sin) load_turned<KV::HD, GROUP>(q, &sh->sum[warp][0][0].x, p, r.rows, w.kv_head, lane);
     else q.load(p, r.rows, w.kv_head, lane);
     wide_sums<KV::HD> sums;
     sums.all[0] = sums.all[1] = CHAIN_START;
@@ -572,12 +589,13 @@ static __device__ __forceinline__ void consume_pages(group_attention_shared<KV::
                 if (2 * pair + 1 <= r.last_page) group_pair<KV, false>(sums, k, v, q, r.rows, first, p.scale, lane);
                 else if (2 * pair <= r.last_page) group_page<KV>(sums, k, v, q, r.rows, first, p.scale, lane);
             });
-        if (2 * begin <= r.last_page) end_chunk(sums, r.rows.position, begin * 2 * ATTN_BLOCK, 2 * end > r.last_page);
+        if (2 * begin <= r.last_page)
+            end_chunk(sums, r.rows.position, begin * 2 * ATTN_BLOCK, begin < r.whole_pairs, 2 * end > r.last_page);
     }
-    put_rows<KV>(p, r.rows, sums, w.kv_head, lane);
+    put_rows<KV, GROUP>(p, r.rows, sums, w.kv_head, lane);
 }
 
-template <typename KV>
+template <typename KV, int GROUP>
 static __device__ __forceinline__ void consume_tiles(group_attention_shared<KV::HD> *sh, const attention_params &p,
                                                      int warp, int lane) {
     ring_place at = {0, 0};
@@ -585,7 +603,7 @@ static __device__ __forceinline__ void consume_tiles(group_attention_shared<KV::
     for (int i = 0;; i++) {
         work w = take_tile<KV>(sh, i);
         if (w.kv_head < 0) return;
-        consume_pages<KV>(sh, p, w, at, warp, lane);
+        consume_pages<KV, GROUP>(sh, p, w, at, warp, lane);
     }
 }
 
@@ -602,7 +620,7 @@ template <int HD> static __device__ __forceinline__ void start_barriers(group_at
     barrier_fence();
 }
 
-template <typename KV>
+template <typename KV, int GROUP>
 static __global__ void __launch_bounds__(GROUP_ATTENTION_THREADS, 1) k_group_attention(attention_params p) {
 #if HOPPER
     DYNAMIC_SHARED(raw);
@@ -619,7 +637,7 @@ static __global__ void __launch_bounds__(GROUP_ATTENTION_THREADS, 1) k_group_att
         else if (lane == 0) ask_pages<KV>(sh, p);
     } else {
         registers_up<232>();
-        consume_tiles<bf16_kv<HD>>(sh, p, warp, lane);
+        consume_tiles<bf16_kv<HD>, GROUP>(sh, p, warp, lane);
     }
 #endif
 }
@@ -627,12 +645,20 @@ static __global__ void __launch_bounds__(GROUP_ATTENTION_THREADS, 1) k_group_att
 // ---- Launcher
 // ------------------------------------------------------------------------------------------------------------
 
-template <typename KV> static void launch(struct cuda_state *s, attention_params p, size_t tiles) {
+template <typename KV, int GROUP> static void launch_for(struct cuda_state *s, attention_params p, size_t tiles) {
     size_t blocks = tiles * (size_t)p.kv.n_kv_heads;
     if (blocks > (size_t)s->n_sms) blocks = (size_t)s->n_sms;
     p.n_tiles = (int)tiles;
-    launch_kernel(s, "wide attention", k_group_attention<KV>,
+    launch_kernel(s, "wide attention", k_group_attention<KV, GROUP>,
                   {grid_for(blocks), GROUP_ATTENTION_THREADS, sizeof(group_attention_shared<KV::HD>)}, p);
+}
+
+template <typename KV> static void launch(struct cuda_state *s, const attention_params &p, size_t tiles) {
+    switch (p.n_heads / p.kv.n_kv_heads) {
+    case 2: launch_for<KV, 2>(s, p, tiles); break;
+    case 4: launch_for<KV, 4>(s, p, tiles); break;
+    default: launch_for<KV, 0>(s, p, tiles);
+    }
 }
 
 bool cuda_group_attention_takes(const struct cuda_state *s, size_t head_dim) {
@@ -646,11 +672,17 @@ bool cuda_group_attention(struct cuda_state *s, const attention_params &p, size_
     return true;
 }
 
-template <typename KV> static void allow(struct cuda_state *s) {
+template <typename KV, int GROUP> static void allow_for(struct cuda_state *s) {
     cuda_check(s,
-               cudaFuncSetAttribute(k_group_attention<KV>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+               cudaFuncSetAttribute(k_group_attention<KV, GROUP>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     (int)sizeof(group_attention_shared<KV::HD>)),
                "preparing attention");
+}
+
+template <typename KV> static void allow(struct cuda_state *s) {
+    allow_for<KV, 0>(s);
+    allow_for<KV, 2>(s);
+    allow_for<KV, 4>(s);
 }
 
 extern "C" bool cuda_group_attention_setup(struct cuda_state *s) {
