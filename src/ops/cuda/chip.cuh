@@ -163,6 +163,20 @@ static __device__ __forceinline__ void bulk_copy(void *to, const void *from, uin
 #endif
 }
 
+// The same; where `once`, of what is not read again before much else is: it is the first to leave the cache.
+static __device__ __forceinline__ void bulk_copy_once(void *to, const void *from, uint32_t bytes, uint64_t *bar,
+                                                      bool once) {
+#if HOPPER
+    uint64_t first, normal;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(first));
+    asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(normal));
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], "
+                 "%4;" ::"r"(shared_address(to)),
+                 "l"(from), "r"(bytes), "r"(shared_address(bar)), "l"(once ? first : normal)
+                 : "memory");
+#endif
+}
+
 // From a stage that bulk copies fill again. The thread's next instructions may run before the value has come, an
 // arrival at a barrier among them, and only a fence orders that with the copy that follows: a stage is given back when
 // the value has been used.

@@ -169,7 +169,8 @@ struct stream_source {
 #if HOPPER
         if (lane == 0) {
             barrier_expect(&sh->arrived[warp][slot], shared::PAGE);
-            bulk_copy(to, from, shared::PAGE, &sh->arrived[warp][slot]);
+            // Of short contexts the page that this step's K and V go to is most of what is read.
+            bulk_copy_once(to, from, shared::PAGE, &sh->arrived[warp][slot], p.max_chunks > 1);
         }
 #else
         for (int i = lane; i < shared::PAGE / 16; i += 32)

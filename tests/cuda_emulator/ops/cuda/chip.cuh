@@ -106,6 +106,10 @@ static inline void bulk_copy(void *to, const void *from, uint32_t bytes, uint64_
     emulated_bulk_copy(to, from, bytes, bar);
 }
 
+static inline void bulk_copy_once(void *to, const void *from, uint32_t bytes, uint64_t *bar, bool) {
+    bulk_copy(to, from, bytes, bar);
+}
+
 static inline uint4 load_staged(const uint4 *at) {
     emulated_load_staged(at);
     return *at;
@@ -151,6 +155,9 @@ static inline void barrier_expect(uint64_t *, uint32_t) {
 static inline void barrier_wait(uint64_t *, uint32_t) {
 }
 static inline void bulk_copy(void *, const void *, uint32_t, uint64_t *) {
+}
+
+static inline void bulk_copy_once(void *, const void *, uint32_t, uint64_t *, bool) {
 }
 static inline uint4 load_staged(const uint4 *at) {
     return *at;
