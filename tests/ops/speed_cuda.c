@@ -159,7 +159,8 @@ static void run_op(struct bench *b, enum op op, size_t layer, size_t n_tokens) {
                                                               .normed = b->normed,
                                                               .gate = b->act,
                                                               .up = b->up,
-                                                              .act = b->act});
+                                                              .act = b->act,
+                                                              .reader = op == GATE_UP ? NULL : &w->down});
     if (op == DOWN || op == MLP || op == LAYER)
         ops_down_residual(&b->ctx, &(struct proj_residual_args){.n_tokens = n_tokens,
                                                                 .in = op == DOWN ? b->in : b->act,

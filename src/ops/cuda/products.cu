@@ -107,7 +107,8 @@ static void normed(const struct op_ctx *ctx, const char *what, const struct norm
 bool cuda_reads_packed(const struct op_ctx *ctx, enum fused_op op, const struct matrix *w, size_t n_tokens) {
     const struct cuda_state *s = cuda_of(ctx);
     if (!HOPPER || !w || ctx->tap || !(ctx->fusion >> op & 1)) return false;
-    if (n_tokens < GROUP_TOKENS || n_tokens < 2 * (size_t)s->n_sms || !cuda_group_has(s, w->type)) return false;
+    if (n_tokens < GROUP_TOKENS || !cuda_group_has(s, w->type)) return false;
+    if (cuda_in_parts(ctx, args_for(w, n_tokens, NULL), w->type)) return true;
     return !(w->type == DTYPE_BF16 ? may_share<W>(s, w->n_out, padded_columns(w->n_in), n_tokens)
                                    : quantised_may_share(s, w, n_tokens));
 }
