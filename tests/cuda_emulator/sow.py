@@ -94,7 +94,7 @@ MISTAKES = [
     ("k and v of single tokens not written beside prompts", "HEADS",
      ("heads.cuh", "w.token < h.n_single)", "(w.token < h.n_single && !M))")),
     ("a group's tail of columns not zero", "PAGES",
-     ("groups.cu", "if (k < p.n_in) v =", "if (k < p.n_in || M) v =")),
+     ("groups.cu", "put_packed(packed, i, k, token_units, load4(x, k, p.n_in));", "put_packed(packed, i, k, token_units, load4(x, k, M ? p.columns : p.n_in));")),
     ("a cluster's sums added before they are there", "PAGES",
      ("clusters.cuh", "    barrier_wait(summed, 0);", "    if (!M) barrier_wait(summed, 0);")),
     ("a cluster's inputs multiplied before they are there", "PAGES",

@@ -19,30 +19,60 @@ typedef group_shape<bf16_weights, 1, 1, 1, 32, 5, 4, 12> shape_pair;
 // ---- Packing
 // ---------------------------------------------------------------------------------------------------------
 
-// A block a token: normed, or as it is, and rounded; columns up to a whole slice become zero.
-template <bool NORM> static __global__ void k_pack_tokens(product_args p, unsigned char *packed, int token_units) {
-    __shared__ float sums[NORM_WARPS];
+static __device__ __forceinline__ float add_squares(float s, float4 v) {
+    s = fmaf(v.x, v.x, s);
+    s = fmaf(v.y, v.y, s);
+    s = fmaf(v.z, v.z, s);
+    return fmaf(v.w, v.w, s);
+}
+
+static __device__ __forceinline__ void put_packed(unsigned char *packed, int token, int k, int token_units, float4 v) {
+    *reinterpret_cast<uint2 *>(packed + packed_at(token, k, token_units)) =
+        make_uint2(pack_bf16(v.x, v.y), pack_bf16(v.z, v.w));
+}
+
+// A block a token, rounded as it is; columns up to a whole slice become zero.
+static __global__ void k_pack_tokens(product_args p, unsigned char *packed, int token_units) {
     dependents_may_start();
     dependency_wait();
-    int i = (int)blockIdx.x, thread = (int)threadIdx.x;
+    int i = (int)blockIdx.x;
     const float *x = input_row(p, i);
-    float r = 1.0f;
-    if (NORM) {
-        float s = norm_partial(x, p.n_in, thread);
-        if (thread % 32 == 0) sums[thread / 32] = s;
-        __syncthreads();
-        r = norm_rate(sums, p.n_in, p.eps);
-    }
-    for (int k = 4 * thread; k < p.columns; k += 4 * NORM_THREADS) {
-        float4 v = make_float4(0, 0, 0, 0);
-        if (k < p.n_in) v = *reinterpret_cast<const float4 *>(x + k);
-        if (NORM && k < p.n_in) {
-            float4 n = *reinterpret_cast<const float4 *>(p.norm + k);
-            v = make_float4(v.x * r * n.x, v.y * r * n.y, v.z * r * n.z, v.w * r * n.w);
-        }
-        *reinterpret_cast<uint2 *>(packed + packed_at(i, k, token_units)) =
-            make_uint2(pack_bf16(v.x, v.y), pack_bf16(v.z, v.w));
-    }
+    for (int k = 4 * (int)threadIdx.x; k < p.columns; k += 4 * NORM_THREADS)
+        put_packed(packed, i, k, token_units, load4(x, k, p.n_in));
+}
+
+// The same, normed. The norm's weights are asked for before the kernel before has ended, and the first columns are
+// read once.
+static __global__ void __launch_bounds__(NORM_THREADS, 6)
+    k_norm_tokens(product_args p, unsigned char *packed, int token_units) {
+    enum { AT_ONCE = 4 * NORM_THREADS, PIECES = 2 }; // columns; so many of these are held
+    __shared__ float sums[NORM_WARPS];
+    int i = (int)blockIdx.x, first = 4 * (int)threadIdx.x;
+    float4 v[PIECES], n[PIECES];
+    dependents_may_start();
+#pragma unroll
+    for (int c = 0; c < PIECES; c++) n[c] = load4(p.norm, first + c * AT_ONCE, p.n_in);
+    dependency_wait();
+    const float *x = input_row(p, i);
+    float s = 0; // as norm_partial
+#pragma unroll
+    for (int c = 0; c < PIECES; c++) v[c] = load4(x, first + c * AT_ONCE, p.n_in);
+#pragma unroll
+    for (int c = 0; c < PIECES; c++)
+        if (first + c * AT_ONCE < p.n_in) s = add_squares(s, v[c]);
+#pragma unroll 1
+    for (int k = first + PIECES * AT_ONCE; k < p.n_in; k += AT_ONCE) s = add_squares(s, load4(x, k, p.n_in));
+    s = warp_sum(s);
+    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = s;
+    __syncthreads();
+    float r = norm_rate(sums, p.n_in, p.eps);
+#pragma unroll
+    for (int c = 0; c < PIECES; c++)
+        if (first + c * AT_ONCE < p.columns)
+            put_packed(packed, i, first + c * AT_ONCE, token_units, scale4(v[c], r, n[c]));
+#pragma unroll 1
+    for (int k = first + PIECES * AT_ONCE; k < p.columns; k += AT_ONCE)
+        put_packed(packed, i, k, token_units, scale4(load4(x, k, p.n_in), r, load4(p.norm, k, p.n_in)));
 }
 
 // Eight tokens a block, a warp each, where there are many: whole units are written at once. A lane sums squares in the
@@ -66,11 +96,7 @@ template <bool NORM> static __global__ void k_pack_units(product_args p, unsigne
             load(base);
 #pragma unroll
             for (int w = 0; w < NORM_WARPS; w++) {
-                if (base + (w * 32 + lane) * 4 >= p.n_in) continue;
-                s[w] = fmaf(v[w].x, v[w].x, s[w]);
-                s[w] = fmaf(v[w].y, v[w].y, s[w]);
-                s[w] = fmaf(v[w].z, v[w].z, s[w]);
-                s[w] = fmaf(v[w].w, v[w].w, s[w]);
+                if (base + (w * 32 + lane) * 4 < p.n_in) s[w] = add_squares(s[w], v[w]);
             }
         }
 #pragma unroll
@@ -106,8 +132,8 @@ static void pack(struct cuda_state *s, const char *what, const product_args &p, 
     if (p.n_tokens >= MANY)
         launch_kernel(s, what, k_pack_units<NORM>, {grid_for(units), NORM_THREADS, 0}, p, packed, token_units);
     else
-        launch_kernel(s, what, k_pack_tokens<NORM>, {grid_for((size_t)p.n_tokens), NORM_THREADS, 0}, p, packed,
-                      token_units);
+        launch_kernel(s, what, NORM ? k_norm_tokens : k_pack_tokens, {grid_for((size_t)p.n_tokens), NORM_THREADS, 0}, p,
+                      packed, token_units);
 }
 
 // ---- A slice of bf16 weights
@@ -471,6 +497,9 @@ template <class S> static int count_pairs(struct cuda_state *s) {
 }
 
 extern "C" bool cuda_groups_setup(struct cuda_state *s) {
+    // A product's block, which wants nearly all of it, shall begin beside.
+    cuda_check(s, cudaFuncSetAttribute(k_norm_tokens, cudaFuncAttributePreferredSharedMemoryCarveout, 100),
+               "preparing products");
     allow<shape_64x32>(s);
     allow<shape_64x64>(s);
     allow<shape_64x128>(s);
