@@ -293,50 +293,87 @@ struct bf16_consumer {
 // those of their slices apart until the sums of all slices before have come, and then add them, too. Only a thread's
 // own sums pass: all blocks hold a tile's elements in the same places.
 struct sharing_consumer {
-    template <class S> static __device__ __forceinline__ void run(const group_args &a, const ring<S> &r, int thread) {
-        constexpr int QUADS = S::N / 8, ALL = S::WARPS * 32;
-        static_assert(S::C == 1, "one chain a group");
-        int lane = thread % 32;
-        share own = share_of<S>(thread);
-        piece_of_work w = piece_at(a, (int)blockIdx.x);
-        float4 *held = reinterpret_cast<float4 *>(r.shared + S::HELD_AT) + thread;
-        float4 *inbox = reinterpret_cast<float4 *>(r.shared + S::INBOX_AT) + thread;
-        places at = {};
-        float total[1][S::N / 2], d[S::N / 2];
-        old_rows<S::N> old;
-        old.ask(a, warp_tile_of<S>(w, thread), 0, lane);
+    // A thread's sums of the slices that its block has.
+    template <class S> struct sums {
+        static constexpr int QUADS = S::N / 8, ALL = S::WARPS * 32;
+        bool adds; // in `total`; else they are kept apart
+        float4 *held; // [slices][QUADS][ALL], this thread's first
+        float total[1][S::N / 2];
+
+        __device__ __forceinline__ void take(const float (&d)[S::N / 2], int slice) {
 #pragma unroll
-        for (int i = 0; i < S::N / 2; i++) total[0][i] = -0.0f; // -0 + x is x, also for -0
-        for (int s = 0; s < w.n; s++) {
-            slice now;
-            load_slice<S>(now, r, at, own);
-            begin_slice<S>(r, d, now, at);
-            group_wait<0>(d);
-            give_back<S>(r, at);
+            for (int i = 0; i < S::N / 2; i++) total[0][i] = adds ? total[0][i] + d[i] : total[0][i];
 #pragma unroll
-            for (int i = 0; i < S::N / 2; i++) total[0][i] = w.rank == 0 ? total[0][i] + d[i] : total[0][i];
-#pragma unroll
-            for (int i = 0; w.rank > 0 && i < QUADS; i++)
-                held[(s * QUADS + i) * ALL] = make_float4(d[4 * i], d[4 * i + 1], d[4 * i + 2], d[4 * i + 3]);
+            for (int i = 0; !adds && i < QUADS; i++)
+                held[(slice * QUADS + i) * ALL] = make_float4(d[4 * i], d[4 * i + 1], d[4 * i + 2], d[4 * i + 3]);
         }
-        if (w.rank > 0) {
-            barrier_wait(r.inbox, 0);
+        // The sums before, and behind them those of `n` slices.
+        __device__ __forceinline__ void follow(const float4 *before, int n) {
 #pragma unroll
             for (int i = 0; i < QUADS; i++) {
-                float4 v = inbox[i * ALL];
-                for (int s = 0; s < w.n; s++) v = add4(v, held[(s * QUADS + i) * ALL]);
+                float4 v = before[i * ALL];
+#pragma unroll 4
+                for (int slice = 0; slice < n; slice++) v = add4(v, held[(slice * QUADS + i) * ALL]);
                 total[0][4 * i] = v.x, total[0][4 * i + 1] = v.y, total[0][4 * i + 2] = v.z, total[0][4 * i + 3] = v.w;
             }
         }
+    };
+
+    // Slice `index`, and the sums of the one before while it is under way; meanwhile the next one's weights are loaded.
+    template <class S>
+    static __device__ __forceinline__ void step(const ring<S> &r, sums<S> &all, float (&d)[S::N / 2],
+                                                float (&before)[S::N / 2], const slice &now, slice &following,
+                                                places &at, int index, int n, const share &own) {
+        begin_slice<S>(r, d, now, at);
+        group_wait<1>(before);
+        if (index > 0) {
+            give_back<S>(r, at);
+            all.take(before, index - 1);
+        }
+        if (index + 1 < n) load_slice<S>(following, r, at, own);
+    }
+
+    template <class S>
+    static __device__ __forceinline__ void last(const ring<S> &r, sums<S> &all, float (&d)[S::N / 2], places &at,
+                                                int index) {
+        group_wait<0>(d);
+        give_back<S>(r, at);
+        all.take(d, index);
+    }
+
+    template <class S> static __device__ __forceinline__ void run(const group_args &a, const ring<S> &r, int thread) {
+        static_assert(S::C == 1, "one chain a group");
+        share own = share_of<S>(thread);
+        piece_of_work w = piece_at(a, (int)blockIdx.x);
+        float4 *inbox = reinterpret_cast<float4 *>(r.shared + S::INBOX_AT) + thread;
+        places at = {};
+        sums<S> all = {w.rank == 0, reinterpret_cast<float4 *>(r.shared + S::HELD_AT) + thread, {}};
+        float d0[S::N / 2], d1[S::N / 2];
+        old_rows<S::N> old;
+        old.ask(a, warp_tile_of<S>(w, thread), 0, thread % 32);
+#pragma unroll
+        for (int i = 0; i < S::N / 2; i++) all.total[0][i] = d0[i] = d1[i] = -0.0f; // -0 + x is x, also for -0
+        slice even, odd;
+        load_slice<S>(even, r, at, own);
+        for (int s = 0; s < w.n; s += 2) {
+            step<S>(r, all, d0, d1, even, odd, at, s, w.n, own);
+            if (s + 1 < w.n) step<S>(r, all, d1, d0, odd, even, at, s + 1, w.n, own);
+        }
+        if (w.n % 2 == 0) last<S>(r, all, d1, at, w.n - 1);
+        else last<S>(r, all, d0, at, w.n - 1);
+        if (w.rank > 0) {
+            barrier_wait(r.inbox, 0);
+            all.follow(inbox, w.n);
+        }
         if (w.rank + 1 < a.sharing) {
 #pragma unroll
-            for (int i = 0; i < QUADS; i++)
-                push16(&inbox[i * ALL],
-                       make_float4(total[0][4 * i], total[0][4 * i + 1], total[0][4 * i + 2], total[0][4 * i + 3]),
-                       r.inbox, (unsigned)w.rank + 1);
+            for (int i = 0; i < sums<S>::QUADS; i++) {
+                const float *v = &all.total[0][4 * i];
+                push16(&inbox[i * sums<S>::ALL], make_float4(v[0], v[1], v[2], v[3]), r.inbox, (unsigned)w.rank + 1);
+            }
             return;
         }
-        if (!finish_whole<S>(a, w, thread, old, total)) finish_tile<S>(a, r, w, thread, total);
+        if (!finish_whole<S>(a, w, thread, old, all.total)) finish_tile<S>(a, r, w, thread, all.total);
     }
 };
 
@@ -387,10 +424,10 @@ template <class S> static void launch(struct cuda_state *s, const char *what, gr
                   a);
 }
 
-// Whether two blocks of a cluster can share each tile of 64 by 32, all clusters at once.
+// Whether two blocks of a cluster can share each tile of 64 by 32, all clusters at once; each has a slice, or more.
 static bool can_share(const struct cuda_state *s, int rows, int n_tokens, int slices) {
     return tiles_of(rows, shape_pair::ROWS) * tiles_of(n_tokens, shape_pair::TOKENS) <= s->n_pairs &&
-           tiles_of(slices, 2) <= shape_pair::HELD;
+           slices >= 2 && tiles_of(slices, 2) <= shape_pair::HELD;
 }
 
 static void launch_shared(struct cuda_state *s, const char *what, group_args &a, int rows) {
