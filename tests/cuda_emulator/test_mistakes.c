@@ -1,6 +1,7 @@
 // test_mistakes.c: the test of the test: each mistake that sow.py sows into the CUDA sources is found, by other bytes
 // of logits or by the emulator's own refusal; and without one nothing is. Built with TANDEM_TESTS_GPU it does the same
-// on a real GPU (make gpu-mistakes), where larger models are run besides and a race may go unseen.
+// on a real GPU (make gpu-mistakes), where larger models are run besides and a race may go unseen. One examination
+// after the other: of programs that share a GPU each takes ten times as long.
 //
 //   test_mistakes          the test
 //   test_mistakes NUMBER   that mistake alone, with all that is said of it; status 1: found
@@ -30,7 +31,7 @@ struct mistake {
 enum { N_MISTAKES = sizeof mistakes / sizeof mistakes[0] };
 
 #ifdef TANDEM_TESTS_GPU
-enum { ON_A_GPU = 1, AT_ONCE = 4 };
+enum { ON_A_GPU = 1 };
 int sown_mistake;
 static mistake_teller *tellers[64];
 static size_t n_tellers;
@@ -50,7 +51,7 @@ void emulator_set(const struct emulator_options *options) {
     (void)options;
 }
 #else
-enum { ON_A_GPU = 0, AT_ONCE = 1 };
+enum { ON_A_GPU = 0 };
 
 bool mistake_tell_kernels(void) {
     return true;
@@ -241,26 +242,30 @@ static void test_none(void **state) {
     for (int place = PAGES; place <= HEADS; place++) assert_false(is_found_apart(0, (enum place)place));
 }
 
+// The chip may well run a kernel as if no barrier were missing. The emulator never does.
+static bool may_go_unseen(const struct mistake *m) {
+    return ON_A_GPU && strncmp(m->name, "no barrier", strlen("no barrier")) == 0;
+}
+
 static void test_each(void **state) {
     (void)state;
-    pid_t children[N_MISTAKES];
-    size_t missed = 0;
-    int n_begun = 0;
+    size_t missed = 0, unseen = 0;
     for (int i = 0; i < N_MISTAKES; i++) {
         int status;
-        for (; n_begun < N_MISTAKES && n_begun < i + AT_ONCE; n_begun++)
-            children[n_begun] = examine(n_begun + 1, mistakes[n_begun].place);
-        assert_int_equal(waitpid(children[i], &status, 0), children[i]);
+        pid_t child = examine(i + 1, mistakes[i].place);
+        assert_int_equal(waitpid(child, &status, 0), child);
         assert_false(WIFEXITED(status) && WEXITSTATUS(status) == 127);
-        bool found = !(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+        bool found = !(WIFEXITED(status) && WEXITSTATUS(status) == 0), excused = !found && may_go_unseen(&mistakes[i]);
         print_message("%2d %s: %s\n", i + 1, mistakes[i].name,
-                      !found                                               ? "NOT FOUND"
+                      excused                                              ? "not seen, a race"
+                      : !found                                             ? "NOT FOUND"
                       : WIFEXITED(status) && WEXITSTATUS(status) == 1      ? "found by the results"
                       : WIFSIGNALED(status) && WTERMSIG(status) == SIGALRM ? "found, the run did not end"
                                                                            : "found, it ended the run");
-        missed += !found;
+        unseen += excused;
+        missed += !found && !excused;
     }
-    print_message("%zu of %d found\n", N_MISTAKES - missed, N_MISTAKES);
+    print_message("%zu of %d found, %zu races not seen\n", N_MISTAKES - missed - unseen, N_MISTAKES, unseen);
     assert_int_equal(missed, 0);
 }
 

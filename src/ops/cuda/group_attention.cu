@@ -98,8 +98,7 @@ static __device__ __forceinline__ void ask_pages(group_attention_shared<KV::HD> 
 }
 
 // The block's tile i.
-template <typename KV>
-static __device__ __forceinline__ work take_tile(group_attention_shared<KV::HD> *sh, int i) {
+template <typename KV> static __device__ __forceinline__ work take_tile(group_attention_shared<KV::HD> *sh, int i) {
     int place = i % PLACES;
     barrier_wait(&sh->told[place], (uint32_t)(i / PLACES) & 1);
     work w = sh->tiles[place];
@@ -589,8 +588,9 @@ static __device__ __forceinline__ void consume_pages(group_attention_shared<KV::
                 if (2 * pair + 1 <= r.last_page) group_pair<KV, false>(sums, k, v, q, r.rows, first, p.scale, lane);
                 else if (2 * pair <= r.last_page) group_page<KV>(sums, k, v, q, r.rows, first, p.scale, lane);
             });
+        bool is_last = 2 * end > r.last_page;
         if (2 * begin <= r.last_page)
-            end_chunk(sums, r.rows.position, begin * 2 * ATTN_BLOCK, begin < r.whole_pairs, 2 * end > r.last_page);
+            end_chunk(sums, r.rows.position, begin * 2 * ATTN_BLOCK, begin < r.whole_pairs, is_last);
     }
     put_rows<KV, GROUP>(p, r.rows, sums, w.kv_head, lane);
 }

@@ -296,7 +296,7 @@ struct sharing_consumer {
     // A thread's sums of the slices that its block has.
     template <class S> struct sums {
         static constexpr int QUADS = S::N / 8, ALL = S::WARPS * 32;
-        bool adds; // in `total`; else they are kept apart
+        bool adds;    // in `total`; else they are kept apart
         float4 *held; // [slices][QUADS][ALL], this thread's first
         float total[1][S::N / 2];
 
@@ -426,8 +426,8 @@ template <class S> static void launch(struct cuda_state *s, const char *what, gr
 
 // Whether two blocks of a cluster can share each tile of 64 by 32, all clusters at once; each has a slice, or more.
 static bool can_share(const struct cuda_state *s, int rows, int n_tokens, int slices) {
-    return tiles_of(rows, shape_pair::ROWS) * tiles_of(n_tokens, shape_pair::TOKENS) <= s->n_pairs &&
-           slices >= 2 && tiles_of(slices, 2) <= shape_pair::HELD;
+    return tiles_of(rows, shape_pair::ROWS) * tiles_of(n_tokens, shape_pair::TOKENS) <= s->n_pairs && slices >= 2 &&
+           tiles_of(slices, 2) <= shape_pair::HELD;
 }
 
 static void launch_shared(struct cuda_state *s, const char *what, group_args &a, int rows) {
