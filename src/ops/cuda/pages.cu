@@ -20,8 +20,7 @@ struct pages_args {
     int key_blocks;
 };
 
-// ---- K: a warp has eight tokens' heads, one after the other. Lane 4 g + t has channels 8 e + 2 t and 8 e + 2 t + 1 of
-// token g: what it writes of a page, and both channels of every pair that turns.
+// ---- K: a warp has eight tokens' heads, one after the other (keys.cuh)
 // ----------------------------------------------------------------------------------------------------------------
 
 template <int DIM> static __device__ __forceinline__ void store_keys(const pages_args &a, int warp, int lane) {
