@@ -242,9 +242,13 @@ static void test_none(void **state) {
     for (int place = PAGES; place <= HEADS; place++) assert_false(is_found_apart(0, (enum place)place));
 }
 
-// The chip may well run a kernel as if no barrier were missing. The emulator never does.
+// Of these an H200 showed nothing: it ran as if no barrier were missing. The emulator never does.
 static bool may_go_unseen(const struct mistake *m) {
-    return ON_A_GPU && strncmp(m->name, "no barrier", strlen("no barrier")) == 0;
+    static const char *const races[] = {"no barrier before a product's inputs are read",
+                                        "no barrier before a tile's stage is overwritten"};
+    for (size_t i = 0; ON_A_GPU && i < sizeof races / sizeof *races; i++)
+        if (strcmp(m->name, races[i]) == 0) return true;
+    return false;
 }
 
 static void test_each(void **state) {
