@@ -188,9 +188,11 @@ static bool scores(const struct call *c, const struct view *v, const float *q, d
     size_t n = c->head_dim;
     double scale = v->t->kind == TWIST_SCALE ? v->t->value : c->scale, q_norm = 0, q_most = 0;
     const enum kv_side keys = v->t->kind == TWIST_KV_SWAPPED ? KV_V : KV_K;
+    double rounded[MOST_HEAD_DIM]; // q as it is multiplied
     for (size_t i = 0; i < n; i++) {
-        q_norm += (double)q[i] * (double)q[i];
-        q_most = fmax(q_most, fabs((double)q[i]));
+        rounded[i] = c->on_device ? kv_device_q((double)q[i], (float)c->scale) : (double)q[i];
+        q_norm += rounded[i] * rounded[i];
+        q_most = fmax(q_most, fabs(rounded[i]));
     }
     *slack = 0;
     for (size_t j = v->begin; j < v->end; j++) {
@@ -199,7 +201,7 @@ static bool scores(const struct call *c, const struct view *v, const float *q, d
         double sum = 0, k_norm = 0, k_sum = 0;
         for (size_t i = 0; i < n; i++) {
             double k = (double)kv_value(v->kv, keys, keys == KV_V ? v->kv->v : v->kv->k, at, i);
-            sum += (double)q[i] * k;
+            sum += rounded[i] * k;
             k_norm += k * k;
             k_sum += fabs(k);
         }

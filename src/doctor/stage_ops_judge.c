@@ -307,8 +307,8 @@ static double sum_of_sizes(const double *v, size_t n) {
 }
 
 // The bound of one sequence's results. A score's error d moves every probability by a factor of at most exp(2 d); then
-// come the sums over blocks of positions and their combination. A GPU rounds q and probabilities to bf16s, and
-// with K and V of Q8_0 the CPU rounds them to integers, whose error goes by the largest of them (kv_page.h).
+// come the sums over blocks of positions and their combination. A GPU rounds probabilities to bf16s, and with K and V of
+// Q8_0 the CPU rounds q and them to integers, whose error goes by the largest of them (kv_page.h).
 static void attention_bound(const struct judge *g, const struct oracle_attention *o, double *bound) {
     size_t hd = o->head_dim, group = o->n_heads / o->n_kv_heads, kv = o->n_kv_heads * hd;
     bool on_device = g->c->d->ops->device != NULL;
@@ -356,10 +356,15 @@ static bool judge_attention(struct judge *g) {
     size_t hd = g->config->head_dim, q_width = g->config->n_heads * hd, kv = g->config->n_kv_heads * hd;
     struct answers a = {.seg = SEG_ATTN, .op = "attention", .n_rows = g->run->n_rows, .columns = q_width};
     double *q = widen(g, g->run->seg[SEG_Q_ROPE], q_width, NULL, a.n_rows);
-    a.strict = a.plain = doubles(g, a.n_rows, q_width);
+    bool on_device = g->c->d->ops->device != NULL;
+    double *rounded = on_device ? widen(g, g->run->seg[SEG_Q_ROPE], q_width, NULL, a.n_rows) : q;
+    a.strict = doubles(g, a.n_rows, q_width);
+    a.plain = on_device ? doubles(g, a.n_rows, q_width) : a.strict;
     a.h = doubles(g, a.n_rows, q_width);
     a.bound = doubles(g, a.n_rows, q_width);
-    if (!q || !a.strict || !a.h || !a.bound) return false;
+    if (!q || !rounded || !a.strict || !a.plain || !a.h || !a.bound) return false;
+    for (size_t i = 0; on_device && i < a.n_rows * q_width; i++)
+        rounded[i] = kv_device_q(q[i], (float)(1 / sqrt((double)hd)));
     size_t row = 0;
     for (size_t s = 0; s < g->c->n_seqs; s++) {
         const struct op_sequence *seq = &g->c->seqs[s];
@@ -379,9 +384,11 @@ static bool judge_attention(struct judge *g) {
                                      .n_heads = g->config->n_heads,
                                      .n_kv_heads = g->config->n_kv_heads,
                                      .head_dim = hd};
-        if (!oracle_attention(ORACLE_T, g->pool, a.strict + row * q_width, &o, g->err) ||
+        if ((on_device && !oracle_attention(ORACLE_T, g->pool, a.plain + row * q_width, &o, g->err)) ||
             !oracle_attention(ORACLE_H, g->pool, a.h + row * q_width, &o, g->err))
             return false;
+        o.q = rounded + row * q_width;
+        if (!oracle_attention(ORACLE_T, g->pool, a.strict + row * q_width, &o, g->err)) return false;
         attention_bound(g, &o, a.bound + row * q_width);
         row += seq->n;
     }

@@ -100,13 +100,19 @@ static inline double kv_value_slack(enum dtype type, double largest_v) {
     return type == DTYPE_Q8_0 ? 0.501 / 32767 * 1.6 * ATTN_BLOCK * largest_v : 0;
 }
 
-// What a GPU's attention may be off by beyond f32's own rounding (docs/NUMERICS.md). A score, before its scale, from
-// the norms of q and k: q is two bf16s, each off by up to 2^-8 of what it stands for, and each matrix instruction of 16
-// columns, of which either part takes head_dim / 16, cuts 17 terms off where the largest of them ends. An output,
-// relative to the sum of its terms' sizes: probabilities are bf16, in the values' sum and perhaps in their own.
+// What a GPU's attention makes of a value of q before it multiplies it: times the scale of the scores, in units of log
+// 2, it is rounded to bf16; here it is divided by that scale again. `scale`: 1 / sqrt(head_dim).
+static inline double kv_device_q(double q, float scale) {
+    float log2_scale = scale * 1.44269504088896340736f;
+    return (double)bf16_to_f32(bf16_from_f32((float)q * log2_scale)) / (double)log2_scale;
+}
+
+// What a GPU's attention may be off by beyond that and f32's own rounding (docs/NUMERICS.md). A score, before its scale,
+// from the norms of q and k: each matrix instruction of 16 columns cuts 17 terms off where the largest of them ends. An
+// output, relative to the sum of its terms' sizes: probabilities are bf16, in the values' sum and perhaps in their own.
 #define KV_DEVICE_ROUNDED_P (2 * 0x1p-8)
 static inline double kv_device_score_slack(size_t head_dim, double norm_q, double norm_k) {
-    return (0x1p-16 + 2 * (double)((head_dim + 15) / 16) * 17 * 0x1p-23) * norm_q * norm_k;
+    return (double)((head_dim + 15) / 16) * 17 * 0x1p-23 * norm_q * norm_k;
 }
 
 // --kv-type's names; NULL is "bf16". False with what is wrong: the name; or a head that is no whole number of blocks,

@@ -16,12 +16,12 @@ static __global__ void k_scores(float *s, const float *q, kv_view kv, int kv_hea
     dependency_wait();
     int lane = (int)threadIdx.x, block = (int)blockIdx.x;
     for (int c = lane; c < HD; c += 32) {
-        for (int r = 1; r < 8; r++) put_q(&rows, r, c, 0.0f);
-        put_q(&rows, 0, c, q[c]);
+        for (int r = 1; r < 8; r++) put_q(&rows, r, c, 0.0f, scale);
+        put_q(&rows, 0, c, q[c], scale);
     }
     __syncwarp();
     float out[4][4];
-    scores<KV, false>(out, &rows, head_page(kv, false, pages[block], kv_head), scale, lane);
+    scores<KV, false>(out, &rows, head_page(kv, false, pages[block], kv_head), lane);
     for (int j = 0; lane < 4 && j < 4; j++)
         for (int e = 0; e < 2; e++) {
             int position = block * ATTN_BLOCK + 8 * j + 2 * lane + e;
@@ -149,8 +149,8 @@ static __device__ __forceinline__ void prepare_rows(attention_shared<KV, RT, TWO
 #pragma unroll
         for (int i = 0; i < PAIRS; i++) {
             if (lane + 32 * i >= HALF) continue;
-            put_q(&sh->q, row, lane + 32 * i, x.lo[i]);
-            put_q(&sh->q, row, lane + 32 * i + HALF, x.hi[i]);
+            put_q(&sh->q, row, lane + 32 * i, x.lo[i], p.scale);
+            put_q(&sh->q, row, lane + 32 * i + HALF, x.hi[i], p.scale);
         }
     }
     if (!FUSED || slot < 0 || warp < ATTN_WARPS - 2) return;
@@ -185,7 +185,7 @@ static __device__ __forceinline__ void one_page(attention_shared<KV, RT, TWO> *s
     }
     __syncwarp();
 #endif
-    scores<KV, tall>(s, &sh->q, sh->k[warp], p.scale, lane, &sh->fresh, slot);
+    scores<KV, tall>(s, &sh->q, sh->k[warp], lane, &sh->fresh, slot);
     __syncwarp();
     if (asks && shares) ask_for(sh, p, true, kv_head, page, warp);
     else if (asks && next >= 0) ask_for(sh, p, false, kv_head, next_page, warp);

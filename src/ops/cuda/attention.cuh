@@ -1,11 +1,11 @@
 // attention.cuh: what all attention kernels compute alike: one page for 16 rows, and the combination of pages.
 //
-// A tile is up to 16 rows: consecutive tokens of a sequence times the query heads of one KV head. q is rounded to two
-// bf16s (high and low part), so that scores keep nearly f32's precision; p is rounded to bf16. Blocks of 32 positions
-// (a page) are independent: own maximum, p, sum and values. The blocks of a chunk of 256 positions are combined in
-// ascending order (chain_add, chain_value), and so are the chunks. Nothing depends on how rows, pages or chunks are
-// spread over warps, blocks and launches. Scores are in units of log 2, and a block's maximum is rounded up to a whole
-// number: what is scaled from one maximum to another keeps its digits, and most blocks scale nothing.
+// A tile is up to 16 rows: consecutive tokens of a sequence times the query heads of one KV head. q times the scale is
+// rounded to bf16, and so is p. Blocks of 32 positions (a page) are independent: own maximum, p, sum and values. The
+// blocks of a chunk of 256 positions are combined in ascending order (chain_add, chain_value), and so are the chunks.
+// Nothing depends on how rows, pages or chunks are spread over warps, blocks and launches. Scores are in units of log
+// 2, and a block's maximum is rounded up to a whole number: what is scaled from one maximum to another keeps its
+// digits, and most blocks scale nothing.
 #ifndef TANDEM_OPS_CUDA_ATTENTION_CUH
 #define TANDEM_OPS_CUDA_ATTENTION_CUH
 
@@ -64,13 +64,11 @@ static __device__ __forceinline__ int row_blocks(int position, int chunk) {
 // ---- One block of 32 positions, by a warp
 // ----------------------------------------------------------------------------
 
-// q's rows, rounded in two parts: [N][HD + 8] each. Rows from N on are zero.
-template <int HD, int N = ROWS> struct q_rows { __nv_bfloat16 high[N][HD + 8], low[N][HD + 8]; };
+// q's rows, times attention's scale, rounded: [N][HD + 8]. Rows from N on are zero.
+template <int HD, int N = ROWS> struct q_rows { __nv_bfloat16 of[N][HD + 8]; };
 
-template <int HD, int N> static __device__ __forceinline__ void put_q(q_rows<HD, N> *q, int row, int c, float v) {
-    __nv_bfloat16 high = __float2bfloat16_rn(v);
-    q->high[row][c] = high;
-    q->low[row][c] = __float2bfloat16_rn(v - __bfloat162float(high));
+template <int HD, int N> static __device__ __forceinline__ void put_q(q_rows<HD, N> *q, int row, int c, float v, float scale) {
+    q->of[row][c] = __float2bfloat16_rn(v * scale);
 }
 
 // This step's own k and v of a head, as they will be read from their page, which may not have them yet.
@@ -101,31 +99,25 @@ static __device__ __forceinline__ void store_fresh(fresh_row<HD> *f, float *row,
     }
 }
 
-// Scores of rows g, g + 8 at positions 8 j + 2t, 8 j + 2t + 1: the high parts' chain plus the low parts'. Where rows
-// 8 to 15 are not used (not TALL), the low parts stand there, and one chain does for both. `fresh`: the k of slot
-// `slot`, if that is not negative.
+// Scores of rows g, g + 8 (TALL; otherwise of row g) at positions 8 j + 2t, 8 j + 2t + 1. `fresh`: the k of slot `slot`,
+// if that is not negative.
 template <typename KV, bool TALL, int N>
 static __device__ __forceinline__ void scores(float (&s)[4][4], const q_rows<KV::HD, N> *q, const unsigned char *page,
-                                              float scale, int lane, const fresh_row<KV::HD> *fresh = NULL,
-                                              int slot = -1) {
+                                              int lane, const fresh_row<KV::HD> *fresh = NULL, int slot = -1) {
     constexpr int HD = KV::HD;
     int g = lane / 4, t = lane % 4;
-    float low[4][4] = {};
 #pragma unroll
     for (int j = 0; j < 4; j++)
 #pragma unroll
         for (int e = 0; e < 4; e++) s[j][e] = 0;
 #pragma unroll
     for (int i = 0; i < HD / 32; i++) {
-        uint32_t h[8], l[8];
+        uint32_t h[8];
 #pragma unroll
         for (int e = 0; e < 8; e++) {
-            int row = TALL ? g + e % 2 * 8 : g, c = i * 32 + e / 2 * 8 + 2 * t;
-            bool is_low = !TALL && e % 2;
             h[e] = 0;
-            if (N < 8 && g >= N) continue;
-            h[e] = *reinterpret_cast<const uint32_t *>(is_low ? &q->low[row][c] : &q->high[row][c]);
-            if (TALL) l[e] = *reinterpret_cast<const uint32_t *>(&q->low[row][c]);
+            if ((!TALL && e % 2) || (N < 8 && g >= N)) continue;
+            h[e] = *reinterpret_cast<const uint32_t *>(&q->of[g + e % 2 * 8][i * 32 + e / 2 * 8 + 2 * t]);
         }
 #pragma unroll
         for (int j = 0; j < 4; j++) {
@@ -133,15 +125,8 @@ static __device__ __forceinline__ void scores(float (&s)[4][4], const q_rows<KV:
             if (8 * j + g == slot) k = fresh->k[i][t];
             mma(s[j], h[0], h[1], h[2], h[3], k.x, k.y);
             mma(s[j], h[4], h[5], h[6], h[7], k.z, k.w);
-            if (!TALL) continue;
-            mma(low[j], l[0], l[1], l[2], l[3], k.x, k.y);
-            mma(low[j], l[4], l[5], l[6], l[7], k.z, k.w);
         }
     }
-#pragma unroll
-    for (int j = 0; j < 4; j++)
-#pragma unroll
-        for (int e = 0; e < (TALL ? 4 : 2); e++) s[j][e] = (s[j][e] + (TALL ? low[j][e] : s[j][2 + e])) * scale;
 }
 
 // The softmax of one row (half 0: g, 1: g + 8) up to position n - 1 of the block: scores become rounded p in pairs, 0

@@ -7,29 +7,19 @@
 
 #include "ops/cuda/attention.cuh"
 
-// q as a lane holds it: column g, of each 32 channels the lane's four pairs. Up to four rows (R) have their low parts
-// in columns 4 to 7; more have them apart. A lane's own two rows of scores and results: `row(t, 0)` and the next one.
+// q as a lane holds it: column g (a row of q, zero from R on), of each 32 channels the lane's four pairs. A lane's own
+// two rows of scores and results are 2 t and the next one.
 template <int HD, int R> struct columns {
-    static constexpr bool APART = R > 4;
-    uint32_t high[HD / 32][4], low[APART ? HD / 32 : 1][4];
-
-    static __device__ __forceinline__ int row(int t, int e) {
-        return (APART ? 2 * t : t % 2 * 2) + e;
-    }
+    uint32_t of[HD / 32][4];
 
     __device__ __forceinline__ void load(const q_rows<HD, R> *q, int lane) {
-        int g = lane / 4, t = lane % 4, from = APART ? g : g % 4;
+        int g = lane / 4, t = lane % 4;
 #pragma unroll
         for (int i = 0; i < HD / 32; i++)
 #pragma unroll
             for (int e = 0; e < 4; e++) {
-                int c = i * 32 + e * 8 + 2 * t;
-                high[i][e] = 0;
-                if (APART) low[i][e] = 0;
-                if (from >= R) continue;
-                const __nv_bfloat16 *at = APART || g < 4 ? &q->high[from][c] : &q->low[from][c];
-                high[i][e] = *reinterpret_cast<const uint32_t *>(at);
-                if (APART) low[i][e] = *reinterpret_cast<const uint32_t *>(&q->low[from][c]);
+                of[i][e] = 0;
+                if (g < R) of[i][e] = *reinterpret_cast<const uint32_t *>(&q->of[g][i * 32 + e * 8 + 2 * t]);
             }
     }
 };
@@ -37,12 +27,11 @@ template <int HD, int R> struct columns {
 // Scores of the lane's rows at slots 8 j + g. `fresh`: the k of slot `slot`, if that is not negative.
 template <typename KV, int R>
 static __device__ __forceinline__ void column_scores(float (&s)[4][2], const columns<KV::HD, R> &q,
-                                                     const unsigned char *page, float scale, int lane,
-                                                     const fresh_row<KV::HD> *fresh, int slot) {
+                                                     const unsigned char *page, int lane, const fresh_row<KV::HD> *fresh,
+                                                     int slot) {
     constexpr int HD = KV::HD;
-    constexpr bool APART = columns<HD, R>::APART;
     int g = lane / 4, t = lane % 4;
-    float d[2][4] = {}, low[2][4] = {};
+    float d[2][4] = {};
 #pragma unroll
     for (int i = 0; i < HD / 32; i++) {
 #pragma unroll
@@ -50,23 +39,18 @@ static __device__ __forceinline__ void column_scores(float (&s)[4][2], const col
             uint4 u = page_reader<KV>::k(page, 2 * m, i, lane), v = page_reader<KV>::k(page, 2 * m + 1, i, lane);
             if (16 * m + g == slot) u = fresh->k[i][t];
             if (16 * m + 8 + g == slot) v = fresh->k[i][t];
-            mma(d[m], u.x, v.x, u.y, v.y, q.high[i][0], q.high[i][1]);
-            mma(d[m], u.z, v.z, u.w, v.w, q.high[i][2], q.high[i][3]);
-            if constexpr (APART) {
-                mma(low[m], u.x, v.x, u.y, v.y, q.low[i][0], q.low[i][1]);
-                mma(low[m], u.z, v.z, u.w, v.w, q.low[i][2], q.low[i][3]);
-            }
+            mma(d[m], u.x, v.x, u.y, v.y, q.of[i][0], q.of[i][1]);
+            mma(d[m], u.z, v.z, u.w, v.w, q.of[i][2], q.of[i][3]);
         }
     }
 #pragma unroll
     for (int m = 0; m < 2; m++)
 #pragma unroll
         for (int e = 0; e < 4; e++)
-            s[2 * m + e / 2][e % 2] = (d[m][e] + (APART ? low[m][e] : __shfl_xor_sync(~0u, d[m][e], 2))) * scale;
+            s[2 * m + e / 2][e % 2] = d[m][e];
 }
 
 // softmax_row of the lane's two rows; p: column g's pairs of slots 8 j + 2t, 8 j + 2t + 1.
-template <int HD, int R>
 static __device__ __forceinline__ void column_softmax(uint32_t (&p)[4], float (&m)[2], float (&l)[2],
                                                       const float (&s)[4][2], int n, int lane) {
     int g = lane / 4, t = lane % 4;
@@ -92,7 +76,7 @@ static __device__ __forceinline__ void column_softmax(uint32_t (&p)[4], float (&
     sum += __shfl_xor_sync(~0u, sum, 1);
     sum += __shfl_xor_sync(~0u, sum, 2);
 #pragma unroll
-    for (int e = 0; e < 2; e++) l[e] = __shfl_sync(~0u, sum, columns<HD, R>::row(t, e) * 4);
+    for (int e = 0; e < 2; e++) l[e] = __shfl_sync(~0u, sum, (2 * t + e) * 4);
 }
 
 // page_values: d[0], d[1] are channel 16 i + g of the lane's rows, d[2], d[3] channel 16 i + 8 + g.

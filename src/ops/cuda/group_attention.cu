@@ -1,7 +1,7 @@
 // group_attention.cu: attention of prompts by Hopper's asynchronous matrix instructions (groups.cuh): two groups of
 // four warps have 64 rows each, in wide.cu's order, and every page serves both. The arithmetic is attention.cuh's:
-// scores are a chain over the channels from +0 for q's high parts and one for its low parts, a page's values a chain
-// from +0 over its slots; wgmma returns the bits of mma.sync (docs/NUMERICS.md).
+// scores are a chain over the channels from +0, a page's values a chain from +0 over its slots; wgmma returns the bits
+// of mma.sync (docs/NUMERICS.md).
 //
 // Blocks stay and take tiles as they come, the long ones first. One warp takes the tiles, tells the others, and has
 // pages copied into a ring in shared memory; three more turn pages, in place, into the matrices that wgmma reads: of
@@ -254,9 +254,7 @@ static __device__ __forceinline__ void load_turned(wide_q<HD> &q, float *room, c
 #pragma unroll
         for (int e = 0; e < HD / 8; e++) {
             float2 v = *reinterpret_cast<const float2 *>(room + row * HD + ((e * 8) ^ row % 8 * 8) + 2 * (lane % 4));
-            uint32_t pair = pack_bf16(v.x, v.y);
-            q.high[e / 4][e % 4 * 2 + half] = pair;
-            q.low[e / 4][e % 4 * 2 + half] = pack_bf16(v.x - bf16_low(pair), v.y - bf16_high(pair));
+            q.of[e / 4][e % 4 * 2 + half] = pack_bf16(v.x * p.scale, v.y * p.scale);
         }
     }
     __syncwarp(); // the room is used otherwise from here on
@@ -286,37 +284,31 @@ static __device__ __forceinline__ void softmax_whole(uint32_t (&p)[4], float &m,
 // scores of attention.cuh of the group's rows and turned pages of K that lie one after the other.
 template <typename KV, int PAGES>
 static __device__ __forceinline__ void group_scores(float (&s)[PAGES][4][4], const wide_q<KV::HD> &q,
-                                                    const unsigned char *pages, float scale) {
+                                                    const unsigned char *pages) {
     constexpr int STEP = 2 * 128, SLOTS = KV::HD / 8 * 128; // of 16 channels; to the next 8 slots
-    float high[16 * PAGES], low[16 * PAGES];
+    float d[16 * PAGES];
     uint64_t k = group_operand(pages, 128, SLOTS);
     group_fence();
 #pragma unroll
     for (int i = 0; i < KV::HD / 16; i++) {
-        const uint32_t *h = &q.high[i / 2][i % 2 * 4];
-        group_mma(high, h[0], h[1], h[2], h[3], k + (uint64_t)(i * STEP >> 4), i > 0);
-    }
-#pragma unroll
-    for (int i = 0; i < KV::HD / 16; i++) {
-        const uint32_t *l = &q.low[i / 2][i % 2 * 4];
-        group_mma(low, l[0], l[1], l[2], l[3], k + (uint64_t)(i * STEP >> 4), i > 0);
+        const uint32_t *h = &q.of[i / 2][i % 2 * 4];
+        group_mma(d, h[0], h[1], h[2], h[3], k + (uint64_t)(i * STEP >> 4), i > 0);
     }
     group_commit();
-    group_wait<0>(high);
-    group_wait<0>(low);
+    group_wait<0>(d);
 #pragma unroll
-    for (int i = 0; i < 16 * PAGES; i++) s[i / 16][i % 16 / 4][i % 4] = (high[i] + low[i]) * scale;
+    for (int i = 0; i < 16 * PAGES; i++) s[i / 16][i % 16 / 4][i % 4] = d[i];
 }
 
 // The group's rows and one page.
 template <typename KV>
 static __device__ __forceinline__ void group_page(wide_sums<KV::HD> &sums, const unsigned char *k_page,
                                                   const unsigned char *v_page, const wide_q<KV::HD> &q,
-                                                  const warp_rows &rows, int first, float scale, int lane) {
+                                                  const warp_rows &rows, int first, int lane) {
     constexpr int PARTS = KV::HD / 64; // of 64 channels
     float s[1][4][4], a[2], c[2], d[PARTS][32];
     uint32_t pairs[2][4];
-    group_scores<KV, 1>(s, q, k_page, scale);
+    group_scores<KV, 1>(s, q, k_page);
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         float m, l;
@@ -456,11 +448,11 @@ static __device__ __forceinline__ void put_rows(const attention_params &p, const
 template <typename KV, bool WHOLE>
 static __device__ __forceinline__ void group_pair(wide_sums<KV::HD> &sums, const unsigned char *k_pages,
                                                   const unsigned char *v_pages, const wide_q<KV::HD> &q,
-                                                  const warp_rows &rows, int first, float scale, int lane) {
+                                                  const warp_rows &rows, int first, int lane) {
     constexpr int PARTS = KV::HD / 64; // of 64 channels
     float s[2][4][4], a[2][2], c[2][2], d[PARTS][32];
     uint32_t pairs[2][2][4];
-    group_scores<KV, 2>(s, q, k_pages, scale);
+    group_scores<KV, 2>(s, q, k_pages);
 #pragma unroll
     for (int page = 0; page < 2; page++)
 #pragma unroll
@@ -579,14 +571,14 @@ static __device__ __forceinline__ void consume_pages(group_attention_shared<KV::
 #pragma unroll 1
         for (; pair < whole; pair++)
             use_pair(sh, at, lane, [&](const unsigned char *k, const unsigned char *v) {
-                group_pair<KV, true>(sums, k, v, q, r.rows, 0, p.scale, lane);
+                group_pair<KV, true>(sums, k, v, q, r.rows, 0, lane);
             });
 #pragma unroll 1
         for (; pair < end; pair++)
             use_pair(sh, at, lane, [&](const unsigned char *k, const unsigned char *v) {
                 int first = pair * 2 * ATTN_BLOCK;
-                if (2 * pair + 1 <= r.last_page) group_pair<KV, false>(sums, k, v, q, r.rows, first, p.scale, lane);
-                else if (2 * pair <= r.last_page) group_page<KV>(sums, k, v, q, r.rows, first, p.scale, lane);
+                if (2 * pair + 1 <= r.last_page) group_pair<KV, false>(sums, k, v, q, r.rows, first, lane);
+                else if (2 * pair <= r.last_page) group_page<KV>(sums, k, v, q, r.rows, first, lane);
             });
         bool is_last = 2 * end > r.last_page;
         if (2 * begin <= r.last_page)

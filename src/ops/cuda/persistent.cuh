@@ -25,7 +25,8 @@ enum {
     WINDOW = 72,                                                // chunks that are collected at once
     COLLECTED = 32,                                             // channels that a block collects of every chunk
     CHUNK_NOTES = MOST_GROUP * (HEAD + 2),                      // what is noted of a chunk: o, maxima and sums
-    HEAD_NOTES = MOST_GROUP * HEAD + MOST_CHUNKS * CHUNK_NOTES, // of a KV head: q, the chunks
+    Q_NOTES = MOST_GROUP * HEAD / 2,                            // two values each
+    HEAD_NOTES = Q_NOTES + MOST_CHUNKS * CHUNK_NOTES,           // of a KV head: q, the chunks
     LAYER_CYCLES = 13000,          // over which a block's copies of a layer's weights are spread
     QUANTISED_LAYER_CYCLES = 8000, // the same where weights have fewer bytes
     MOST_SHARE = 4,                // slices of n_ff of one cluster
@@ -114,9 +115,9 @@ struct persistent_shared {
     float head_norm[2][2][HEAD];            // of layers in turns; q's and k's
     unsigned char inputs[MOST_HIDDEN * 2];  // of a product, rounded, in put_inputs' order
     alignas(16) float own[OWN_ROWS];
-    // q's rows as the matrix instruction takes them: of every 16 channels, lane t has 2t, 2t + 1's high parts, their
-    // low parts, 2t + 8, 2t + 9's high parts, their low parts.
-    uint4 q[MOST_GROUP][HEAD / 32][2][4];
+    // q's rows as the matrix instruction takes them, times attention's scale, rounded: of every 32 channels, lane t has
+    // 2t, 2t + 1, and what lies 8, 16 and 24 beyond them.
+    uint4 q[MOST_GROUP][HEAD / 32][4];
     union {
         alignas(16) float o[CHUNK_PAGES][MOST_GROUP * HEAD];
         float part[NORM_WARPS][MOST_SHARE * 32]; // sums of slices of inputs: no page is under way then

@@ -80,12 +80,9 @@ static __device__ __forceinline__ void prepare(const persistent_args &p, persist
         } else {
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                // Channel 8 e + 2 t + k of these 32: place 2 (e % 2), and the low part's one further, of the uint4.
-                __nv_bfloat16 *to = reinterpret_cast<__nv_bfloat16 *>(&sh->q[warp][i][lane / 16][lane % 8 / 2]) +
-                                    lane / 8 % 2 * 4 + lane % 2;
-                __nv_bfloat16 high = __float2bfloat16_rn(v[i]);
-                to[0] = high;
-                to[2] = __float2bfloat16_rn(v[i] - __bfloat162float(high));
+                // Channel 8 e + 2 t + k of these 32: word e of the uint4.
+                __nv_bfloat16 *to = reinterpret_cast<__nv_bfloat16 *>(&sh->q[warp][i][lane % 8 / 2]);
+                to[lane / 8 * 2 + lane % 2] = __float2bfloat16_rn(v[i] * p.scale);
             }
         }
     } else if (own && warp >= 4) {
@@ -94,7 +91,7 @@ static __device__ __forceinline__ void prepare(const persistent_args &p, persist
 }
 
 // A warp's page, of which n positions are seen: o, maximum and sum of each row. As attention.cuh's scores, with q in
-// the order in which the matrix instruction takes it: its high part in rows 0 to 7, its low part in rows 8 to 15.
+// the order in which the matrix instruction takes it.
 template <int GROUP>
 static __device__ __forceinline__ void attend_page(const persistent_args &p, persistent_shared *sh, ring_place at,
                                                    unsigned turn, int n, int warp, int lane) {
@@ -105,22 +102,14 @@ static __device__ __forceinline__ void attend_page(const persistent_args &p, per
     wait_for(p, &sh->full[at.slot], at.parity());
 #pragma unroll
     for (int i = 0; i < HEAD / 32; i++) {
-        uint4 first = make_uint4(0, 0, 0, 0), second = first;
-        if (real) {
-            first = sh->q[lane / 4][i][0][lane % 4];
-            second = sh->q[lane / 4][i][1][lane % 4];
-        }
+        uint4 q = real ? sh->q[lane / 4][i][lane % 4] : make_uint4(0, 0, 0, 0);
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             uint4 x = k[(j * (HEAD / 32) + i) * CHUNK_LANES];
-            mma(s[j], first.x, first.y, first.z, first.w, x.x, x.y);
-            mma(s[j], second.x, second.y, second.z, second.w, x.z, x.w);
+            mma(s[j], q.x, 0, q.y, 0, x.x, x.y);
+            mma(s[j], q.z, 0, q.w, 0, x.z, x.w);
         }
     }
-#pragma unroll
-    for (int j = 0; j < 4; j++)
-#pragma unroll
-        for (int e = 0; e < 2; e++) s[j][e] = (s[j][e] + s[j][2 + e]) * p.scale;
     softmax_row(pairs, m, l, s, 0, n, lane % 4);
     if (real && lane % 4 == 0) sh->state[turn][warp][lane / 4] = make_float2(m, l);
     float *o = (turn ? sh->deep.o : sh->o)[warp] + lane / 4 * HEAD + 2 * (lane % 4);
@@ -277,17 +266,17 @@ attend_deep(const persistent_args &p, persistent_shared *sh, const block_place &
     const chunk_share &share = sh->share;
     uint32_t number = sh->first_number + (uint32_t)layer;
     unsigned done = (unsigned)(layer * share.n); // so far
-    uint64_t *q = p.notes + (size_t)share.head * HEAD_NOTES, *chunks = q + MOST_GROUP * HEAD, *before = NULL;
-    float *q_here = reinterpret_cast<float *>(sh->q) + thread;
+    uint64_t *q = p.notes + (size_t)share.head * HEAD_NOTES, *chunks = q + Q_NOTES, *before = NULL;
+    float *q_here = reinterpret_cast<float *>(sh->q) + thread; // two values
     if (me.kv_head >= 0) {
         if (thread == 0) barrier_expect(&sh->qkv_arrived, (GROUP + 2) * HEAD * 4);
         wait_for(p, &sh->qkv_arrived, layer % 2);
         prepare<GROUP>(p, sh, me, w, cos_sin, layer, at, true, false, position, token_page, warp, lane);
-    } else if (thread < GROUP * HEAD) {
+    } else if (thread < GROUP * HEAD / 2) {
         *q_here = await_note(p, q + thread, number);
     }
     sync_some(1, WORKERS);
-    if (me.kv_head >= 0 && me.rank == 0 && share.helped > 0 && thread < GROUP * HEAD)
+    if (me.kv_head >= 0 && me.rank == 0 && share.helped > 0 && thread < GROUP * HEAD / 2)
         put_note(q + thread, *q_here, number);
 #pragma unroll 1
     for (int chunk = share.first, n_before = 0;; chunk += share.step, done++) {
@@ -338,7 +327,7 @@ static __device__ __forceinline__ void collect_chunks(const persistent_args &p, 
     int warp = thread / 32, lane = thread % 32;
     if (me.rank >= GROUP * BLOCKS_A_ROW) return;
     uint32_t number = sh->first_number + (uint32_t)layer;
-    const uint64_t *from = p.notes + (size_t)me.kv_head * HEAD_NOTES + MOST_GROUP * HEAD + (size_t)warp * CHUNK_NOTES;
+    const uint64_t *from = p.notes + (size_t)me.kv_head * HEAD_NOTES + Q_NOTES + (size_t)warp * CHUNK_NOTES;
     chain s = CHAIN_START;
     float sum = 0;
 #pragma unroll 1

@@ -23,17 +23,15 @@ static __device__ __forceinline__ int n_chunks_to(int position) {
 }
 
 template <typename KV, int R> struct stream_warp {
-    alignas(16) q_rows<KV::HD, R> q; // and then rows of f32: k and v before they are rounded, results
+    union {
+        alignas(16) q_rows<KV::HD, R> q;
+        float rows[(R > 2 ? R : 2) * KV::HD]; // later: k and v before they are rounded, results
+    };
     fresh_row<KV::HD> fresh;
-
-    __device__ __forceinline__ float *rows() {
-        return reinterpret_cast<float *>(&q);
-    }
 };
 
 // R: at least the rows. K pages and V pages take stages in turns.
 template <typename KV, int R> struct stream_shared {
-    static_assert(sizeof(q_rows<KV::HD, R>) >= (R > 2 ? R : 2) * KV::HD * sizeof(float), "rows of f32 in q's place");
     static constexpr int PAGE = KV::BYTES, TABLES = 4 * (3 * STREAM_TOKENS + 1 + ATTN_WARPS + 8 + 2 * KV::HD);
     static constexpr int ROOM =
         (STREAM_SHARED - ATTN_WARPS * (int)(sizeof(stream_warp<KV, R>) + 8 * STREAM_MOST_STAGES) - TABLES) /
@@ -220,8 +218,8 @@ static __device__ __forceinline__ void prepare(columns<KV::HD, R> &q, stream_war
 #pragma unroll
         for (int i = 0; i < PAIRS; i++) {
             if (lane + 32 * i >= HALF) continue;
-            put_q(&sh->q, row, lane + 32 * i, x.lo[i]);
-            put_q(&sh->q, row, lane + 32 * i + HALF, x.hi[i]);
+            put_q(&sh->q, row, lane + 32 * i, x.lo[i], p.scale);
+            put_q(&sh->q, row, lane + 32 * i + HALF, x.hi[i], p.scale);
         }
     }
     __syncwarp();
@@ -230,8 +228,8 @@ static __device__ __forceinline__ void prepare(columns<KV::HD, R> &q, stream_war
     if (slot >= 0) {
         if (p.k_norm) normalise_head<HD>(in.k, read_head<HD>(norms[1], lane), p.eps);
         rotate_head<HD>(in.k, in.cos_sin);
-        store_fresh(&sh->fresh, sh->rows(), p.kv, in.page, head, slot, false, in.k, lane);
-        store_fresh(&sh->fresh, sh->rows() + HD, p.kv, in.page, head, slot, true, in.v, lane);
+        store_fresh(&sh->fresh, sh->rows, p.kv, in.page, head, slot, false, in.k, lane);
+        store_fresh(&sh->fresh, sh->rows + HD, p.kv, in.page, head, slot, true, in.v, lane);
         __syncwarp();
     }
 }
@@ -266,12 +264,12 @@ static __device__ __forceinline__ void put_rows(stream_warp<KV, R> *sh, const st
                                                 int lane, const TAKE &take) {
     constexpr int HD = KV::HD;
     int g = lane / 4, t = lane % 4;
-    float *rows = sh->rows();
+    float *rows = sh->rows;
     __syncwarp(); // what stood there has been read
 #pragma unroll
     for (int e = 0; e < 2; e++) {
-        int row = columns<HD, R>::row(t, e);
-        if (row >= n_rows || (!columns<HD, R>::APART && t >= 2)) continue;
+        int row = 2 * t + e;
+        if (row >= n_rows) continue;
 #pragma unroll
         for (int i = 0; i < HD / 8; i++) {
             float v = sums.of[i / 2][i % 2 * 2 + e];
@@ -302,8 +300,8 @@ static __device__ __forceinline__ void put_part(stream_warp<KV, R> *sh, const at
     });
 #pragma unroll
     for (int e = 0; e < 2; e++) {
-        int row = columns<HD, R>::row(lane % 4, e);
-        if (lane >= 4 || row >= p.rows || (!columns<HD, R>::APART && lane >= 2)) continue;
+        int row = 2 * lane + e;
+        if (row >= p.rows) continue;
         part[p.rows * HD + row] = sums.of_row[e].m;
         part[p.rows * (HD + 1) + row] = sums.of_row[e].l;
     }
@@ -367,9 +365,9 @@ stream_page(stream_sums<KV::HD> &sums, const columns<KV::HD, R> &q, stream_share
         if (++stage == stream_shared<KV, R>::STAGES) stage = 0, parity ^= 1;
     };
     barrier_wait(&sh->arrived[warp][stage], parity);
-    column_scores<KV, R>(s, q, sh->page[warp][stage], p.scale, lane, fresh, slot);
+    column_scores<KV, R>(s, q, sh->page[warp][stage], lane, fresh, slot);
     read();
-    column_softmax<HD, R>(pairs, m, l, s, n, lane);
+    column_softmax(pairs, m, l, s, n, lane);
 #pragma unroll
     for (int e = 0; e < 2; e++) chain_add(sums.of_row[e], m[e], l[e], a[e], c[e]);
     if (a[0] != 1.0f || a[1] != 1.0f) {

@@ -38,40 +38,33 @@ static __device__ __forceinline__ void load_page(wide_shared<KV> *sh, const atte
 // scores of attention.cuh, with q in registers.
 template <typename KV>
 static __device__ __forceinline__ void wide_scores(float (&s)[4][4], const wide_q<KV::HD> &q, const unsigned char *page,
-                                                   float scale, int lane) {
-    float low[4][4] = {};
+                                                   int lane) {
 #pragma unroll
     for (int j = 0; j < 4; j++)
 #pragma unroll
         for (int e = 0; e < 4; e++) s[j][e] = 0;
 #pragma unroll
     for (int i = 0; i < KV::HD / 32; i++) {
-        const uint32_t(&h)[8] = q.high[i], (&l)[8] = q.low[i];
+        const uint32_t(&h)[8] = q.of[i];
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             uint4 k = page_reader<KV>::k(page, j, i, lane);
             mma(s[j], h[0], h[1], h[2], h[3], k.x, k.y);
-            mma(low[j], l[0], l[1], l[2], l[3], k.x, k.y);
             mma(s[j], h[4], h[5], h[6], h[7], k.z, k.w);
-            mma(low[j], l[4], l[5], l[6], l[7], k.z, k.w);
         }
     }
-#pragma unroll
-    for (int j = 0; j < 4; j++)
-#pragma unroll
-        for (int e = 0; e < 4; e++) s[j][e] = (s[j][e] + low[j][e]) * scale;
 }
 
 // A warp's rows and one page, of which n slots are in use.
 template <typename KV>
 static __device__ __forceinline__ void wide_page(wide_sums<KV::HD> &sums, wide_shared<KV> *sh, const wide_q<KV::HD> &q,
                                                  const warp_rows &rows, int page, int n, int at, uint32_t parity,
-                                                 float scale, int lane) {
+                                                 int lane) {
     constexpr int HD = KV::HD;
     float s[4][4], a[2], c[2];
     uint32_t pairs[2][4];
     barrier_wait(&sh->k_arrived[at], parity);
-    wide_scores<KV>(s, q, sh->k[at], scale, lane);
+    wide_scores<KV>(s, q, sh->k[at], lane);
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         float m, l;
@@ -137,7 +130,7 @@ template <typename KV> static __global__ void __launch_bounds__(ATTN_THREADS, 1)
 #pragma unroll 1
         for (int page = i * GROUP; page < (i + 1) * GROUP && page <= rows.last_page; page++) {
             wide_page<KV>(sums, sh, q, rows, page, limit - page * ATTN_BLOCK, page % (2 * GROUP), (uint32_t)i / 2 & 1,
-                          p.scale, lane);
+                          lane);
             if (page % CHUNK_PAGES == CHUNK_PAGES - 1 || page == rows.last_page)
                 sums.end_chunk(rows.position, page / CHUNK_PAGES * ATTN_CHUNK);
         }

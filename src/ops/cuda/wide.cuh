@@ -28,9 +28,9 @@ static __device__ __forceinline__ int find_tile(const batch_view &b, int size, i
     }
 }
 
-// A lane's share of its warp's rows of q as scores takes them, rounded in two parts.
+// A lane's share of its warp's rows of q as scores takes them: times attention's scale, rounded.
 template <int HD> struct wide_q {
-    uint32_t high[HD / 32][8], low[HD / 32][8];
+    uint32_t of[HD / 32][8];
 
     __device__ __forceinline__ void load(const attention_params &p, const warp_rows &rows, int kv_head, int lane) {
         int group = p.n_heads / p.kv.n_kv_heads, g = lane / 4, t = lane % 4;
@@ -43,9 +43,7 @@ template <int HD> struct wide_q {
             for (int e = 0; e < HD / 8; e++) {
                 float2 v = make_float2(0, 0);
                 if (rows.position[half] >= 0) v = *reinterpret_cast<const float2 *>(x + e * 8 + 2 * t);
-                uint32_t pair = pack_bf16(v.x, v.y);
-                high[e / 4][e % 4 * 2 + half] = pair;
-                low[e / 4][e % 4 * 2 + half] = pack_bf16(v.x - bf16_low(pair), v.y - bf16_high(pair));
+                of[e / 4][e % 4 * 2 + half] = pack_bf16(v.x * p.scale, v.y * p.scale);
             }
         }
     }
