@@ -447,7 +447,7 @@ bool cuda_group_has(const struct cuda_state *s, enum dtype type) {
 // For a few dozen tokens: of more, too much passes through memory, of less, clusters are faster (docs/SPEED.md).
 bool cuda_in_parts(const struct op_ctx *ctx, const product_args &p, enum dtype type) {
     struct cuda_state *s = cuda_of(ctx);
-    bool measured = s->tile_shape > 0 && s->tile_shape != TILE_PIECES + 1 && p.n_tokens >= GROUP_TOKENS;
+    bool measured = s->tile_shape > 0 && s->tile_shape != TILE_PIECES + 1 && !is_small(s, (size_t)p.n_tokens, type);
     bool fits = p.n_tokens >= FEWEST_IN_PARTS && p.n_tokens <= MOST_IN_PARTS && s->tile_shape == 0;
     return HOPPER && type == DTYPE_BF16 && cuda_group_has(s, type) && s->device.variants & VARIANT_PARTS &&
            (fits || measured) && p.n_out[0] % 4 == 0 &&

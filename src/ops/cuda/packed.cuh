@@ -13,7 +13,7 @@ enum {
     MOST_TOKENS = 256, // of a tile
 };
 
-// How products that add to the residual stream are done with 9 tokens and more: up to so many in clusters
+// How products that add to the residual stream are done for more tokens than small.cuh has: up to so many in clusters
 // (clusters.cuh), but some of these in parts (parts.cu); more by warp groups.
 enum { CLUSTER_TOKENS = 64, FEWEST_IN_PARTS = 17, MOST_IN_PARTS = 32 };
 

@@ -18,12 +18,13 @@ static void product(const struct op_ctx *ctx, const char *what, const product_ar
     constexpr int MOST = most_pairs<MODE>();
     // The next products' weights shall fit beside.
     bool many = pairs > n_sms && p.n_tokens <= 4 && (size_t)p.columns * 32 * MOST <= MAX_SHARED / 2;
-    if (p.n_tokens <= SMALL_TOKENS && many && launch_small<W, MODE, NORM, MOST>(ctx, what, p, pairs)) return;
-    if (p.n_tokens <= SMALL_TOKENS && launch_small<W, MODE, NORM, 1>(ctx, what, p, pairs)) return;
+    bool small = is_small(cuda_of(ctx), (size_t)p.n_tokens, DTYPE_BF16);
+    if (small && many && launch_small<W, MODE, NORM, MOST>(ctx, what, p, pairs)) return;
+    if (small && launch_small<W, MODE, NORM, 1>(ctx, what, p, pairs)) return;
     if (MODE == PRODUCT_RESIDUAL && !cuda_in_parts(ctx, p, DTYPE_BF16) &&
         (p.n_tokens <= CLUSTER_TOKENS || cuda_of(ctx)->tile_shape < 0) && launch_sharing<W>(ctx, what, p))
         return;
-    if (p.n_tokens >= GROUP_TOKENS && cuda_group_product(ctx, what, MODE, p, DTYPE_BF16, pairs)) return;
+    if (!small && cuda_group_product(ctx, what, MODE, p, DTYPE_BF16, pairs)) return;
     size_t large = round_up(pairs, 8) / 8 * (round_up((size_t)p.n_tokens, 128) / 128);
     size_t medium = round_up(pairs, 4) / 4 * (round_up((size_t)p.n_tokens, 64) / 64);
     if (p.n_tokens <= 32) launch_tiles<W, MODE, NORM, 1, 1>(ctx, what, p, pairs);
@@ -107,7 +108,7 @@ static void normed(const struct op_ctx *ctx, const char *what, const struct norm
 bool cuda_reads_packed(const struct op_ctx *ctx, enum fused_op op, const struct matrix *w, size_t n_tokens) {
     const struct cuda_state *s = cuda_of(ctx);
     if (!HOPPER || !w || ctx->tap || !(ctx->fusion >> op & 1)) return false;
-    if (n_tokens < GROUP_TOKENS || !cuda_group_has(s, w->type)) return false;
+    if (is_small(s, n_tokens, w->type) || !cuda_group_has(s, w->type)) return false;
     if (cuda_in_parts(ctx, args_for(w, n_tokens, NULL), w->type)) return true;
     return !(w->type == DTYPE_BF16 ? may_share<W>(s, w->n_out, padded_columns(w->n_in), n_tokens)
                                    : quantised_may_share(s, w, n_tokens));

@@ -211,10 +211,15 @@ bool cuda_heads_end(const struct op_ctx *ctx, const struct qk_norm_rope_store_ar
 bool quantised_may_share(const struct cuda_state *s, const struct matrix *w, size_t n_tokens);
 
 // Products by warp groups (groups.cu): of `pairs` pairs of units. False: they are not in use.
-enum { GROUP_TOKENS = 9 }; // from here on
 bool cuda_group_product(const struct op_ctx *ctx, const char *what, enum product_mode mode, const product_args &p,
                         enum dtype type, size_t pairs);
 bool cuda_group_has(const struct cuda_state *s, enum dtype type);
+// Whether so few tokens' products norm and round their inputs themselves (small.cuh): up to SMALL_TOKENS, but fewer
+// where warp groups are faster (docs/SPEED.md).
+static inline bool is_small(const struct cuda_state *s, size_t n_tokens, enum dtype type) {
+    size_t most = type == DTYPE_BF16 ? 3 : type == DTYPE_Q8_0 || type == DTYPE_Q4_0 ? 5 : (size_t)SMALL_TOKENS;
+    return n_tokens <= (HOPPER && cuda_group_has(s, type) ? most : (size_t)SMALL_TOKENS);
+}
 // Whether out_residual or down_residual (`op`) of that many tokens with `w` reads its input packed, and nothing else
 // reads it. `w` may be NULL.
 bool cuda_reads_packed(const struct op_ctx *ctx, enum fused_op op, const struct matrix *w, size_t n_tokens);

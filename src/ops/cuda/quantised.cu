@@ -103,17 +103,19 @@ template <enum product_mode MODE> static constexpr int most_pairs() {
 template <typename W, enum product_mode MODE, bool NORM>
 static void product(const struct op_ctx *ctx, const char *what, const product_args &p, enum dtype type, size_t pairs) {
     size_t n_sms = (size_t)cuda_of(ctx)->n_sms, tokens = (size_t)p.n_tokens;
+    bool small = is_small(cuda_of(ctx), tokens, type);
     if constexpr (!W::RARE) {
         // The next products' weights shall fit beside.
         constexpr int MOST = most_pairs<MODE>();
         bool fit = (size_t)(p.columns / SLICE) * W::RECORD * 2 * MOST <= MAX_SHARED / 2;
-        if (pairs > n_sms && tokens <= 4 && fit && launch_small<W, MODE, NORM, MOST>(ctx, what, p, pairs)) return;
+        bool many = small && pairs > n_sms && tokens <= 4 && fit;
+        if (many && launch_small<W, MODE, NORM, MOST>(ctx, what, p, pairs)) return;
     }
-    if (tokens <= SMALL_TOKENS && launch_small<W, MODE, NORM, 1>(ctx, what, p, pairs)) return;
+    if (small && launch_small<W, MODE, NORM, 1>(ctx, what, p, pairs)) return;
     if constexpr (!W::RARE) {
         if constexpr (MODE == PRODUCT_RESIDUAL)
             if (!cuda_in_parts(ctx, p, type) && launch_sharing<W>(ctx, what, p)) return;
-        if (tokens >= GROUP_TOKENS && cuda_group_product(ctx, what, MODE, p, type, pairs)) return;
+        if (!small && cuda_group_product(ctx, what, MODE, p, type, pairs)) return;
         size_t large = round_up(pairs, 8) / 8 * (round_up(tokens, 64) / 64);
         if (tokens <= 32) {
             launch_tiles<W, MODE, NORM, 1, 1>(ctx, what, p, pairs);
