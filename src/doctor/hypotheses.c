@@ -273,8 +273,8 @@ static double activation(const struct twist *t, double gate, double up) {
 // How far an activation may be off when gate and up are: |d silu| <= 1.1 |d gate|. A GPU's e^x is 2^(x log2 e), rounded
 // as a number of x's size.
 static double activation_bound(const struct call *c, double gate, double up, double d_gate, double d_up) {
-    double silu = fabs(gate / (1 + exp(-gate))), roundings = c->on_device ? 12 + 3 * fabs(gate) : 12;
-    return 1.1 * d_gate * (fabs(up) + d_up) + silu * d_up + roundings * silu * fabs(up) * U + 1e-36 * (1 + fabs(up));
+    double silu = fabs(gate / (1 + exp(-gate))), roundings = c->on_device ? 14 + 3 * fabs(gate) : 12;
+    return 1.1 * d_gate * (fabs(up) + d_up) + silu * d_up + roundings * silu * fabs(up) * U + 1.2e-36 * (1 + fabs(up));
 }
 
 // Gate and up of channels 2i and 2i + 1 of [gate, up] (wrong half), or up of another half's channel.

@@ -70,8 +70,9 @@ static __device__ __forceinline__ float bf16_high(uint32_t v) {
     return __uint_as_float(v & 0xFFFF0000u);
 }
 
+// silu(gate) * up; no quotient, which has a branch for numbers at the range's ends, and takes twice as long.
 static __device__ __forceinline__ float silu_mul(float gate, float up) {
-    return gate / (1.0f + exp2_fast(gate * -1.44269504088896340736f)) * up;
+    return gate * reciprocal_fast(1.0f + exp2_fast(gate * -1.44269504088896340736f)) * up;
 }
 
 // The sum of a warp's values, in every lane: a fixed tree.

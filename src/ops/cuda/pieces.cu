@@ -102,7 +102,9 @@ static __device__ __forceinline__ void finish_piece(const group_args &a, const h
         write_rows<shape>(a, w, 0, lane, total);
     } else if (END == END_ADDED) {
         add_rows<shape>(a, w, room, lane, total);
-    } else if (END == END_ANY || !pack_gated<shape>(a, w, lane, total)) {
+    } else if (END == END_GATED) {
+        pack_gated<shape>(a, w, lane, total);
+    } else {
         ring<shape> staged = {r.stages, NULL, NULL, NULL, NULL, NULL};
         finish_tile<shape>(a, staged, work, thread, total);
     }

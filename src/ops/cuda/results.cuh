@@ -122,41 +122,20 @@ static __device__ __forceinline__ void add_rows(const group_args &a, const warp_
     }
 }
 
-// silu(gate) * up, the bits of silu_mul where `is_plain`: the division that is compiled for `/`, but for its branch for
-// numbers at the range's ends, which would stand between one result and the next.
-static __device__ __forceinline__ bool is_plain(float gate) {
-    return fabsf(gate) >= 0x1p-90f && fabsf(gate) <= 64.0f;
-}
-
-static __device__ __forceinline__ float plain_silu_mul(float gate, float up) {
-    float d = 1.0f + exp2_fast(gate * -1.44269504088896340736f), r = reciprocal_fast(d);
-    r = fmaf(fmaf(-d, r, 1.0f), r, r);
-    float q = gate * r;
-    q = fmaf(fmaf(-d, q, gate), r, q);
-    q = fmaf(fmaf(-d, q, gate), r, q);
-    return q * up;
-}
-
 // Rounded and packed, straight from registers: of eight tokens a lane holds one column, and takes two columns of one
 // token for it, which lie where its word is. There is room for eights of tokens, of which the first is one.
 template <class S>
-static __device__ __forceinline__ bool pack_gated(const group_args &a, const warp_tile &w, int lane,
+static __device__ __forceinline__ void pack_gated(const group_args &a, const warp_tile &w, int lane,
                                                   const float (&total)[S::C][S::N / 2]) {
-    bool plain = true;
-    int n = a.p.n_tokens - w.token, limit = n - lane % 4 * 2;
-#pragma unroll
-    for (int i = 0; i < S::C * S::N / 2; i++)
-        if (i % 4 < 2) plain = plain && (i / 4 * 8 + i % 2 >= limit || is_plain(total[i / (S::N / 2)][i % (S::N / 2)]));
-    if (!__all_sync(~0u, plain)) return false;
+    int n = a.p.n_tokens - w.token;
     unsigned char *to = a.act + packed_at(w.token, w.pair * 8, a.token_units) + lane * 4;
 #pragma unroll
     for (int i = 0; i < S::C * S::N / 2; i += 4) {
         const float *v = &total[i / (S::N / 2)][i % (S::N / 2)];
-        uint32_t pair = pack_bf16(plain_silu_mul(v[0], v[2]), plain_silu_mul(v[1], v[3]));
+        uint32_t pair = pack_bf16(silu_mul(v[0], v[2]), silu_mul(v[1], v[3]));
         uint32_t word = transpose(pair);
         if (i / 4 * 8 < n) *reinterpret_cast<uint32_t *>(to + i / 4 * HALF_BYTES) = word;
     }
-    return true;
 }
 
 // ---- Smaller tiles (groups.cu)
@@ -189,7 +168,10 @@ static __device__ __forceinline__ bool finish_whole(const group_args &a, const p
     warp_tile tile = warp_tile_of<S>(w, thread);
     int lane = thread % 32;
     if (a.ending == END_ANY) return false;
-    if (a.ending == END_GATED) return pack_gated<S>(a, tile, lane, total);
+    if (a.ending == END_GATED) {
+        pack_gated<S>(a, tile, lane, total);
+        return true;
+    }
     if (a.ending == END_ADDED) {
 #pragma unroll
         for (int c = 0; c < S::C; c++) {
