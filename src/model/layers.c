@@ -313,8 +313,9 @@ static bool runs_as_one(const struct run *r, const struct batch *b) {
            !r->ctx.tap && b->n_tokens == b->n_seqs;
 }
 
-// All layers as one op, where the backend has it for this step.
-static bool all_layers(const struct model *m, struct run *r, struct kv_store *kv, const struct batch *b) {
+// All layers as one op, where the backend has it for this step; `opening`, unless NULL, in the same op.
+static bool all_layers(const struct model *m, struct run *r, struct kv_store *kv, const struct batch *b,
+                       const struct step_opening *opening) {
     const struct model_config *c = &m->config;
     if (!r->n_board || !runs_as_one(r, b)) return false;
     for (size_t i = 0; i < c->n_layers; i++) {
@@ -325,6 +326,7 @@ static bool all_layers(const struct model *m, struct run *r, struct kv_store *kv
     }
     return r->ctx.ops->layers(&r->ctx, &(struct layers_args){.shape = shape_of(c),
                                                              .batch = b,
+                                                             .opening = opening,
                                                              .layers = r->refs,
                                                              .eps = (float)c->rms_eps,
                                                              .scale = (float)(1 / sqrt((double)c->head_dim)),
@@ -342,27 +344,13 @@ static bool has_filter(const struct batch *b) {
     return false;
 }
 
-// THE layer sequence.
-static void run_layers(const struct model *m, struct run *r, struct kv_store *kv, const struct batch *b) {
-    const struct device_weights *w = r->weights;
-    r->ctx.layer = -1;
-    if (r->device) r->ctx.ops->gather(&r->ctx, r->cos_sin, r->rope, b->position, b->n_tokens, m->config.head_dim);
-    else rope_table(m, b, r->cos_sin);
-    r->ctx.ops->embed(&r->ctx, r->x, &w->embed, b->token, b->n_tokens);
-    ops_tap(&r->ctx, "embed", r->x, b->n_tokens, m->config.hidden);
-    bool done = all_layers(m, r, kv, b);
-    for (size_t i = 0; !done && i < m->config.n_layers; i++) {
-        r->ctx.layer = (int)i;
-        attention_block(m, r, &kv->layers[i], b, &w->layers[i]);
-        mlp_block(m, r, b, &w->layers[i]);
-    }
-    r->ctx.layer = -1;
+static void head_and_choice(const struct model *m, struct run *r, const struct batch *b) {
     if (b->n_logit_rows == 0) return;
     ops_norm_head(&r->ctx, &(struct norm_head_args){.batch = b,
                                                     .x = r->x,
-                                                    .norm = w->final_norm,
+                                                    .norm = r->weights->final_norm,
                                                     .eps = (float)m->config.rms_eps,
-                                                    .head = &w->head,
+                                                    .head = &r->weights->head,
                                                     .rows = r->rows,
                                                     .normed = r->rows,
                                                     .logits = r->logits});
@@ -378,9 +366,28 @@ static void run_layers(const struct model *m, struct run *r, struct kv_store *kv
         r->ctx.ops->choose(&r->ctx, r->choices[r->turn], r->logits, b->n_logit_rows, m->config.n_vocab);
 }
 
-// Copies a batch's arrays to the device; *placed has the same shape and points to them. The places depend on the shape
-// alone, so that a recorded sequence finds the next batch of its shape where the last one was.
-static void place_batch(struct run *r, const struct batch *b, struct batch *placed) {
+// THE layer sequence.
+static void run_layers(const struct model *m, struct run *r, struct kv_store *kv, const struct batch *b) {
+    const struct device_weights *w = r->weights;
+    r->ctx.layer = -1;
+    if (r->device) r->ctx.ops->gather(&r->ctx, r->cos_sin, r->rope, b->position, b->n_tokens, m->config.head_dim);
+    else rope_table(m, b, r->cos_sin);
+    r->ctx.ops->embed(&r->ctx, r->x, &w->embed, b->token, b->n_tokens);
+    ops_tap(&r->ctx, "embed", r->x, b->n_tokens, m->config.hidden);
+    bool done = all_layers(m, r, kv, b, NULL);
+    for (size_t i = 0; !done && i < m->config.n_layers; i++) {
+        r->ctx.layer = (int)i;
+        attention_block(m, r, &kv->layers[i], b, &w->layers[i]);
+        mlp_block(m, r, b, &w->layers[i]);
+    }
+    r->ctx.layer = -1;
+    head_and_choice(m, r, b);
+}
+
+// Puts a batch's arrays where the device may fetch them; *placed has the same shape and points to where they belong
+// there. The places depend on the shape alone, so that a recorded sequence finds the next batch of its shape where the
+// last one was. Returns how many numbers they are.
+static size_t stage_batch(struct run *r, const struct batch *b, struct batch *placed) {
     *placed = *b;
     placed->host = b;
     r->turn ^= 1;
@@ -409,7 +416,11 @@ static void place_batch(struct run *r, const struct batch *b, struct batch *plac
         if (parts[i].from) *parts[i].to = r->arrays + at;
         at += (parts[i].n + 3) & ~(size_t)3;
     }
-    r->device->send(r->device, r->arrays, staging, at * sizeof *staging);
+    return at;
+}
+
+static void send_staged(struct run *r, size_t n) {
+    r->device->send(r->device, r->arrays, r->staging[r->turn], n * sizeof *r->arrays);
 }
 
 void run_store_kv(struct run *r, struct kv_layer *layer, const struct batch *b, const float *k, const float *v) {
@@ -420,7 +431,7 @@ void run_store_kv(struct run *r, struct kv_layer *layer, const struct batch *b, 
         return;
     }
     struct batch placed;
-    place_batch(r, b, &placed);
+    send_staged(r, stage_batch(r, b, &placed));
     d->put(d, r->k, k, bytes);
     d->put(d, r->v, v, bytes);
     r->ctx.ops->kv_store(&r->ctx, layer, &placed, r->k, r->v);
@@ -443,10 +454,26 @@ static uint64_t record_key(const struct run *r, const struct kv_store *kv, const
     return key ? key : 1;
 }
 
+// A step of one token whose layers are one op: it is so few kernels that they are queued one by one, and without a
+// break behind the step before. False: nothing has been queued.
+static bool chain_step(const struct model *m, struct run *r, struct kv_store *kv, const struct batch *placed,
+                       size_t n_staged) {
+    struct device *d = r->device;
+    if (!d->mark_by_choice || placed->n_tokens != 1 || placed->n_logit_rows != 1) return false;
+    struct step_opening opening = {r->staging[r->turn], r->arrays, n_staged, &r->weights->embed, r->rope};
+    r->ctx.layer = -1;
+    if (!all_layers(m, r, kv, placed, &opening)) return false;
+    d->mark_by_choice(d, r->turn);
+    head_and_choice(m, r, placed);
+    return true;
+}
+
 static void forward_on_device(const struct model *m, struct run *r, struct kv_store *kv, const struct batch *b) {
     struct device *d = r->device;
     struct batch placed;
-    place_batch(r, b, &placed);
+    size_t n_staged = stage_batch(r, b, &placed);
+    if (chain_step(m, r, kv, &placed, n_staged)) return;
+    send_staged(r, n_staged);
     enum { RECORDED_AT_ONCE = 8 }; // sequences
     uint64_t key = record_key(r, kv, b), last = r->seen[r->turn];
     r->seen[r->turn] = key;

@@ -41,6 +41,8 @@ struct device {
     // mark, if there is one, and for nothing behind it. False: the device has failed.
     void (*mark)(struct device *d, unsigned number);
     bool (*reach)(struct device *d, unsigned number);
+    // Marks by the next op that chooses one token, and without a break in the queue. NULL: `mark` alone marks.
+    void (*mark_by_choice)(struct device *d, unsigned number);
 
     // Device data on the host, valid until the next call; NULL when that failed. For taps.
     const void *(*show)(struct device *d, const void *data, size_t bytes);

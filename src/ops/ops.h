@@ -232,14 +232,25 @@ struct layer_refs {
     const struct matrix *wq, *wk, *wv, *wo, *w_gate, *w_up, *w_down;
     struct kv_layer *kv;
 };
+// What the op of all layers does first, so that a step of one token is so few kernels that none need be recorded, and
+// its first one may begin while the step before ends: the batch's arrays come from the host, x from the embedding,
+// cos_sin from the table of all positions.
+struct step_opening {
+    const int32_t *staging; // [n_words] the arrays in memory of the host that the device reads
+    int32_t *arrays;        // [n_words] where they belong
+    size_t n_words;
+    const struct matrix *embed;
+    const float *rope; // [max_positions, head_dim]
+};
 struct layers_args {
     struct layers_shape shape;
     const struct batch *batch;
-    const struct layer_refs *layers; // [n_layers]
-    float eps, scale;                // 1 / sqrt(head_dim)
-    const float *cos_sin;            // [n_tokens, head_dim]
-    float *x;                        // [n_tokens, hidden]
-    float *board;                    // [board_floats] of this model's alone; all bits set before its first use
+    const struct step_opening *opening; // NULL: x, cos_sin and the batch's arrays are there
+    const struct layer_refs *layers;    // [n_layers]
+    float eps, scale;                   // 1 / sqrt(head_dim)
+    const float *cos_sin;               // [n_tokens, head_dim]
+    float *x;                           // [n_tokens, hidden]
+    float *board;                       // [board_floats] of this model's alone; all bits set before its first use
 };
 
 // sample: the next token of each row of logits, by ops/sampling.h.

@@ -305,6 +305,11 @@ static __device__ __forceinline__ void store_relaxed(uint32_t *p, uint32_t v) {
     asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
 
+// A word of the host's memory, after all that this thread has written.
+static __device__ __forceinline__ void set_flag(uint32_t *flag, uint32_t number) {
+    asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(flag), "r"(number) : "memory");
+}
+
 // Between two looks at a word that another block writes.
 static __device__ __forceinline__ void poll_again() {
 }

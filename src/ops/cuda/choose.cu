@@ -25,13 +25,13 @@ static __device__ __forceinline__ void better(float &max, int32_t &id, float max
 }
 
 // Parts of equal length, each added in one order; the row's last block to arrive combines them in ascending order.
-static __global__ void k_choose(struct greedy_choice *out, const float *logits, part *parts, unsigned *arrivals,
-                                int n) {
+static __global__ void k_choose(struct greedy_choice *out, const float *logits, part *parts, unsigned *arrivals, int n,
+                                choice_mark mark) {
     __shared__ float maxima[THREADS / 32], sums[THREADS / 32];
     __shared__ int32_t ids[THREADS / 32], bad[THREADS / 32];
     __shared__ bool last;
-    dependents_may_start();
     dependency_wait();
+    dependents_may_start();
     int thread = (int)threadIdx.x, row = (int)blockIdx.y, length = (n + PARTS - 1) / PARTS;
     int first = (int)blockIdx.x * length + thread, end = min(n, first - thread + length), rest = first + HELD * THREADS;
     const float *x = logits + (size_t)row * n;
@@ -94,16 +94,20 @@ static __global__ void k_choose(struct greedy_choice *out, const float *logits, 
         float s = __shfl_sync(~0u, own_sum, i), w = __shfl_sync(~0u, weight, i);
         if (s > 0) total = fmaf(s, w, total);
     }
-    if (thread == 0) out[row] = {best, wrong ? 0.0f : -logf(total), !wrong};
+    if (thread != 0) return;
+    out[row] = {best, wrong ? 0.0f : -logf(total), !wrong};
+    if (mark.flag) set_flag(mark.flag, mark.number);
 }
 
 static void choose(const struct op_ctx *ctx, struct greedy_choice *out, const float *logits, size_t n_rows, size_t n) {
     struct cuda_state *s = cuda_of(ctx);
+    choice_mark mark = cuda_take_mark(s);
     for (size_t at = 0; at < n_rows; at += SPLIT_ROWS) {
         size_t rows = n_rows - at < SPLIT_ROWS ? n_rows - at : SPLIT_ROWS;
         launch_kernel(s, "choose", k_choose, {grid_for(PARTS, rows), THREADS, 0}, out + at, logits + at * n,
-                      (part *)s->parts, s->arrivals, (int)n);
+                      (part *)s->parts, s->arrivals, (int)n, mark);
     }
+    s->follows_choice = mark.flag != NULL;
 }
 
 extern "C" size_t cuda_choose_bytes(void) {

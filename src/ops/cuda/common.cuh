@@ -19,6 +19,7 @@ struct launch {
     unsigned threads;
     size_t shared;
     unsigned cluster; // blocks; 0: no clusters
+    bool alone;       // it begins when all before it have ended
 };
 
 enum { MOST_ATTRIBUTES = 2 };
@@ -27,8 +28,9 @@ static inline cudaLaunchConfig_t launch_config(struct cuda_state *s, struct laun
                                                cudaLaunchAttribute (&attributes)[MOST_ATTRIBUTES]) {
     cuda_add_parts(s);
     s->packed = NULL;
+    s->follows_choice = false;
     attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[0].val.programmaticStreamSerializationAllowed = !l.alone;
     attributes[1].id = cudaLaunchAttributeClusterDimension;
     attributes[1].val.clusterDim.x = l.cluster;
     attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;

@@ -15,11 +15,11 @@ enum { MAX_RECORDINGS = 512, CHIP = 90, STAGING = 64 << 20 };
 enum {
     VARIANTS_PROVEN = VARIANT_WIDE_ATTENTION | VARIANT_WGMMA | VARIANT_PERSISTENT | VARIANT_STREAM_ATTENTION |
                       VARIANT_CLUSTERS | VARIANT_WGMMA_QUANTISED | VARIANT_STORE_HEADS | VARIANT_WGMMA_ATTENTION |
-                      VARIANT_PARTS
+                      VARIANT_PARTS | VARIANT_CHAINED
 };
-static const char *const variant_names[N_VARIANTS] = {"wide-attention",   "persistent",       "wgmma",
-                                                      "stream-attention", "cluster-products", "wgmma-quantised",
-                                                      "store-heads",      "wgmma-attention",  "products-in-parts"};
+static const char *const variant_names[N_VARIANTS] = {
+    "wide-attention",  "persistent",  "wgmma",           "stream-attention",  "cluster-products",
+    "wgmma-quantised", "store-heads", "wgmma-attention", "products-in-parts", "chained-steps"};
 
 struct recording {
     uint64_t key;
@@ -48,6 +48,7 @@ static bool begin(struct device *d, uint64_t key) {
     struct cuda_state *s = state(d);
     cuda_add_parts(s);
     s->packed = NULL;
+    s->follows_choice = false;
     if (s->failed != cudaSuccess) return true;
     for (size_t i = 0; i < s->n_recordings; i++) {
         if (s->recordings[i].key != key) continue;
@@ -124,6 +125,7 @@ static void copy(struct cuda_state *s, void *to, const void *from, size_t bytes,
     cudaSetDevice(s->index); // the calling thread may be a new one
     cuda_add_parts(s);
     s->packed = NULL;
+    s->follows_choice = false;
     if (s->failed != cudaSuccess || bytes == 0) return;
     cuda_check(s, cudaMemcpyAsync(to, from, bytes, kind, s->stream), "copying");
 }
@@ -165,6 +167,7 @@ static void fill(struct device *d, void *to, uint8_t byte, size_t bytes) {
     struct cuda_state *s = state(d);
     cuda_add_parts(s);
     s->packed = NULL;
+    s->follows_choice = false;
     if (s->failed == cudaSuccess) cuda_check(s, cudaMemsetAsync(to, byte, bytes, s->stream), "filling memory");
 }
 
@@ -176,14 +179,47 @@ static bool sync_device(struct device *d, struct error *err) {
                      cudaGetErrorName(s->failed));
 }
 
+static void mark_by_choice(struct device *d, unsigned number) {
+    struct cuda_state *s = state(d);
+    s->flagged[number]++;
+    s->is_flagged[number] = true;
+    s->marking = number + 1;
+}
+
+struct choice_mark cuda_take_mark(struct cuda_state *s) {
+    unsigned i = s->marking;
+    s->marking = 0;
+    return i ? (struct choice_mark){s->flags + i - 1, s->flagged[i - 1]} : (struct choice_mark){NULL, 0};
+}
+
+// Looks at the GPU itself now and then: it may have failed.
+static void await_flag(struct cuda_state *s, unsigned number) {
+    enum { LOOKS = 4096 };
+    const volatile uint32_t *flag = s->flags + number;
+    for (unsigned looks = 1; *flag != s->flagged[number]; looks++) {
+        if (looks % LOOKS) continue;
+        cudaError_t e = cudaStreamQuery(s->stream);
+        if (e == cudaErrorNotReady) continue;
+        if (e == cudaSuccess && *flag != s->flagged[number]) e = cudaErrorLaunchTimeout;
+        if (e != cudaSuccess) {
+            check_wait(s, e);
+            return;
+        }
+    }
+    __atomic_thread_fence(__ATOMIC_ACQUIRE);
+}
+
 static void mark(struct device *d, unsigned number) {
     struct cuda_state *s = state(d);
+    s->is_flagged[number] = false;
+    s->follows_choice = false;
     if (s->failed == cudaSuccess) cuda_check(s, cudaEventRecord(s->marks[number], s->stream), "running a step");
 }
 
 static bool reach(struct device *d, unsigned number) {
     struct cuda_state *s = state(d);
-    if (s->failed == cudaSuccess) check_wait(s, cudaEventSynchronize(s->marks[number]));
+    if (s->failed == cudaSuccess && s->is_flagged[number]) await_flag(s, number);
+    else if (s->failed == cudaSuccess) check_wait(s, cudaEventSynchronize(s->marks[number]));
     return s->failed == cudaSuccess;
 }
 
@@ -293,6 +329,8 @@ static bool start(struct cuda_state *s, struct error *err) {
     if (e == cudaSuccess) e = cudaStreamCreateWithFlags(&s->stream, cudaStreamNonBlocking);
     for (int i = 0; i < DEVICE_MARKS && e == cudaSuccess; i++)
         e = cudaEventCreateWithFlags(&s->marks[i], cudaEventDisableTiming);
+    if (e == cudaSuccess) e = cudaHostAlloc((void **)&s->flags, DEVICE_MARKS * sizeof *s->flags, cudaHostAllocDefault);
+    if (e == cudaSuccess) memset(s->flags, 0, DEVICE_MARKS * sizeof *s->flags);
     if (e == cudaSuccess) e = cudaMalloc((void **)&s->arrivals, MOST_ARRIVALS * sizeof *s->arrivals);
     if (e == cudaSuccess) e = cudaMemset(s->arrivals, 0, MOST_ARRIVALS * sizeof *s->arrivals);
     if (e == cudaSuccess) e = cudaMalloc(&s->parts, cuda_choose_bytes());
@@ -339,6 +377,7 @@ const struct ops *ops_cuda_open(int index, struct error *err) {
                                 .sync = sync_device,
                                 .mark = mark,
                                 .reach = reach,
+                                .mark_by_choice = mark_by_choice,
                                 .show = show,
                                 .matrix_bytes = matrix_bytes,
                                 .put_matrix = put_matrix,
@@ -367,6 +406,7 @@ void ops_cuda_close(const struct ops *ops) {
     if (s->arrivals) cudaFree(s->arrivals);
     if (s->parts) cudaFree(s->parts);
     if (s->alarm) cudaFreeHost(s->alarm);
+    if (s->flags) cudaFreeHost(s->flags);
     if (s->sampling) cudaFree(s->sampling);
     free_host(&s->device, s->shown);
     for (int i = 0; i < DEVICE_MARKS; i++)

@@ -29,7 +29,8 @@ enum {
     VARIANT_STORE_HEADS = 1 << 6,
     VARIANT_WGMMA_ATTENTION = 1 << 7,
     VARIANT_PARTS = 1 << 8,
-    N_VARIANTS = 9
+    VARIANT_CHAINED = 1 << 9,
+    N_VARIANTS = 10
 };
 
 // One opened GPU. `ops` comes first: a table's address is its state's.
@@ -65,8 +66,20 @@ struct cuda_state {
         const float *parts;
         int n_out, n_parts, n_tokens;
     } pending;
-    int tile_shape; // of products by warp groups: 0, or one to be measured (groups.cu); -1: clusters.cuh
+    int tile_shape;  // of products by warp groups: 0, or one to be measured (groups.cu); -1: clusters.cuh
+    uint32_t *flags; // [DEVICE_MARKS] on the host: numbers of the last choices that marked
+    uint32_t flagged[DEVICE_MARKS]; // what they will be
+    bool is_flagged[DEVICE_MARKS];  // the last mark is a flag, not an event
+    unsigned marking;               // 1 + the mark of the next choice; 0: none
+    bool follows_choice;            // a kernel that starts others when all before it have ended was queued last
 };
+
+// Where and what a choice marks; NULL: nowhere.
+struct choice_mark {
+    uint32_t *flag;
+    uint32_t number;
+};
+struct choice_mark cuda_take_mark(struct cuda_state *s);
 
 static inline struct cuda_state *cuda_of(const struct op_ctx *ctx) {
     return (struct cuda_state *)(uintptr_t)ctx->ops;

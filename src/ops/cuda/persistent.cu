@@ -451,6 +451,28 @@ static __device__ __forceinline__ void push_act(const persistent_args &p, persis
 // ---- The kernel
 // ------------------------------------------------------------------------------------------------------
 
+// The embedding's value, as the kernels of their own have it.
+template <typename W> struct table_of;
+template <> struct table_of<bf16_weights> {
+    static __device__ __forceinline__ float value(const unsigned char *table, int row, int k, int columns) {
+        return __bfloat162float(
+            reinterpret_cast<const __nv_bfloat16 *>(table)[unit_index((size_t)row, (size_t)k, (size_t)columns)]);
+    }
+};
+template <typename Q> struct table_of<quantised_weights<Q>> {
+    static __device__ __forceinline__ float value(const unsigned char *table, int row, int k, int columns) {
+        using W = quantised_weights<Q>;
+        return W::value(table + ((size_t)(row / 8) * (columns / SLICE) + (size_t)(k / SLICE)) * W::RECORD, row % 8,
+                        k % SLICE);
+    }
+};
+
+// Column `row` of the embedding's row of this step's token.
+template <typename W> static __device__ __forceinline__ float embedded(const persistent_opening &o, int row) {
+    int id = o.token < 0 ? __ldcg(o.chosen + ~o.token) : o.token;
+    return table_of<W>::value(o.table, id, row, o.columns);
+}
+
 template <typename W, int GROUP, enum pace PACE>
 static __device__ __forceinline__ void work(const persistent_args &p, persistent_shared *sh, const block_place &me,
                                             int position, int token_page, int thread) {
@@ -476,10 +498,11 @@ static __device__ __forceinline__ void work(const persistent_args &p, persistent
         }
     uint32_t turn = 0; // of the half-layers in which this block takes part
     ring_place at = {0, 0};
-    float x = has_row ? p.x[row] : 0.0f;
+    float x = !has_row ? 0.0f : p.open.table ? embedded<W>(p.open, row) : p.x[row];
+    const float *turning = p.open.table ? p.open.rope + (size_t)position * HEAD : p.cos_sin;
     float cos_sin[4]; // of channels lane, lane + 32: two cosines, two sines
 #pragma unroll
-    for (int i = 0; i < 4; i++) cos_sin[i] = p.cos_sin[lane + 32 * i];
+    for (int i = 0; i < 4; i++) cos_sin[i] = turning[lane + 32 * i];
 #pragma unroll 1
     for (int i = 0;; i++) {
         thread = afresh(thread);
@@ -540,10 +563,13 @@ static __device__ __forceinline__ void work(const persistent_args &p, persistent
 }
 
 template <typename W, int GROUP, enum pace PACE>
-static __global__ void __launch_bounds__(PERSISTENT_THREADS, 1) k_layers(const __grid_constant__ persistent_args p) {
+static __global__ void __launch_bounds__(PERSISTENT_THREADS, 1)
+    k_layers(const __grid_constant__ persistent_args p, const __grid_constant__ persistent_pages<PACE> pages) {
     DYNAMIC_SHARED(raw);
     persistent_shared *sh = reinterpret_cast<persistent_shared *>(raw);
-    int thread = (int)threadIdx.x, position = __ldcg(p.b.position), first_page = __ldcg(p.b.page_start);
+    int thread = (int)threadIdx.x, position = p.open.table ? p.open.position : __ldcg(p.b.position);
+    const int32_t *listed = p.open.table ? NULL : p.b.pages + __ldcg(p.b.page_start);
+    auto page_at = [&](int i) { return listed ? __ldcg(listed + i) : pages.id[i]; };
     block_place me;
     me.cluster = (int)blockIdx.x / CLUSTER;
     me.rank = (int)cluster_rank();
@@ -574,19 +600,23 @@ static __global__ void __launch_bounds__(PERSISTENT_THREADS, 1) k_layers(const _
     // The pages of its chunks, in order.
     for (int i = thread; i < MOST_PAGES; i += PERSISTENT_THREADS) {
         int chunk = share.first + i / CHUNK_PAGES * share.step, index = chunk * CHUNK_PAGES + i % CHUNK_PAGES;
-        if (chunk < share.end && index <= me.last_page) sh->page[i] = __ldcg(p.b.pages + first_page + index);
+        if (chunk < share.end && index <= me.last_page) sh->page[i] = page_at(index);
     }
     for (int i = thread; i < MOST_STEPS; i += PERSISTENT_THREADS) sh->steps[i] = plan_step<W, GROUP>(p, me, i);
     cluster_sync();
+    int token_page = page_at(me.last_page);
     bool idle = me.kv_head < 0 && me.n_slices == 0 && me.cluster != 0;
     if (thread >= WORKERS) {
         if (PACE == OWN_PACE) registers_down<FETCHER_REGISTERS>();
         if (!idle && thread < WORKERS + 32) fetch_all<W, GROUP>(p, sh, me, thread % 32);
         dependency_wait();
+        if (blockIdx.x == 0 && thread >= WORKERS + 32 && p.open.table)
+            for (int i = thread - WORKERS - 32; i < p.open.n_words; i += 96)
+                p.open.arrays[i] = __ldcg(p.open.staged + i);
     } else if (!idle) {
         if (PACE == OWN_PACE) registers_up<WORKER_REGISTERS>();
         dependency_wait();
-        work<W, GROUP, PACE>(p, sh, me, position, __ldcg(p.b.pages + first_page + me.last_page), thread);
+        work<W, GROUP, PACE>(p, sh, me, position, token_page, thread);
     } else {
         dependency_wait();
     }
@@ -664,15 +694,24 @@ template <typename F> static bool with_weights(enum dtype type, F f) {
     }
 }
 
+template <enum pace PACE> static persistent_pages<PACE> pages_of(const struct batch *host) {
+    persistent_pages<PACE> p = {};
+    int n = (host->kv_len[0] + ATTN_BLOCK - 1) / ATTN_BLOCK;
+    for (int i = 0; i < n && i < p.MOST; i++) p.id[i] = host->pages[host->page_start[0] + i];
+    return p;
+}
+
 static bool layers(const struct op_ctx *ctx, const struct layers_args *a) {
     struct cuda_state *s = cuda_of(ctx);
     const struct batch *host = host_of(a->batch);
     size_t longest = ATTN_CHUNK; // as a recorded sequence's key knows it
+    const struct step_opening *o = a->opening;
     persistent_args p = {};
     while (host->n_seqs > 0 && longest < (size_t)host->kv_len[0]) longest *= 2;
     if (!(s->device.variants & VARIANT_PERSISTENT) || !a->board || host->n_tokens != 1 || host->n_seqs != 1 ||
         longest > MOST_CHUNKS * ATTN_CHUNK || !fits(s, &a->shape, p.first_slice))
         return false;
+    if (o && (!(s->device.variants & VARIANT_CHAINED) || o->embed->type != a->layers[0].wq->type)) return false;
     p.b = view(a->batch);
     p.x = a->x;
     p.cos_sin = a->cos_sin;
@@ -697,14 +736,27 @@ static bool layers(const struct op_ctx *ctx, const struct layers_args *a) {
         p.layer[i].bias[0] = l->bq, p.layer[i].bias[1] = l->bk, p.layer[i].bias[2] = l->bv;
         p.layer[i].kv[0] = (unsigned char *)l->kv->k, p.layer[i].kv[1] = (unsigned char *)l->kv->v;
     }
+    if (o)
+        p.open = {(const unsigned char *)o->embed->data,
+                  ctx->chosen,
+                  host->token[0],
+                  host->position[0],
+                  o->rope,
+                  o->staging,
+                  o->arrays,
+                  (int)o->n_words,
+                  (int)padded_columns(o->embed->n_in)};
     struct launch l = {grid_for((size_t)s->n_clusters * CLUSTER), PERSISTENT_THREADS, sizeof(persistent_shared),
-                       CLUSTER};
+                       CLUSTER, o && !s->follows_choice};
     return with_weights(a->layers[0].wq->type, [&](auto w) {
         using W = decltype(w);
         bool alone = a->shape.n_heads == a->shape.n_kv_heads;
         if (longest <= CLUSTER * ATTN_CHUNK)
-            launch_kernel(s, "all layers", alone ? k_layers<W, 1, ONE_CHUNK> : k_layers<W, 2, ONE_CHUNK>, l, p);
-        else launch_kernel(s, "all layers", alone ? k_layers<W, 1, OWN_PACE> : k_layers<W, 2, OWN_PACE>, l, p);
+            launch_kernel(s, "all layers", alone ? k_layers<W, 1, ONE_CHUNK> : k_layers<W, 2, ONE_CHUNK>, l, p,
+                          pages_of<ONE_CHUNK>(host));
+        else
+            launch_kernel(s, "all layers", alone ? k_layers<W, 1, OWN_PACE> : k_layers<W, 2, OWN_PACE>, l, p,
+                          pages_of<OWN_PACE>(host));
     });
 }
 

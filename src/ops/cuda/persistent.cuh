@@ -54,8 +54,20 @@ struct persistent_layer {
     unsigned char *kv[2];              // bf16
 };
 
+// The beginning of a step in the same kernel, table NULL: in one before it.
+struct persistent_opening {
+    const unsigned char *table; // the embedding, in units
+    const int32_t *chosen;
+    int32_t token, position; // token < 0: chosen[~token]
+    const float *rope;       // [positions, HEAD]
+    const int32_t *staged;   // [n_words] to `arrays`
+    int32_t *arrays;
+    int n_words, columns;
+};
+
 struct persistent_args {
     batch_view b;
+    persistent_opening open;
     float *x;             // [hidden]
     const float *cos_sin; // [HEAD]
     // What clusters tell each other: [2][n_layers][heads' rows + n_ff slices' rows][MOST_HIDDEN] sums of one slice of
@@ -72,6 +84,12 @@ struct persistent_args {
     float eps, scale;                     // scale: times log2 e
     short first_slice[MOST_CLUSTERS + 1]; // of n_ff: each cluster's first; the next one's
     persistent_layer layer[MOST_LAYERS];
+};
+
+// The pages of a step that opens itself.
+template <enum pace PACE> struct persistent_pages {
+    static constexpr int MOST = PACE == ONE_CHUNK ? CLUSTER * (int)CHUNK_PAGES : CLUSTER * (int)MOST_PAGES;
+    int id[MOST];
 };
 
 // A chunk's result: attention.cuh's partial.

@@ -135,7 +135,7 @@ static void norm_head(const struct op_ctx *ctx, const struct norm_head_args *a) 
     p.y[0] = a->logits;
     p.norm = a->norm;
     p.eps = a->eps;
-    p.rows = a->batch->logit_rows;
+    p.rows = a->batch->n_tokens == 1 ? NULL : a->batch->logit_rows;
     product_of<PRODUCT_PLAIN, true>(ctx, "norm_head", p, a->head->type, (size_t)p.n_pairs[0]);
 }
 

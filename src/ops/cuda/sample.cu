@@ -62,6 +62,7 @@ struct sample_step {
     struct greedy_choice *out;     // [n_rows]
     int32_t *chosen;               // [n_rows]
     int n, n_banned;
+    choice_mark mark;
 };
 
 // ---- Parts of a row
@@ -198,6 +199,7 @@ static __device__ __forceinline__ uint64_t key_of(const sample_step &s, const sa
 static __device__ void answer(const sample_step &s, int32_t id, int32_t ok) {
     s.out[blockIdx.y] = {ok ? id : 0, 0.0f, ok};
     s.chosen[blockIdx.y] = ok ? id : 0;
+    if (s.mark.flag) set_flag(s.mark.flag, s.mark.number);
 }
 
 // The best score that a thread knows of.
@@ -234,8 +236,8 @@ static __device__ __forceinline__ contest no_contest() {
 
 static __global__ void __launch_bounds__(THREADS) k_sample(sample_step s) {
     __shared__ span p;
-    dependents_may_start();
     dependency_wait();
+    dependents_may_start();
     const sample_row r = s.rows[blockIdx.y];
     sample_state *state = &s.memory->state[blockIdx.y];
     part *parts = s.memory->parts[blockIdx.y];
@@ -496,6 +498,7 @@ static __global__ void __launch_bounds__(THREADS) k_draw(sample_step s) {
 static void sample(const struct op_ctx *ctx, const struct sample_args *a) {
     struct cuda_state *c = cuda_of(ctx);
     const struct batch *b = a->batch;
+    choice_mark mark = cuda_take_mark(c);
     for (size_t at = 0; at < b->n_logit_rows; at += MOST_ROWS) {
         size_t rows = b->n_logit_rows - at < MOST_ROWS ? b->n_logit_rows - at : MOST_ROWS;
         size_t parts = 4 * (size_t)c->n_sms / rows;
@@ -511,12 +514,14 @@ static void sample(const struct op_ctx *ctx, const struct sample_args *a) {
                          a->out + at,
                          a->chosen + at,
                          (int)a->n_vocab,
-                         (int)b->n_banned};
+                         (int)b->n_banned,
+                         mark};
         launch_kernel(c, "sampling", k_sample, l, s);
         if (!a->has_filter) continue;
         launch_kernel(c, "sampling", k_weigh, l, s);
         launch_kernel(c, "sampling", k_draw, l, s);
     }
+    c->follows_choice = mark.flag != NULL;
 }
 
 extern "C" size_t cuda_sample_bytes(void) {

@@ -199,6 +199,10 @@ static inline void store_relaxed(uint32_t *p, uint32_t v) {
     *(volatile uint32_t *)p = v;
 }
 
+static inline void set_flag(uint32_t *flag, uint32_t number) {
+    *(volatile uint32_t *)flag = number;
+}
+
 static inline void poll_again() {
     emulated_spin();
 }
