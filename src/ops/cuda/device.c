@@ -30,10 +30,16 @@ static struct cuda_state *state(struct device *d) {
     return (struct cuda_state *)(void *)((char *)d - offsetof(struct cuda_state, device));
 }
 
+static bool is_alarmed(const struct cuda_state *s) {
+    return s->alarm && *(volatile unsigned *)s->alarm;
+}
+
+// The kernel that raised the alarm has ended the whole context: neither its own error nor that of whatever was asked
+// for next would say why.
 void cuda_check(struct cuda_state *s, cudaError_t e, const char *what) {
     if (e == cudaSuccess || s->failed != cudaSuccess) return;
-    s->failed = e;
-    s->failed_at = what;
+    s->failed = is_alarmed(s) ? cudaErrorLaunchTimeout : e;
+    s->failed_at = is_alarmed(s) ? "running all layers in one kernel, whose blocks waited for each other" : what;
 }
 
 // ---- Recorded sequences
@@ -130,15 +136,8 @@ static void copy(struct cuda_state *s, void *to, const void *from, size_t bytes,
     cuda_check(s, cudaMemcpyAsync(to, from, bytes, kind, s->stream), "copying");
 }
 
-// The kernel that raised the alarm has ended the whole context: its own error would not say why.
-static void check_alarm(struct cuda_state *s) {
-    if (s->alarm && *(volatile unsigned *)s->alarm)
-        cuda_check(s, cudaErrorLaunchTimeout, "running all layers in one kernel, whose blocks waited for each other");
-}
-
 static void check_wait(struct cuda_state *s, cudaError_t e) {
-    check_alarm(s);
-    cuda_check(s, e, "running a step");
+    cuda_check(s, is_alarmed(s) ? cudaErrorLaunchTimeout : e, "running a step");
 }
 
 static void wait(struct cuda_state *s) {
