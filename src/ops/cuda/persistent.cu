@@ -597,6 +597,8 @@ static __global__ void __launch_bounds__(PERSISTENT_THREADS, 1)
         }
         barrier_fence();
     }
+    for (int i = thread; i < (int)(sizeof sh->q / sizeof(uint4)); i += PERSISTENT_THREADS)
+        reinterpret_cast<uint4 *>(sh->q)[i] = make_uint4(0, 0, 0, 0);
     // The pages of its chunks, in order.
     for (int i = thread; i < MOST_PAGES; i += PERSISTENT_THREADS) {
         int chunk = share.first + i / CHUNK_PAGES * share.step, index = chunk * CHUNK_PAGES + i % CHUNK_PAGES;

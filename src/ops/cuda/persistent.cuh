@@ -133,9 +133,9 @@ struct persistent_shared {
     float head_norm[2][2][HEAD];            // of layers in turns; q's and k's
     unsigned char inputs[MOST_HIDDEN * 2];  // of a product, rounded, in put_inputs' order
     alignas(16) float own[OWN_ROWS];
-    // q's rows as the matrix instruction takes them, times attention's scale, rounded: of every 32 channels, lane t has
-    // 2t, 2t + 1, and what lies 8, 16 and 24 beyond them.
-    uint4 q[MOST_GROUP][HEAD / 32][4];
+    // q's rows as the matrix instruction takes them, times attention's scale, rounded: of every 16 channels, lane t has
+    // 2t, 2t + 1, a zero of the row 8 further, 2t + 8, 2t + 9, and another zero. The zeros are written once.
+    uint4 q[MOST_GROUP][HEAD / 32][2][4];
     union {
         alignas(16) float o[CHUNK_PAGES][MOST_GROUP * HEAD];
         float part[NORM_WARPS][MOST_SHARE * 32]; // sums of slices of inputs: no page is under way then

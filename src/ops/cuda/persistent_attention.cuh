@@ -80,9 +80,9 @@ static __device__ __forceinline__ void prepare(const persistent_args &p, persist
         } else {
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                // Channel 8 e + 2 t + k of these 32: word e of the uint4.
-                __nv_bfloat16 *to = reinterpret_cast<__nv_bfloat16 *>(&sh->q[warp][i][lane % 8 / 2]);
-                to[lane / 8 * 2 + lane % 2] = __float2bfloat16_rn(v[i] * p.scale);
+                // Channel 8 e + 2 t + k of these 32: word 2 (e % 2) of the uint4.
+                __nv_bfloat16 *to = reinterpret_cast<__nv_bfloat16 *>(&sh->q[warp][i][lane / 16][lane % 8 / 2]);
+                to[lane / 8 % 2 * 4 + lane % 2] = __float2bfloat16_rn(v[i] * p.scale);
             }
         }
     } else if (own && warp >= 4) {
@@ -102,12 +102,16 @@ static __device__ __forceinline__ void attend_page(const persistent_args &p, per
     wait_for(p, &sh->full[at.slot], at.parity());
 #pragma unroll
     for (int i = 0; i < HEAD / 32; i++) {
-        uint4 q = real ? sh->q[lane / 4][i][lane % 4] : make_uint4(0, 0, 0, 0);
+        uint4 first = make_uint4(0, 0, 0, 0), second = first;
+        if (real) {
+            first = sh->q[lane / 4][i][0][lane % 4];
+            second = sh->q[lane / 4][i][1][lane % 4];
+        }
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             uint4 x = k[(j * (HEAD / 32) + i) * CHUNK_LANES];
-            mma(s[j], q.x, 0, q.y, 0, x.x, x.y);
-            mma(s[j], q.z, 0, q.w, 0, x.z, x.w);
+            mma(s[j], first.x, first.y, first.z, first.w, x.x, x.y);
+            mma(s[j], second.x, second.y, second.z, second.w, x.z, x.w);
         }
     }
     softmax_row(pairs, m, l, s, 0, n, lane % 4);
@@ -267,7 +271,7 @@ attend_deep(const persistent_args &p, persistent_shared *sh, const block_place &
     uint32_t number = sh->first_number + (uint32_t)layer;
     unsigned done = (unsigned)(layer * share.n); // so far
     uint64_t *q = p.notes + (size_t)share.head * HEAD_NOTES, *chunks = q + Q_NOTES, *before = NULL;
-    float *q_here = reinterpret_cast<float *>(sh->q) + thread; // two values
+    float *q_here = reinterpret_cast<float *>(sh->q) + 2 * thread; // two values; a zero is next
     if (me.kv_head >= 0) {
         if (thread == 0) barrier_expect(&sh->qkv_arrived, (GROUP + 2) * HEAD * 4);
         wait_for(p, &sh->qkv_arrived, layer % 2);
