@@ -181,6 +181,13 @@ static inline unsigned atomicAdd(unsigned *p, unsigned v) {
     return before;
 }
 
+static inline unsigned long long atomicMax(unsigned long long *p, unsigned long long v) {
+    emulated_pause();
+    unsigned long long before = *p;
+    if (v > before) *p = v;
+    return before;
+}
+
 static inline unsigned long long atomicAdd(unsigned long long *p, unsigned long long v) {
     emulated_pause();
     unsigned long long before = *p;

@@ -9,7 +9,8 @@ import re
 import sys
 
 # name, what finds it (PAGES: chunks and pages; SPLIT: contexts of two chunks;
-# TILES: many tokens; PAIRS: the same on many SMs; LAYERS: all layers in one kernel; DEEP: with many chunks; HEADS: K and V stored by their product), then file, before, after; M is its number.
+# TILES: many tokens; PAIRS: the same on many SMs; LAYERS: all layers in one kernel; DEEP: with many chunks; HEADS: K and V stored by their product; CHAIN: steps
+# of one token behind each other), then file, before, after; M is its number.
 MISTAKES = [
     ("no barrier before a product's inputs are read", "PAGES",
      ("small.cuh", "    __syncthreads();\n    barrier_wait(&arrived, 0);",
@@ -126,6 +127,16 @@ MISTAKES = [
     ("what was noted of the layer before taken for this one's", "DEEP",
      ("persistent_attention.cuh", "if (v >> 32 == number) return", "if (M ? v >> 32 != 0xFFFFFFFFu : v >> 32 == number) return"),
      ("persistent_attention.cuh", "complete &= v[i] >> 32 == number;", "complete &= M || v[i] >> 32 == number;")),
+    ("a step's pages taken in their order in memory", "DEEP",
+     ("persistent.cu", ": pages.id[i]; };", ": M ? i : pages.id[i]; };")),
+    ("a step's arrays left where the host has them", "CHAIN",
+     ("persistent.cu", "p.open.arrays[i] = __ldcg(p.open.staged + i);", "if (!M) p.open.arrays[i] = __ldcg(p.open.staged + i);")),
+    ("the best of the step before the last not forgotten", "CHAIN",
+     ("persistent.cu", "*p.best = 0;", "*p.best = M ? *p.best : 0;")),
+    ("a choice made of parts that are not there", "CHAIN",
+     ("choice.cuh", "__shfl_sync(~0u, before, 0) == CHOICE_PARTS - 1;", "__shfl_sync(~0u, before, 0) == (M ? 3 : CHOICE_PARTS - 1);")),
+    ("a choice beside layers forgotten where no layers follow", "CHAIN",
+     ("device.c", "if (s->choice.mark.flag == s->flags + number) cuda_choose_now(s);", "if (s->choice.mark.flag == s->flags + number && !M) cuda_choose_now(s);")),
     ("this step's K and V of a stream read from their page", "COMPANY",
      ("stream.cu", "int slot = n <= ATTN_BLOCK ? n - 1 : -1;", "int slot = n <= ATTN_BLOCK && !M ? n - 1 : -1;")),
     ("V pages asked for where K pages have not been read", "COMPANY",

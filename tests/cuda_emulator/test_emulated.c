@@ -417,6 +417,37 @@ static void test_persistent(void **state) {
     }
 }
 
+static uint32_t variant_named(const char *name) {
+    for (size_t k = 0; k < cuda->device->n_variants; k++)
+        if (strcmp(cuda->device->variant_names[k], name) == 0) return 1u << k;
+    fail_msg("no variant is called %s", name);
+    return 0;
+}
+
+// Steps of one token queued as three kernels or as two, between batches, across the ends of a page and of chunks, and
+// from the kernel for one chunk a block to the one for several.
+static void test_chain(void **state) {
+    (void)state;
+    static const struct part part = {
+        .n_layers = 2, .n_vocab = 300, .n_ff = 224, .n_heads = 2, .n_kv_heads = 1, .head_dim = 128};
+    static const size_t depths[] = {20, 2030};
+    for (size_t i = 0; i < 4; i++) {
+        double start = clock_seconds();
+        struct subject s;
+        open_gpu(40 + i, i % 2 ? 8 : 16);
+        open_part_as(&s, "models/tandem-tiny", &part, i / 2 ? DTYPE_Q8_0 : DTYPE_BF16);
+        uint32_t chained = variant_named("chained-steps"), beside = variant_named("choice-beside");
+        if (i % 2) cuda->device->variants &= ~beside;
+        size_t different = compare_chain(&s, i % 2 ? chained : chained | beside, depths[i / 2], false) +
+                           compare_chain(&s, i % 2 ? chained : chained | beside, depths[i / 2], true);
+        print_message("depth %zu%s: %zu differ, %.1f s\n", depths[i / 2], i % 2 ? "" : ", choices beside", different,
+                      clock_seconds() - start);
+        close_subject(&s);
+        ops_close(cuda);
+        assert_int_equal(different, 0);
+    }
+}
+
 // ---- The most probable token, and the host's sampler, on the device
 // ----------------------------------------------------------------------------------------------
 
@@ -527,23 +558,15 @@ static int say_counts(void **state) {
 
 int main(int argc, char **argv) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_qwen3),
-        cmocka_unit_test(test_company),
-        cmocka_unit_test(test_prompts),
-        cmocka_unit_test(test_split),
-        cmocka_unit_test(test_tiles),
-        cmocka_unit_test(test_heads),
-        cmocka_unit_test(test_persistent),
-        cmocka_unit_test(test_choices),
-        cmocka_unit_test(test_oracle),
-        cmocka_unit_test(test_doctor),
-        cmocka_unit_test(test_quantised),
-        cmocka_unit_test(test_quantised_tiles),
-        cmocka_unit_test(test_pieces),
-        cmocka_unit_test(test_quantised_ring),
-        cmocka_unit_test(test_quantised_values),
-        cmocka_unit_test(test_groups),
-        cmocka_unit_test(test_sampling),
+        cmocka_unit_test(test_qwen3),           cmocka_unit_test(test_company),
+        cmocka_unit_test(test_prompts),         cmocka_unit_test(test_split),
+        cmocka_unit_test(test_tiles),           cmocka_unit_test(test_heads),
+        cmocka_unit_test(test_persistent),      cmocka_unit_test(test_chain),
+        cmocka_unit_test(test_choices),         cmocka_unit_test(test_oracle),
+        cmocka_unit_test(test_doctor),          cmocka_unit_test(test_quantised),
+        cmocka_unit_test(test_quantised_tiles), cmocka_unit_test(test_pieces),
+        cmocka_unit_test(test_quantised_ring),  cmocka_unit_test(test_quantised_values),
+        cmocka_unit_test(test_groups),          cmocka_unit_test(test_sampling),
         cmocka_unit_test(test_clusters),
     };
     if (argc > 1) cmocka_set_test_filter(argv[1]);

@@ -22,7 +22,7 @@
 
 #include <cmocka.h>
 
-enum place { PAGES, SPLIT, TILES, PAIRS, LAYERS, DEEP, COMPANY, HEADS };
+enum place { PAGES, SPLIT, TILES, PAIRS, LAYERS, DEEP, COMPANY, HEADS, CHAIN };
 struct mistake {
     const char *name;
     enum place place; // of the examinations below, the one that shows it
@@ -119,10 +119,26 @@ static bool is_found_in_heads(uint64_t seed) {
     return different > 0;
 }
 
+// Steps of one token, each queued before the choice of the one before is known, and batches between.
+static bool is_found_in_chain(uint64_t seed) {
+    static const struct part part = {
+        .n_layers = 1, .n_vocab = 300, .n_ff = 128, .n_heads = 2, .n_kv_heads = 1, .head_dim = 128};
+    struct subject s;
+    emulator_set(&(struct emulator_options){.seed = seed, .n_sms = 8});
+    open_gpu();
+    open_part(&s, "models/tandem-tiny", &part);
+    uint32_t variants = variant_named("chained-steps") | variant_named("choice-beside");
+    size_t different = compare_chain(&s, variants, 20, true) + compare_chain(&s, variants, 20, false);
+    close_subject(&s);
+    ops_close(cuda);
+    return different > 0;
+}
+
 static bool is_found_in_part(enum place place, uint64_t seed) {
     if (place == LAYERS || place == DEEP) return is_found_in_layers(seed, place == DEEP);
     if (place == COMPANY) return is_found_in_company(seed);
     if (place == HEADS) return is_found_in_heads(seed);
+    if (place == CHAIN) return is_found_in_chain(seed);
     static const size_t chunks[] = {9, 33}, neighbours[] = {3};
     const struct plan plans[] = {
         [PAGES] = {.length = 37,
@@ -192,6 +208,8 @@ static bool is_found_at_large(enum place place) {
         uint32_t variants = cuda->device->variants;
         if (place == LAYERS || place == DEEP)
             different = compare_depths(&s, variant_named("persistent"), place == DEEP ? deep : depths, 5);
+        else if (place == CHAIN)
+            different = compare_chain(&s, variant_named("chained-steps") | variant_named("choice-beside"), 240, true);
         else if (place == COMPANY)
             different = compare_company(&s, variant_named("stream-attention"), company, COMPANIONS, false);
         else different = compare_ways(&s, models[i], &plan, NULL);
@@ -239,7 +257,7 @@ static bool is_found_apart(int number, enum place place) {
 
 static void test_none(void **state) {
     (void)state;
-    for (int place = PAGES; place <= HEADS; place++) assert_false(is_found_apart(0, (enum place)place));
+    for (int place = PAGES; place <= CHAIN; place++) assert_false(is_found_apart(0, (enum place)place));
 }
 
 // Of these an H200 showed nothing: it ran as if no barrier were missing. The emulator never does.

@@ -6,6 +6,7 @@
 #include "format/quantize.h"
 #include "model/oracle.h"
 #include "model/synthetic.h"
+#include "ops/sampling.h"
 
 #include <math.h>
 #include <setjmp.h>
@@ -16,7 +17,7 @@
 
 #include <cmocka.h>
 
-enum { MAX_ROWS = 512, KEEP_EVERY = 37, STEPS_AT_DEPTH = 3 };
+enum { MAX_ROWS = 512, KEEP_EVERY = 37, STEPS_AT_DEPTH = 3, CHAIN_STEPS = 24 };
 
 const struct ops *cuda;
 struct pool *pool;
@@ -447,6 +448,90 @@ size_t compare_company(const struct subject *s, uint32_t variant, const size_t *
     }
     free(with);
     free(without);
+    return different;
+}
+
+// ---- Steps queued one behind the other
+// ---------------------------------------------------------------------------------
+
+// How the tokens of steps of one token are chosen, in turns; every seventh step has a second sequence beside.
+static struct sample_row chain_row(size_t step) {
+    struct sample_row r = {.top_p = 1, .seed = 5 + step};
+    if (step % 6 == 4) r.scale = sampling_scale(0.8);
+    if (step % 10 == 9) r.scale = sampling_scale(1.1), r.top_k = 20;
+    r.ban = step % 8 == 7;
+    return r;
+}
+
+// `choices` [CHAIN_STEPS]: the first sequence's, from `depth` on, over pages of random numbers. late: a step is queued
+// before the choice of the step before it is waited for. sampled: with the token that the step before chose.
+static void run_chain(const struct subject *s, size_t depth, bool late, bool sampled, struct greedy_choice *choices) {
+    struct error err = {0};
+    size_t most = depth + CHAIN_STEPS, per_seq = most / KV_PAGE_TOKENS + 1;
+    struct run_options o = {.ops = cuda,
+                            .pool = pool,
+                            .fusion = all_fused(),
+                            .max_tokens = 2,
+                            .max_logit_rows = 2,
+                            .max_positions = most,
+                            .weights = s->weights,
+                            .max_pages = 2 * per_seq};
+    struct run *run = run_create(s->model, &o, &err);
+    struct kv_store kv;
+    if (!run || !kv_store_create_on(cuda->device, &kv, &s->model->config, DTYPE_BF16, 2 * per_seq, &err))
+        fail_msg("%s", err.text);
+    int32_t *pages = checked(2 * per_seq, sizeof *pages);
+    for (size_t i = 0; i < 2 * per_seq; i++) pages[i] = (int32_t)(2 * per_seq - 1 - i);
+    fill_randomly(&kv);
+    for (size_t i = 0; i < CHAIN_STEPS; i++) {
+        size_t n = i % 7 == 5 ? 2 : 1;
+        int32_t at = (int32_t)(depth + i), banned[] = {3, 11};
+        int32_t token[] = {sampled && i % 3 > 0 ? ~0 : id_at(s->model, 0, depth + i), id_at(s->model, 1, depth + i)};
+        struct sample_row rows[] = {chain_row(i), chain_row(i + 1)};
+        struct batch b = {.n_tokens = n,
+                          .n_seqs = n,
+                          .n_logit_rows = n,
+                          .token = token,
+                          .position = (const int32_t[]){at, at},
+                          .seq = (const int32_t[]){0, 1},
+                          .seq_start = (const int32_t[]){0, 1, 2},
+                          .page_start = (const int32_t[]){0, (int32_t)per_seq, 2 * (int32_t)per_seq},
+                          .pages = pages,
+                          .kv_len = (const int32_t[]){at + 1, at + 1},
+                          .logit_rows = (const int32_t[]){0, 1},
+                          .sample = sampled ? rows : NULL,
+                          .banned = sampled ? banned : NULL,
+                          .n_banned = sampled ? 2 : 0};
+        model_queue(s->model, run, &kv, &b);
+        if (late && i > 0) choices[i - 1] = run_choices_of(run, run_turn(run) ^ 1)[0];
+        if (!late || i + 1 == CHAIN_STEPS) choices[i] = run_choices(run)[0];
+        if (i % 11 == 8 && !isfinite(run_logits(run)[0])) fail_msg("step %zu: no number", i);
+    }
+    if (!run_error(run, &err)) fail_msg("depth %zu: %s", depth, err.text);
+    free(pages);
+    kv_store_free(&kv);
+    run_free(run);
+}
+
+size_t compare_chain(const struct subject *s, uint32_t variants, size_t depth, bool sampled) {
+    struct greedy_choice expected[CHAIN_STEPS], found[CHAIN_STEPS];
+    uint32_t all = cuda->device->variants;
+    size_t different = 0;
+    cuda->device->variants = all & ~variants;
+    run_chain(s, depth, false, sampled, expected);
+    cuda->device->variants = all | variants;
+    for (int late = 0; late < 2; late++) {
+        run_chain(s, depth, late, sampled, found);
+        for (size_t i = 0; i < CHAIN_STEPS; i++) {
+            if (!expected[i].ok) fail_msg("step %zu: no number", i);
+            if (memcmp(&expected[i], &found[i], sizeof *found) == 0) continue;
+            print_message("depth %zu, step %zu%s%s: token %d (%.9g, %d), not %d (%.9g)\n", depth, i,
+                          late ? ", queued ahead" : "", sampled ? ", sampled" : "", (int)found[i].id,
+                          (double)found[i].logprob, (int)found[i].ok, (int)expected[i].id, (double)expected[i].logprob);
+            different++;
+        }
+    }
+    cuda->device->variants = all;
     return different;
 }
 

@@ -58,6 +58,12 @@ size_t compare_depths(const struct subject *s, uint32_t variant, const size_t *d
 // variant of the device's: how many sequences' logits differ.
 size_t compare_company(const struct subject *s, uint32_t variant, const size_t *depths, size_t n, bool fp8);
 
+// Some steps of one token, and a few of two sequences between them, from a depth on: how many choices differ where
+// `variants` of the device's are on, each step waited for or queued before the choice of the step before is known, from
+// those of steps that are waited for without the variants. sampled: each token is what the step before chose, in one
+// way or another, or, every third, one of its own.
+size_t compare_chain(const struct subject *s, uint32_t variants, size_t depth, bool sampled);
+
 // How many results of one step of 70 tokens are further from T than twice H is, or logits than `logits_limit` of it; by
 // the standard path and fused.
 size_t judge_results(const struct subject *s, const char *name, double logits_limit);

@@ -122,6 +122,33 @@ static void test_depths(void **state) {
     }
 }
 
+// Steps of one token queued as three kernels or as two, one behind the other.
+static void test_chain(void **state) {
+    (void)state;
+    if (!cuda) skip();
+    static const char *const models[] = {"models/tandem-tiny", "synthetic:qwen3-0.6b:q8_0", "synthetic:qwen3-0.6b"};
+    static const size_t depths[] = {0, 240, 2030, 8170};
+    uint32_t chained = 0, beside = 0;
+    for (size_t k = 0; k < cuda->device->n_variants; k++) {
+        if (strcmp(cuda->device->variant_names[k], "chained-steps") == 0) chained = 1u << k;
+        if (strcmp(cuda->device->variant_names[k], "choice-beside") == 0) beside = 1u << k;
+    }
+    uint32_t variants = cuda->device->variants;
+    for (size_t i = 0; i < 3; i++) {
+        struct subject s;
+        size_t different = 0;
+        open_subject(&s, models[i]);
+        for (size_t k = 0; k < (i == 0 ? 16 : 8); k++) { // a large model's K and V are filled by the host
+            cuda->device->variants = k % 2 ? variants & ~beside : variants;
+            different += compare_chain(&s, k % 2 ? chained : chained | beside, depths[k / 4], k / 2 % 2);
+        }
+        cuda->device->variants = variants;
+        print_message("%s: %zu steps differ\n", models[i], different);
+        close_subject(&s);
+        assert_int_equal(different, 0);
+    }
+}
+
 #ifdef TANDEM_CUDA
 // One step of a kernel whose blocks wait for others that never come, since it has one cluster more than the GPU holds
 // at once: an error that says so, soon; and the next step fails at once. The GPU is lost to this process.
@@ -325,7 +352,7 @@ int main(int argc, char **argv) {
         cmocka_unit_test(test_sampling),        cmocka_unit_test(test_fp8),
         cmocka_unit_test(test_large_fp8),       cmocka_unit_test(test_large_quantised),
         cmocka_unit_test(test_company),         cmocka_unit_test(test_rare_types),
-        cmocka_unit_test(test_choices),
+        cmocka_unit_test(test_choices),         cmocka_unit_test(test_chain),
 #ifdef TANDEM_CUDA
         cmocka_unit_test(test_stuck_apart),
 #endif

@@ -12,7 +12,9 @@
 // -------------------------------------------------------------------------------------------------------
 // A kernel may start before the one queued before it has ended: until `dependency_wait` it reads only what no kernel of
 // the last steps wrote (weights, old K and V), and it writes nothing. Every thread that reads or writes anything else
-// waits first; so do all blocks that end early, since a grid's end stands for the end of all before it.
+// waits first; so do all blocks that end early, since a grid's end stands for the end of all before it. K and V of the
+// step before are old where what starts the kernel of all layers has waited itself before it does: choices, and heads
+// that tell their best row. Behind anything else that kernel begins `alone`.
 
 struct launch {
     dim3 grid;

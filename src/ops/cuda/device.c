@@ -15,11 +15,12 @@ enum { MAX_RECORDINGS = 512, CHIP = 90, STAGING = 64 << 20 };
 enum {
     VARIANTS_PROVEN = VARIANT_WIDE_ATTENTION | VARIANT_WGMMA | VARIANT_PERSISTENT | VARIANT_STREAM_ATTENTION |
                       VARIANT_CLUSTERS | VARIANT_WGMMA_QUANTISED | VARIANT_STORE_HEADS | VARIANT_WGMMA_ATTENTION |
-                      VARIANT_PARTS | VARIANT_CHAINED
+                      VARIANT_PARTS | VARIANT_CHAINED | VARIANT_BESIDE
 };
-static const char *const variant_names[N_VARIANTS] = {
-    "wide-attention",  "persistent",  "wgmma",           "stream-attention",  "cluster-products",
-    "wgmma-quantised", "store-heads", "wgmma-attention", "products-in-parts", "chained-steps"};
+static const char *const variant_names[N_VARIANTS] = {"wide-attention",   "persistent",       "wgmma",
+                                                      "stream-attention", "cluster-products", "wgmma-quantised",
+                                                      "store-heads",      "wgmma-attention",  "products-in-parts",
+                                                      "chained-steps",    "choice-beside"};
 
 struct recording {
     uint64_t key;
@@ -141,6 +142,7 @@ static void check_wait(struct cuda_state *s, cudaError_t e) {
 }
 
 static void wait(struct cuda_state *s) {
+    cuda_choose_now(s);
     if (s->failed == cudaSuccess) check_wait(s, cudaStreamSynchronize(s->stream));
 }
 
@@ -210,6 +212,7 @@ static void await_flag(struct cuda_state *s, unsigned number) {
 
 static void mark(struct device *d, unsigned number) {
     struct cuda_state *s = state(d);
+    cuda_choose_now(s);
     s->is_flagged[number] = false;
     s->follows_choice = false;
     if (s->failed == cudaSuccess) cuda_check(s, cudaEventRecord(s->marks[number], s->stream), "running a step");
@@ -217,6 +220,7 @@ static void mark(struct device *d, unsigned number) {
 
 static bool reach(struct device *d, unsigned number) {
     struct cuda_state *s = state(d);
+    if (s->choice.mark.flag == s->flags + number) cuda_choose_now(s);
     if (s->failed == cudaSuccess && s->is_flagged[number]) await_flag(s, number);
     else if (s->failed == cudaSuccess) check_wait(s, cudaEventSynchronize(s->marks[number]));
     return s->failed == cudaSuccess;
@@ -333,6 +337,8 @@ static bool start(struct cuda_state *s, struct error *err) {
     if (e == cudaSuccess) e = cudaMalloc((void **)&s->arrivals, MOST_ARRIVALS * sizeof *s->arrivals);
     if (e == cudaSuccess) e = cudaMemset(s->arrivals, 0, MOST_ARRIVALS * sizeof *s->arrivals);
     if (e == cudaSuccess) e = cudaMalloc(&s->parts, cuda_choose_bytes());
+    if (e == cudaSuccess) e = cudaMalloc((void **)&s->best, 2 * sizeof *s->best);
+    if (e == cudaSuccess) e = cudaMemset(s->best, 0, 2 * sizeof *s->best);
     if (e == cudaSuccess) e = cudaMalloc(&s->sampling, cuda_sample_bytes());
     if (e == cudaSuccess) e = cudaMemset(s->sampling, 0, cuda_sample_bytes());
     if (e == cudaSuccess) {
@@ -404,6 +410,7 @@ void ops_cuda_close(const struct ops *ops) {
     forget_recordings(s);
     if (s->arrivals) cudaFree(s->arrivals);
     if (s->parts) cudaFree(s->parts);
+    if (s->best) cudaFree(s->best);
     if (s->alarm) cudaFreeHost(s->alarm);
     if (s->flags) cudaFreeHost(s->flags);
     if (s->sampling) cudaFree(s->sampling);

@@ -30,7 +30,25 @@ enum {
     VARIANT_WGMMA_ATTENTION = 1 << 7,
     VARIANT_PARTS = 1 << 8,
     VARIANT_CHAINED = 1 << 9,
-    N_VARIANTS = 10
+    VARIANT_BESIDE = 1 << 10,
+    N_VARIANTS = 11
+};
+
+// Where and what a choice marks; NULL: nowhere.
+struct choice_mark {
+    uint32_t *flag;
+    uint32_t number;
+};
+
+// A choice among the logits of rows (choice.cuh). out NULL: none.
+struct choice_work {
+    struct greedy_choice *out; // [n_rows]
+    int32_t *chosen;           // [n_rows] the ids, for the next step; NULL: not wanted, but logarithms are
+    const float *logits;       // [n_rows, n]
+    void *parts;
+    unsigned *arrivals;
+    int n;
+    struct choice_mark mark;
 };
 
 // One opened GPU. `ops` comes first: a table's address is its state's.
@@ -71,21 +89,31 @@ struct cuda_state {
     uint32_t flagged[DEVICE_MARKS]; // what they will be
     bool is_flagged[DEVICE_MARKS];  // the last mark is a flag, not an event
     unsigned marking;               // 1 + the mark of the next choice; 0: none
-    bool follows_choice;            // a kernel that starts others when all before it have ended was queued last
+    // Of the last step: the next one's kernel of all layers makes it beside its own work; whatever else is queued next,
+    // or waits for it, has it made first. out NULL: none.
+    struct choice_work choice;
+    unsigned long long *best; // [2] of steps in turns: the best logit's key (choice.cuh), 0 before the head
+    unsigned best_turn;       // of the last one
+    bool best_told;           // its head has told it
+    bool follows_choice;      // a kernel that starts others when all before it have ended was queued last
 };
 
-// Where and what a choice marks; NULL: nowhere.
-struct choice_mark {
-    uint32_t *flag;
-    uint32_t number;
-};
 struct choice_mark cuda_take_mark(struct cuda_state *s);
+
+// The choice that is left: queued now, or taken by who makes it beside other work.
+void cuda_choose_now(struct cuda_state *s);
+static inline struct choice_work cuda_take_choice(struct cuda_state *s) {
+    struct choice_work c = s->choice;
+    s->choice.out = NULL;
+    return c;
+}
 
 static inline struct cuda_state *cuda_of(const struct op_ctx *ctx) {
     return (struct cuda_state *)(uintptr_t)ctx->ops;
 }
 
-// Queues what is pending: before anything else that may read or write x, and before the stream changes.
+// Queues what is pending, a choice among it: before anything else that may read or write x, and before the stream
+// changes.
 void cuda_add_parts(struct cuda_state *s);
 
 // Keeps the first error.

@@ -113,6 +113,7 @@ static parts_args take_parts(struct cuda_state *s) {
 }
 
 extern "C" void cuda_add_parts(struct cuda_state *s) {
+    cuda_choose_now(s);
     if (!s->pending.x) return;
     parts_args q = take_parts(s);
     launch_kernel(s, "adding parts", k_add_parts, {grid_for((size_t)q.n_tokens), NORM_THREADS, 0}, q);

@@ -15,6 +15,7 @@
 #include "ops/cuda/persistent.cuh"
 
 #include "ops/cuda/chip.cuh"
+#include "ops/cuda/choice.cuh"
 #include "ops/cuda/groups.cuh"
 #include "ops/cuda/held.cuh"
 #include "ops/cuda/persistent_attention.cuh"
@@ -469,7 +470,7 @@ template <typename Q> struct table_of<quantised_weights<Q>> {
 
 // Column `row` of the embedding's row of this step's token.
 template <typename W> static __device__ __forceinline__ float embedded(const persistent_opening &o, int row) {
-    int id = o.token < 0 ? __ldcg(o.chosen + ~o.token) : o.token;
+    int id = o.token >= 0 ? o.token : o.best ? best_row(__ldcg(o.best)) : __ldcg(o.chosen + ~o.token);
     return table_of<W>::value(o.table, id, row, o.columns);
 }
 
@@ -562,6 +563,17 @@ static __device__ __forceinline__ void work(const persistent_args &p, persistent
     if (me.rank == 0 && thread == 0) *p.launches += 1;
 }
 
+// By the threads that neither multiply nor fetch, 96 a block: the batch's arrays, whose place nothing reads any more,
+// and the choice of the step before.
+static __device__ __forceinline__ void work_beside(const persistent_args &p, int thread) {
+    enum { THREADS = PERSISTENT_THREADS - WORKERS - 32 };
+    if (blockIdx.x == 0 && p.open.table)
+        for (int i = thread; i < p.open.n_words; i += THREADS) p.open.arrays[i] = __ldcg(p.open.staged + i);
+    if (blockIdx.x == 0 && thread == 0 && p.best) *p.best = 0;
+    if (!p.choice.out || thread >= 32) return;
+    for (int part = (int)blockIdx.x; part < CHOICE_PARTS; part += (int)gridDim.x) choose_beside(p.choice, part, thread);
+}
+
 template <typename W, int GROUP, enum pace PACE>
 static __global__ void __launch_bounds__(PERSISTENT_THREADS, 1)
     k_layers(const __grid_constant__ persistent_args p, const __grid_constant__ persistent_pages<PACE> pages) {
@@ -612,9 +624,7 @@ static __global__ void __launch_bounds__(PERSISTENT_THREADS, 1)
         if (PACE == OWN_PACE) registers_down<FETCHER_REGISTERS>();
         if (!idle && thread < WORKERS + 32) fetch_all<W, GROUP>(p, sh, me, thread % 32);
         dependency_wait();
-        if (blockIdx.x == 0 && thread >= WORKERS + 32 && p.open.table)
-            for (int i = thread - WORKERS - 32; i < p.open.n_words; i += 96)
-                p.open.arrays[i] = __ldcg(p.open.staged + i);
+        if (thread >= WORKERS + 32) work_beside(p, thread - WORKERS - 32);
     } else if (!idle) {
         if (PACE == OWN_PACE) registers_up<WORKER_REGISTERS>();
         dependency_wait();
@@ -703,6 +713,14 @@ template <enum pace PACE> static persistent_pages<PACE> pages_of(const struct ba
     return p;
 }
 
+// The choice of the step before, and a place for this one's best.
+static void take_choice(struct cuda_state *s, persistent_args *p, const int32_t *chosen) {
+    p->choice = cuda_take_choice(s);
+    if (p->choice.out && p->choice.chosen == chosen) p->open.best = s->best + s->best_turn;
+    s->best_turn ^= 1;
+    p->best = s->best + s->best_turn;
+}
+
 static bool layers(const struct op_ctx *ctx, const struct layers_args *a) {
     struct cuda_state *s = cuda_of(ctx);
     const struct batch *host = host_of(a->batch);
@@ -743,14 +761,16 @@ static bool layers(const struct op_ctx *ctx, const struct layers_args *a) {
                   ctx->chosen,
                   host->token[0],
                   host->position[0],
+                  NULL,
                   o->rope,
                   o->staging,
                   o->arrays,
                   (int)o->n_words,
                   (int)padded_columns(o->embed->n_in)};
-    struct launch l = {grid_for((size_t)s->n_clusters * CLUSTER), PERSISTENT_THREADS, sizeof(persistent_shared),
-                       CLUSTER, o && !s->follows_choice};
     return with_weights(a->layers[0].wq->type, [&](auto w) {
+        if (o && s->device.variants & VARIANT_BESIDE) take_choice(s, &p, ctx->chosen);
+        struct launch l = {grid_for((size_t)s->n_clusters * CLUSTER), PERSISTENT_THREADS, sizeof(persistent_shared),
+                           CLUSTER, o && !s->follows_choice && !p.choice.out};
         using W = decltype(w);
         bool alone = a->shape.n_heads == a->shape.n_kv_heads;
         if (longest <= CLUSTER * ATTN_CHUNK)

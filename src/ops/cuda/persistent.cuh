@@ -3,6 +3,7 @@
 #define TANDEM_OPS_CUDA_PERSISTENT_CUH
 
 #include "ops/cuda/attention.cuh"
+#include "ops/cuda/choice.cuh"
 #include "ops/cuda/products.cuh"
 #include "ops/cuda/quantised.cuh"
 
@@ -19,14 +20,14 @@ enum {
     HEAD = 128, // head_dim
     MOST_GROUP = 2,
     MOST_LAYERS = 40,
-    NUMBERED_LAYERS = 64,                                       // of a launch
-    MOST_PAGES = 128,                                           // of a block: every eighth chunk's
-    MOST_CHUNKS = MOST_PAGES / (int)CHUNK_PAGES * CLUSTER,      // of a context: 32,768 positions
-    WINDOW = 72,                                                // chunks that are collected at once
-    COLLECTED = 32,                                             // channels that a block collects of every chunk
-    CHUNK_NOTES = MOST_GROUP * (HEAD + 2),                      // what is noted of a chunk: o, maxima and sums
-    Q_NOTES = MOST_GROUP * HEAD / 2,                            // two values each
-    HEAD_NOTES = Q_NOTES + MOST_CHUNKS * CHUNK_NOTES,           // of a KV head: q, the chunks
+    NUMBERED_LAYERS = 64,                                  // of a launch
+    MOST_PAGES = 128,                                      // of a block: every eighth chunk's
+    MOST_CHUNKS = MOST_PAGES / (int)CHUNK_PAGES * CLUSTER, // of a context: 32,768 positions
+    WINDOW = 72,                                           // chunks that are collected at once
+    COLLECTED = 32,                                        // channels that a block collects of every chunk
+    CHUNK_NOTES = MOST_GROUP * (HEAD + 2),                 // what is noted of a chunk: o, maxima and sums
+    Q_NOTES = MOST_GROUP * HEAD / 2,                       // two values each
+    HEAD_NOTES = Q_NOTES + MOST_CHUNKS * CHUNK_NOTES,      // of a KV head: q, the chunks
     LAYER_CYCLES = 13000,          // over which a block's copies of a layer's weights are spread
     QUANTISED_LAYER_CYCLES = 8000, // the same where weights have fewer bytes
     MOST_SHARE = 4,                // slices of n_ff of one cluster
@@ -58,9 +59,10 @@ struct persistent_layer {
 struct persistent_opening {
     const unsigned char *table; // the embedding, in units
     const int32_t *chosen;
-    int32_t token, position; // token < 0: chosen[~token]
-    const float *rope;       // [positions, HEAD]
-    const int32_t *staged;   // [n_words] to `arrays`
+    int32_t token, position;        // token < 0: chosen[~token], or best's
+    const unsigned long long *best; // the key of what the step before chose (choice.cuh); NULL: it stands in chosen
+    const float *rope;              // [positions, HEAD]
+    const int32_t *staged;          // [n_words] to `arrays`
     int32_t *arrays;
     int n_words, columns;
 };
@@ -80,6 +82,8 @@ struct persistent_args {
     uint32_t *launches; // whose last bit is the half
     unsigned *alarm;    // on the host: set when a wait took too long
     int n_layers, hidden, n_ff, n_kv_heads;
+    choice_work choice;                   // of the step before, to be made beside
+    unsigned long long *best;             // of this step, to be set to 0 before its head; or NULL
     int n_helpers;                        // blocks of clusters without a KV head that attend, too, for each KV head
     float eps, scale;                     // scale: times log2 e
     short first_slice[MOST_CLUSTERS + 1]; // of n_ff: each cluster's first; the next one's

@@ -136,6 +136,8 @@ static void norm_head(const struct op_ctx *ctx, const struct norm_head_args *a) 
     p.norm = a->norm;
     p.eps = a->eps;
     p.rows = a->batch->n_tokens == 1 ? NULL : a->batch->logit_rows;
+    struct cuda_state *s = cuda_of(ctx);
+    if (s->marking && s->device.variants & VARIANT_BESIDE) p.best = s->best + s->best_turn;
     product_of<PRODUCT_PLAIN, true>(ctx, "norm_head", p, a->head->type, (size_t)p.n_pairs[0]);
 }
 

@@ -32,8 +32,9 @@ struct product_args {
     const int32_t *rows; // [n_tokens] or NULL
     const float *norm;   // [n_in]
     float eps;
-    bool packed_only;       // GATE_UP: y need not be written where the next product reads it packed (packed.cuh)
-    const heads_end *heads; // QKV, for launchers: k and v need not be written if they are stored at once; or NULL
+    unsigned long long *best; // PLAIN, one token: the best row's key (choice.cuh) is told here; or NULL
+    bool packed_only;         // GATE_UP: y need not be written where the next product reads it packed (packed.cuh)
+    const heads_end *heads;   // QKV, for launchers: k and v need not be written if they are stored at once; or NULL
 };
 
 static __device__ __forceinline__ const float *input_row(const product_args &p, int i) {

@@ -7,7 +7,7 @@
 //             holds the boundary.
 //   k_draw    the best score of those kept; tokens of the boundary's bin are listed and compared one by one. More than
 //             fit the list (nearly equal logits): the boundary is found by halving, over the whole row.
-#include "ops/cuda/common.cuh"
+#include "ops/cuda/choice.cuh"
 #include "ops/sampling.h"
 
 enum {
@@ -499,6 +499,9 @@ static void sample(const struct op_ctx *ctx, const struct sample_args *a) {
     struct cuda_state *c = cuda_of(ctx);
     const struct batch *b = a->batch;
     choice_mark mark = cuda_take_mark(c);
+    if (cuda_takes_best(b) &&
+        cuda_choose_beside(c, {a->out, a->chosen, a->logits, c->parts, c->arrivals, (int)a->n_vocab, mark}))
+        return;
     for (size_t at = 0; at < b->n_logit_rows; at += MOST_ROWS) {
         size_t rows = b->n_logit_rows - at < MOST_ROWS ? b->n_logit_rows - at : MOST_ROWS;
         size_t parts = 4 * (size_t)c->n_sms / rows;

@@ -3,6 +3,7 @@
 #ifndef TANDEM_OPS_CUDA_SMALL_CUH
 #define TANDEM_OPS_CUDA_SMALL_CUH
 
+#include "ops/cuda/choice.cuh"
 #include "ops/cuda/products.cuh"
 
 // ---- The standard product
@@ -92,9 +93,12 @@ static __global__ void __launch_bounds__(PRODUCT_THREADS) k_small(product_args p
         for (int k = thread * 16; k < unit; k += PRODUCT_THREADS * 16)
             *reinterpret_cast<uint4 *>(shared + i * unit + k) = *reinterpret_cast<const uint4 *>(source(i) + k);
 #endif
-    dependents_may_start();
+    // What follows a head at once reads K and V that the step's layers wrote: they have ended then.
+    bool holds = MODE == PRODUCT_PLAIN && SLOTS == 1 && p.best;
+    if (!holds) dependents_may_start();
     if (SLOTS == 1) stage_one<NORM>(p, acts, sums);
     else stage_some<NORM, SLOTS>(p, acts, sums);
+    if (holds) dependents_may_start();
     // Where this thread's result goes, and what it is added to: asked for early.
     int token = thread % SLOTS, row = thread / SLOTS, segment = 0;
     float before = 0;
@@ -134,6 +138,19 @@ static __global__ void __launch_bounds__(PRODUCT_THREADS) k_small(product_args p
             }
     }
     __syncthreads();
+    if (MODE == PRODUCT_PLAIN && SLOTS == 1 && p.best) {
+        if (warp > (FINISHED - 1) / 32) return;
+        unsigned long long key = 0;
+        if (finishes) {
+            float sum = part[thread];
+#pragma unroll 8
+            for (int s = 1; s < n_slices; s++) sum += part[s * ROWS + thread];
+            *to = sum;
+            key = best_key(sum, row);
+        }
+        tell_best(p.best, key, lane);
+        return;
+    }
     if (!finishes) return;
     float sum = part[thread], up = MODE == PRODUCT_GATE_UP ? part[thread + FINISHED * SLOTS] : 0.0f;
 #pragma unroll 8
@@ -169,6 +186,7 @@ static bool launch_small(const struct op_ctx *ctx, const char *what, const produ
         if (slots == 2) launch_kernel(s, what, k_small<W, MODE, NORM, 2, PAIRS>, l, p);
         if (slots == 4) launch_kernel(s, what, k_small<W, MODE, NORM, 4, PAIRS>, l, p);
     }
+    s->best_told = slots == 1 && p.best;
     if (slots == 1) launch_kernel(s, what, k_small<W, MODE, NORM, 1, PAIRS>, l, p);
     if (slots == 8) launch_kernel(s, what, k_small<W, MODE, NORM, 8, PAIRS>, l, p);
     return true;
