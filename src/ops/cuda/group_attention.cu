@@ -1,7 +1,8 @@
 // group_attention.cu: attention of prompts by Hopper's asynchronous matrix instructions (groups.cuh): two groups of
 // four warps have 64 rows each, in wide.cu's order, and every page serves both. The arithmetic is attention.cuh's:
 // scores are a chain over the channels from +0, a page's values a chain from +0 over its slots; wgmma returns the bits
-// of mma.sync (docs/NUMERICS.md).
+// of mma.sync (docs/NUMERICS.md). Pages are worked on in pairs; a pair is masked where some of a group's rows do not
+// see all of it.
 //
 // Blocks stay and take tiles as they come, the long ones first. One warp takes the tiles, tells the others, and has
 // pages copied into a ring in shared memory; three more turn pages, in place, into the matrices that wgmma reads: of
@@ -270,125 +271,191 @@ static __device__ __forceinline__ void softmax_whole(uint32_t (&p)[4], float &m,
         for (int e = 0; e < 2; e++) m = fmaxf(m, s[j][2 * half + e]);
     m = fmaxf(m, __shfl_xor_sync(~0u, m, 1));
     m = ceilf(fmaxf(m, __shfl_xor_sync(~0u, m, 2)));
-    l = 0;
 #pragma unroll
     for (int j = 0; j < 4; j++) {
         p[j] = pack_bf16(exp2_fast(s[j][2 * half] - m), exp2_fast(s[j][2 * half + 1] - m));
-        l += bf16_low(p[j]);
+        l = j > 0 ? l + bf16_low(p[j]) : bf16_low(p[j]);
         l += bf16_high(p[j]);
     }
     l += __shfl_xor_sync(~0u, l, 1);
     l += __shfl_xor_sync(~0u, l, 2);
 }
 
-// scores of attention.cuh of the group's rows and turned pages of K that lie one after the other.
-template <typename KV, int PAGES>
-static __device__ __forceinline__ void group_scores(float (&s)[PAGES][4][4], const wide_q<KV::HD> &q,
-                                                    const unsigned char *pages) {
-    constexpr int STEP = 2 * 128, SLOTS = KV::HD / 8 * 128; // of 16 channels; to the next 8 slots
-    float d[16 * PAGES];
-    uint64_t k = group_operand(pages, 128, SLOTS);
+// The group's rows times a pair of turned pages of K that lie one after the other: scores of attention.cuh of the first
+// page and then of the second, once they have been waited for.
+template <int HD>
+static __device__ __forceinline__ void ask_scores(float (&s)[32], const wide_q<HD> &q, const unsigned char *k_pages) {
+    constexpr int STEP = 2 * 128, SLOTS = HD / 8 * 128; // of 16 channels; to the next 8 slots
+    uint64_t k = group_operand(k_pages, 128, SLOTS);
     group_fence();
 #pragma unroll
-    for (int i = 0; i < KV::HD / 16; i++) {
-        const uint32_t *h = &q.of[i / 2][i % 2 * 4];
-        group_mma(d, h[0], h[1], h[2], h[3], k + (uint64_t)(i * STEP >> 4), i > 0);
+    for (int i = 0; i < HD / 16; i++) {
+        const uint32_t *a = &q.of[i / 2][i % 2 * 4];
+        group_mma(s, a[0], a[1], a[2], a[3], k + (uint64_t)(i * STEP >> 4), i > 0);
     }
     group_commit();
-    group_wait<0>(d);
-#pragma unroll
-    for (int i = 0; i < 16 * PAGES; i++) s[i / 16][i % 16 / 4][i % 4] = d[i];
 }
 
-// The group's rows and one page.
-template <typename KV>
-static __device__ __forceinline__ void group_page(wide_sums<KV::HD> &sums, const unsigned char *k_page,
-                                                  const unsigned char *v_page, const wide_q<KV::HD> &q,
-                                                  const warp_rows &rows, int first, int lane) {
-    constexpr int PARTS = KV::HD / 64; // of 64 channels
-    float s[1][4][4], a[2], c[2], d[PARTS][32];
-    uint32_t pairs[2][4];
-    group_scores<KV, 1>(s, q, k_page);
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        float m, l;
-        softmax_row(pairs[half], m, l, s[0], half, rows.position[half] + 1 - first, lane % 4);
-        chain_add(sums.chunk[half], m, l, a[half], c[half]);
-    }
-    if (a[0] != 1.0f || a[1] != 1.0f) {
-#pragma unroll
-        for (int i = 0; i < KV::HD / 8; i++)
-#pragma unroll
-            for (int e = 0; e < 4; e++) sums.of[i][e] *= a[e / 2];
-    }
-    __syncwarp();
-    uint64_t v = group_operand(v_page, 128, 512);
-    group_fence();
-#pragma unroll
-    for (int k = 0; k < PARTS; k++) {
-#pragma unroll
-        for (int i = 0; i < 2; i++)
-            group_mma(d[k], pairs[0][2 * i], pairs[1][2 * i], pairs[0][2 * i + 1], pairs[1][2 * i + 1],
-                      v + (uint64_t)((k * 8 * 512 + i * 256) >> 4), i > 0);
-        group_commit();
-    }
-#pragma unroll
-    for (int k = 0; k < PARTS; k++) {
-        if (k + 1 < PARTS) group_wait<1>(d[k]);
-        else group_wait<0>(d[k]);
-#pragma unroll
-        for (int i = 0; i < 32; i++) // chain_value
-            sums.of[8 * k + i / 4][i % 4] = fmaf(d[k][i], c[i % 4 / 2], sums.of[8 * k + i / 4][i % 4]);
-    }
-}
+// What a warp's two rows a lane have so far. Where attention.cuh weights it anew for every higher maximum, here it
+// stands in units of one maximum, the row's `unit`, from the first page to the last, unless another one is far above
+// that. All weights are powers of two, so that the bits are the same (but for sums 2^90 times smaller than the others).
+template <int HD> struct group_sums {
+    float unit[2], l[2], chunk_l[2]; // -inf: no unit yet; of the chunks before this one; of this one
+    float of[HD / 8][4];             // the chunk's values
+    float4 *all;                     // those of the chunks before, in shared memory: [HD / 8][32], the lane's first
+    bool any;                        // there are chunks before
 
-// wide_sums' end_chunk, but nothing is read before the first chunk of a tile, and after the last one, the results stay
-// in `of`. `all_see`: all rows that there are see some of the chunk.
-template <int HD>
-static __device__ __forceinline__ void end_chunk(wide_sums<HD> &sums, const int (&position)[2], int first, bool all_see,
-                                                 bool is_last) {
-    float a[2], c[2];
-    if (all_see) {
+    __device__ __forceinline__ void start(float4 *room) {
+        unit[0] = unit[1] = MINUS_INFINITY;
+        l[0] = l[1] = 0;
+        all = room;
+        any = false;
+        next_chunk();
+    }
+    __device__ __forceinline__ void next_chunk() {
+        chunk_l[0] = chunk_l[1] = 0;
 #pragma unroll
-        for (int half = 0; half < 2; half++)
-            chain_add(sums.all[half], sums.chunk[half].m, sums.chunk[half].l, a[half], c[half]);
-    } else {
+        for (int i = 0; i < HD / 8; i++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) of[i][e] = 0;
+    }
+    // Whether these maxima are far above the units.
+    __device__ __forceinline__ bool far(const float (&m)[2]) const {
+        return m[0] - unit[0] > UNIT_RANGE || m[1] - unit[1] > UNIT_RANGE;
+    }
+    // Everything in units of those that are.
+    __device__ __forceinline__ void change_units(const float (&m)[2]) {
+        float by[2];
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            bool sees = position[half] >= first;
-            chain before = sums.all[half];
-            chain_add(sums.all[half], sums.chunk[half].m, sums.chunk[half].l, a[half], c[half]);
-            if (!sees) sums.all[half] = before, a[half] = c[half] = 1;
+            float to = m[half] - unit[half] > UNIT_RANGE ? m[half] : unit[half];
+            by[half] = exp2_fast(unit[half] - to);
+            unit[half] = to;
+            l[half] *= by[half];
+            chunk_l[half] *= by[half];
+        }
 #pragma unroll
-            for (int i = 0; i < HD / 8; i++)
+        for (int i = 0; i < HD / 8; i++) {
 #pragma unroll
-                for (int e = 2 * half; e < 2 * half + 2; e++)
-                    sums.of[i][e] = sees ? sums.of[i][e] : -0.0f; // adds nothing
+            for (int e = 0; e < 4; e++) of[i][e] *= by[e / 2];
+            if (!any) continue;
+            float4 v = all[i * 32];
+            all[i * 32] = make_float4(v.x * by[0], v.y * by[0], v.z * by[1], v.w * by[1]);
         }
     }
-    auto join = [&](int i, float4 v) {
-        sums.of[i][0] = chain_value(v.x, a[0], sums.of[i][0], c[0]);
-        sums.of[i][1] = chain_value(v.y, a[0], sums.of[i][1], c[0]);
-        sums.of[i][2] = chain_value(v.z, a[1], sums.of[i][2], c[1]);
-        sums.of[i][3] = chain_value(v.w, a[1], sums.of[i][3], c[1]);
-    };
-    if (first == 0) {
+    // The chunk joins those before it. After the last one the results stay in `of` and `l`.
+    __device__ __forceinline__ void end_chunk(bool is_last) {
+        l[0] += chunk_l[0];
+        l[1] += chunk_l[1];
+        if (any) {
 #pragma unroll
-        for (int i = 0; i < HD / 8; i++) join(i, make_float4(0, 0, 0, 0));
-    } else {
+            for (int i = 0; i < HD / 8; i++) {
+                float4 v = all[i * 32];
+                of[i][0] += v.x, of[i][1] += v.y, of[i][2] += v.z, of[i][3] += v.w;
+            }
+        }
+        if (is_last) return;
 #pragma unroll
-        for (int i = 0; i < HD / 8; i++) join(i, sums.sum[i * 32]);
+        for (int i = 0; i < HD / 8; i++) all[i * 32] = make_float4(of[i][0], of[i][1], of[i][2], of[i][3]);
+        any = true;
+        next_chunk();
     }
-    if (is_last) return;
+};
+
+// What a pair's pages weigh.
+struct pair_weights {
+    float of[2][2]; // [page][half]
+};
+
+// A pair's softmax. WHOLE: all rows see all of both pages; otherwise the pair begins at position `first`.
+template <int HD, bool WHOLE>
+static __device__ __forceinline__ pair_weights pair_softmax(uint32_t (&p)[2][2][4], group_sums<HD> &sums,
+                                                            const float (&s)[32], const warp_rows &rows, int first,
+                                                            int lane) {
+    typedef float page_scores[4][4];
+    pair_weights w;
+    float m[2][2], l[2][2], top[2]; // [half][page]
 #pragma unroll
-    for (int i = 0; i < HD / 8; i++)
-        sums.sum[i * 32] = make_float4(sums.of[i][0], sums.of[i][1], sums.of[i][2], sums.of[i][3]);
-    sums.next_chunk();
+    for (int half = 0; half < 2; half++) {
+#pragma unroll
+        for (int page = 0; page < 2; page++) {
+            const page_scores &its = reinterpret_cast<const page_scores &>(s[16 * page]);
+            int n = rows.position[half] + 1 - first - page * ATTN_BLOCK;
+            if (WHOLE) softmax_whole(p[page][half], m[half][page], l[half][page], its, half);
+            else softmax_row(p[page][half], m[half][page], l[half][page], its, half, n, lane % 4);
+        }
+        top[half] = fmaxf(m[half][0], m[half][1]);
+    }
+    if (sums.far(top)) sums.change_units(top);
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+#pragma unroll
+        for (int page = 0; page < 2; page++) w.of[page][half] = exp2_fast(m[half][page] - sums.unit[half]);
+        sums.chunk_l[half] = fmaf(l[half][1], w.of[1][half], fmaf(l[half][0], w.of[0][half], sums.chunk_l[half]));
+    }
+    return w;
+}
+
+// A pair's values, half of the channels at a time: while they are added to what the chunk has, the others are
+// multiplied.
+template <int HD> struct pair_values {
+    static constexpr int PAGE = bf16_kv<HD>::BYTES, PARTS = 2, SUMS = HD / PARTS / 2;
+    float d[2][SUMS];
+    uint64_t v; // both pages, as matrix instructions take them
+    const uint32_t (&p)[2][2][4];
+    const pair_weights &w;
+
+    // Part i of those of both pages.
+    __device__ __forceinline__ void ask(int i) {
+        const uint32_t(&a)[4] = p[i / PARTS][0], (&b)[4] = p[i / PARTS][1];
+        uint64_t at = v + (uint64_t)((i / PARTS * PAGE + i % PARTS * (HD / PARTS / 8) * 512) >> 4);
+        group_fence();
+        group_mma(d[i % 2], a[0], b[0], a[1], b[1], at, 0);
+        group_mma(d[i % 2], a[2], b[2], a[3], b[3], at + (256 >> 4), 1);
+        group_commit();
+    }
+    __device__ __forceinline__ void add(group_sums<HD> &sums, int i) const {
+#pragma unroll
+        for (int e = 0; e < SUMS; e++) { // chain_value
+            float &of = sums.of[i % PARTS * SUMS / 4 + e / 4][e % 4];
+            of = fmaf(d[i % 2][e], w.of[i / PARTS][e % 4 / 2], of);
+        }
+    }
+    // Parts begin to end - 1, of which the first two have been asked for.
+    __device__ __forceinline__ void finish(group_sums<HD> &sums, int begin, int end) {
+#pragma unroll
+        for (int i = begin; i < end; i++) {
+            if (i + 1 < end) group_wait<1>(d[i % 2]);
+            else group_wait<0>(d[i % 2]);
+            add(sums, i);
+            if (i + 2 < end) ask(i + 2);
+        }
+    }
+};
+
+// Joins a pair's values. WHOLE, or `second`: the second page's too.
+template <int HD, bool WHOLE>
+static __device__ __forceinline__ void join_values(group_sums<HD> &sums, const unsigned char *v_pages,
+                                                   const uint32_t (&p)[2][2][4], const pair_weights &w, bool second) {
+    constexpr int PARTS = pair_values<HD>::PARTS;
+    pair_values<HD> values = {{}, group_operand(v_pages, 128, 512), p, w};
+    __syncwarp();
+    values.ask(0);
+    values.ask(1);
+    if (WHOLE) {
+        values.finish(sums, 0, 2 * PARTS);
+        return;
+    }
+    values.finish(sums, 0, PARTS);
+    if (!second) return;
+    values.ask(PARTS);
+    values.ask(PARTS + 1);
+    values.finish(sums, PARTS, 2 * PARTS);
 }
 
 template <typename KV, int GROUP>
 static __device__ __forceinline__ void put_rows(const attention_params &p, const warp_rows &rows,
-                                                const wide_sums<KV::HD> &sums, int kv_head, int lane) {
+                                                const group_sums<KV::HD> &sums, int kv_head, int lane) {
     enum { AT_ONCE = PACKED_COLUMNS / 8 };
     int group = heads_of<GROUP>(p);
     quotients by[2];
@@ -398,7 +465,7 @@ static __device__ __forceinline__ void put_rows(const attention_params &p, const
     for (int half = 0; half < 2; half++) {
         int row = lane / 4 + 8 * half, token = rows.token + row / group;
         int column = (kv_head * group + row % group) * KV::HD + 2 * (lane % 4);
-        by[half].start(rows.position[half] < 0 ? 1.0f : sums.all[half].l);
+        by[half].start(rows.position[half] < 0 ? 1.0f : sums.l[half]);
         out[half] = p.out + (size_t)token * p.n_heads * KV::HD + column;
         packed[half] = p.packed + packed_at(token, column, p.token_units);
     }
@@ -444,68 +511,6 @@ static __device__ __forceinline__ void put_rows(const attention_params &p, const
     }
 }
 
-// The group's rows and two pages of a chunk. WHOLE: all rows see all of both.
-template <typename KV, bool WHOLE>
-static __device__ __forceinline__ void group_pair(wide_sums<KV::HD> &sums, const unsigned char *k_pages,
-                                                  const unsigned char *v_pages, const wide_q<KV::HD> &q,
-                                                  const warp_rows &rows, int first, int lane) {
-    constexpr int PARTS = KV::HD / 64; // of 64 channels
-    float s[2][4][4], a[2][2], c[2][2], d[PARTS][32];
-    uint32_t pairs[2][2][4];
-    group_scores<KV, 2>(s, q, k_pages);
-#pragma unroll
-    for (int page = 0; page < 2; page++)
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            float m, l;
-            if (WHOLE) softmax_whole(pairs[page][half], m, l, s[page], half);
-            else
-                softmax_row(pairs[page][half], m, l, s[page], half, rows.position[half] + 1 - first - page * ATTN_BLOCK,
-                            lane % 4);
-            chain_add(sums.chunk[half], m, l, a[page][half], c[page][half]);
-        }
-    __syncwarp();
-    auto multiply = [&](int page, int k) {
-        uint64_t v = group_operand(v_pages + page * KV::BYTES, 128, 512);
-        group_fence();
-#pragma unroll
-        for (int i = 0; i < 2; i++)
-            group_mma(d[k], pairs[page][0][2 * i], pairs[page][1][2 * i], pairs[page][0][2 * i + 1],
-                      pairs[page][1][2 * i + 1], v + (uint64_t)((k * 8 * 512 + i * 256) >> 4), i > 0);
-        group_commit();
-    };
-#pragma unroll
-    for (int k = 0; k < PARTS; k++) multiply(0, k);
-    // What is there is weighted once for both pages: all weights are powers of two, so that the bits are those of one
-    // page after the other (but for sums that are subnormal: below 2^-126).
-    float of_all[2], of_first[2];
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        of_all[half] = a[0][half] * a[1][half];
-        of_first[half] = c[0][half] * a[1][half];
-    }
-    if (of_all[0] != 1.0f || of_all[1] != 1.0f) {
-#pragma unroll
-        for (int i = 0; i < KV::HD / 8; i++)
-#pragma unroll
-            for (int e = 0; e < 4; e++) sums.of[i][e] *= of_all[e / 2];
-    }
-    __syncwarp();
-#pragma unroll
-    for (int page = 0; page < 2; page++) {
-        const float(&weights)[2] = page ? c[1] : of_first;
-#pragma unroll
-        for (int k = 0; k < PARTS; k++) {
-            if (PARTS > 1 && (page == 0 || k == 0)) group_wait<1>(d[k]);
-            else group_wait<0>(d[k]);
-#pragma unroll
-            for (int i = 0; i < 32; i++) // chain_value
-                sums.of[8 * k + i / 4][i % 4] = fmaf(d[k][i], weights[i % 4 / 2], sums.of[8 * k + i / 4][i % 4]);
-            if (page == 0) multiply(1, k);
-        }
-    }
-}
-
 // A warp's rows of a tile, and which pages they see.
 struct group_rows {
     warp_rows rows;
@@ -541,50 +546,73 @@ struct ring_place {
     }
 };
 
-// A pair of pages, once it is there, is worked on and given back.
-template <int HD, typename WORK>
-static __device__ __forceinline__ void use_pair(group_attention_shared<HD> *sh, ring_place &at, int lane,
-                                                const WORK &work) {
-    barrier_wait(&sh->ready[at.pair], at.parity);
-    work(sh->k[2 * at.pair], sh->v[2 * at.pair]);
+// A warp has done with a pair of stages.
+template <int HD>
+static __device__ __forceinline__ void give_back(group_attention_shared<HD> *sh, ring_place &at, int lane) {
     __syncwarp();
     if (lane == 0) barrier_arrive(&sh->empty[at.pair]);
     at.next();
 }
 
-// A warp's part of what its group does of a tile: pages in pairs, as they come.
+// Pairs that only other groups' rows see.
+template <int HD>
+static __device__ __forceinline__ void skip_pairs(group_attention_shared<HD> *sh, ring_place &at, int n, int lane) {
+#pragma unroll 1
+    for (; n > 0; n--) {
+        barrier_wait(&sh->ready[at.pair], at.parity);
+        give_back(sh, at, lane);
+    }
+}
+
+// A warp's part of what its group does of a tile's pages: in pairs, as they come. `q`: the warp's rows.
+template <typename KV>
+static __device__ __forceinline__ void use_pairs(group_attention_shared<KV::HD> *sh, group_sums<KV::HD> &sums,
+                                                 const wide_q<KV::HD> &q, const group_rows &r, ring_place &at,
+                                                 int n_pairs, int lane) {
+    enum { CHUNK_PAIRS = CHUNK_PAGES / 2 };
+    constexpr int HD = KV::HD;
+    float s[32];
+    uint32_t p[2][2][4];
+    int pair = 0, n_whole = min(r.whole_pairs, n_pairs - 1);
+    auto take_scores = [&] {
+        barrier_wait(&sh->ready[at.pair], at.parity);
+        ask_scores(s, q, sh->k[2 * at.pair]);
+        group_wait<0>(s);
+    };
+#pragma unroll 1
+    for (; pair < n_whole; pair++) {
+        take_scores();
+        pair_weights w = pair_softmax<HD, true>(p, sums, s, r.rows, 0, lane);
+        join_values<HD, true>(sums, sh->v[2 * at.pair], p, w, true);
+        give_back(sh, at, lane);
+        if (pair % CHUNK_PAIRS == CHUNK_PAIRS - 1) sums.end_chunk(false);
+    }
+#pragma unroll 1
+    for (; pair < n_pairs; pair++) {
+        bool is_last = pair + 1 == n_pairs;
+        take_scores();
+        pair_weights w = pair_softmax<HD, false>(p, sums, s, r.rows, pair * 2 * ATTN_BLOCK, lane);
+        join_values<HD, false>(sums, sh->v[2 * at.pair], p, w, 2 * pair + 1 <= r.last_page);
+        give_back(sh, at, lane);
+        if (is_last || pair % CHUNK_PAIRS == CHUNK_PAIRS - 1) sums.end_chunk(is_last);
+    }
+}
+
 template <typename KV, int GROUP>
 static __device__ __forceinline__ void consume_pages(group_attention_shared<KV::HD> *sh, const attention_params &p,
                                                      const work &w, ring_place &at, int warp, int lane) {
-    enum { CHUNK_PAIRS = CHUNK_PAGES / 2 };
     group_rows r = rows_of<GROUP>(p, w, warp, lane);
-    wide_q<KV::HD> q;
-    if (p.cos_sin) load_turned<KV::HD, GROUP>(q, &sh->sum[warp][0][0].x, p, r.rows, w.kv_head, lane);
-    else q.load(p, r.rows, w.kv_head, lane);
-    wide_sums<KV::HD> sums;
-    sums.all[0] = sums.all[1] = CHAIN_START;
-    sums.sum = &sh->sum[warp][0][lane];
-    sums.next_chunk();
-#pragma unroll 1
-    for (int pair = 0; pair < w.n_pages / 2;) {
-        int begin = pair, end = min(begin + CHUNK_PAIRS, w.n_pages / 2), whole = min(end, r.whole_pairs);
-#pragma unroll 1
-        for (; pair < whole; pair++)
-            use_pair(sh, at, lane, [&](const unsigned char *k, const unsigned char *v) {
-                group_pair<KV, true>(sums, k, v, q, r.rows, 0, lane);
-            });
-#pragma unroll 1
-        for (; pair < end; pair++)
-            use_pair(sh, at, lane, [&](const unsigned char *k, const unsigned char *v) {
-                int first = pair * 2 * ATTN_BLOCK;
-                if (2 * pair + 1 <= r.last_page) group_pair<KV, false>(sums, k, v, q, r.rows, first, lane);
-                else if (2 * pair <= r.last_page) group_page<KV>(sums, k, v, q, r.rows, first, lane);
-            });
-        bool is_last = 2 * end > r.last_page;
-        if (2 * begin <= r.last_page)
-            end_chunk(sums, r.rows.position, begin * 2 * ATTN_BLOCK, begin < r.whole_pairs, is_last);
-    }
-    put_rows<KV, GROUP>(p, r.rows, sums, w.kv_head, lane);
+    int n_pairs = r.last_page < 0 ? 0 : r.last_page / 2 + 1;
+    if (n_pairs > 0) {
+        wide_q<KV::HD> q;
+        if (p.cos_sin) load_turned<KV::HD, GROUP>(q, &sh->sum[warp][0][0].x, p, r.rows, w.kv_head, lane);
+        else q.load(p, r.rows, w.kv_head, lane);
+        group_sums<KV::HD> sums;
+        sums.start(&sh->sum[warp][0][lane]);
+        use_pairs<KV>(sh, sums, q, r, at, n_pairs, lane);
+        skip_pairs(sh, at, w.n_pages / 2 - n_pairs, lane);
+        put_rows<KV, GROUP>(p, r.rows, sums, w.kv_head, lane);
+    } else skip_pairs(sh, at, w.n_pages / 2, lane);
 }
 
 template <typename KV, int GROUP>

@@ -14,6 +14,9 @@
 
 #include "ops/cuda/chip.cuh"
 
+// Up to this many powers of two a row's maxima may be above the one in whose units its sums stand (group_attention.cu).
+enum { UNIT_RANGE = 32 };
+
 // Where b lies: 8 columns' matrices for consecutive k are `k_step` bytes apart, columns' neighbours `column_step`.
 static __device__ __forceinline__ uint64_t group_operand(const void *b, uint32_t k_step, uint32_t column_step) {
     return (uint64_t)((shared_address(b) & 0x3FFFFu) >> 4) | (uint64_t)(k_step >> 4) << 16 |

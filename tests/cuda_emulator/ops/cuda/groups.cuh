@@ -4,6 +4,8 @@
 
 #include "ops/cuda/chip.cuh"
 
+enum { UNIT_RANGE = 1 }; // so that units change in tests, too
+
 static inline uint64_t group_operand(const void *b, uint32_t k_step, uint32_t column_step) {
     return (uint64_t)((emulated_shared_address(b) & 0x3FFFFu) >> 4) | (uint64_t)(k_step >> 4) << 16 |
            (uint64_t)(column_step >> 4) << 32;
