@@ -101,15 +101,14 @@ static __device__ __forceinline__ void fill_tables(stream_shared<KV, R> *sh, con
 // Where part `part` of n_parts equal ones begins: the first chunk that does so at that cost or beyond.
 template <typename KV, int R>
 static __device__ __forceinline__ stream_place find_part(const stream_shared<KV, R> *sh, const attention_params &p,
-                                                         int part, int n_parts) {
-    int n_tokens = p.b.n_tokens, all = sh->cost[n_tokens], low = 0, high = n_tokens;
-    int from = (int)(((long long)all * part + n_parts - 1) / n_parts);
+                                                         int part, int n_parts, int lane) {
+    int n_tokens = p.b.n_tokens, all = sh->cost[n_tokens], low = 0;
+    int from = all / n_parts * part + (all % n_parts * part + n_parts - 1) / n_parts; // all part / n_parts, rounded up
     if (from >= all) return {n_tokens, 0};
-    while (high - low > 1) {
-        int middle = (low + high) / 2;
-        if (sh->cost[middle] <= from) low = middle;
-        else high = middle;
-    }
+    for (int i = lane; i < n_tokens; i += 32) low += sh->cost[i] <= from;
+#pragma unroll
+    for (int o = 16; o; o >>= 1) low += __shfl_xor_sync(~0u, low, o);
+    low--;
     int rest = from - sh->cost[low], n_chunks = n_chunks_to(sh->position[low]);
     if (rest == 0) return {low, 0};
     int chunk = max(1, (rest - 1 + CHUNK_COST - 1) / CHUNK_COST);
@@ -401,19 +400,21 @@ static __global__ void __launch_bounds__(ATTN_THREADS, 1) k_stream_attention(att
         barrier_fence();
     }
     dependents_may_start();
-    for (int i = thread; i < 2 * HD; i += ATTN_THREADS) {
-        const float *norm = i < HD ? p.q_norm : p.k_norm;
-        if (norm) sh->norms[i / HD][i % HD] = norm[i % HD];
-    }
+    static_assert(2 * HD <= ATTN_THREADS, "a weight of a norm each");
+    const float *norms = thread < HD ? p.q_norm : p.k_norm;
+    float norm = thread < 2 * HD && norms ? norms[thread % HD] : 0.0f;
     fill_tables<KV, R>(sh, p.b, thread);
     // A part's heads are neighbours among the blocks.
     int index = warp * (int)gridDim.x + (int)blockIdx.x, head = index % p.kv.n_kv_heads;
     int part = index / p.kv.n_kv_heads, n_parts = (int)gridDim.x * ATTN_WARPS / p.kv.n_kv_heads;
-    stream_place at = find_part<KV, R>(sh, p, part, n_parts), end = find_part<KV, R>(sh, p, part + 1, n_parts);
+    stream_place at = find_part<KV, R>(sh, p, part, n_parts, lane);
+    stream_place end = find_part<KV, R>(sh, p, part + 1, n_parts, lane);
     stream_source source;
     source.start<KV, R>(sh, p, at, end, head, lane);
 #pragma unroll 1
     for (int i = 0; i < shared::STAGES; i++) source.ask<KV, R>(sh, p, warp, lane);
+    if (thread < 2 * HD) sh->norms[thread / HD][thread % HD] = norm;
+    __syncthreads();
     dependency_wait();
     stream_input<HD, R> in;
     if (!at.is(end)) in.load(sh, p, at.token, head, lane);
