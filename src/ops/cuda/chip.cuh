@@ -177,6 +177,13 @@ static __device__ __forceinline__ void bulk_copy_once(void *to, const void *from
 #endif
 }
 
+// Asks for what will be copied soon, into the cache. Both as above.
+static __device__ __forceinline__ void ask_cache(const void *from, uint32_t bytes) {
+#if HOPPER
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+#endif
+}
+
 // From a stage that bulk copies fill again. The thread's next instructions may run before the value has come, an
 // arrival at a barrier among them, and only a fence orders that with the copy that follows: a stage is given back when
 // the value has been used.

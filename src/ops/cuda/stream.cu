@@ -22,6 +22,8 @@ static __device__ __forceinline__ int n_chunks_to(int position) {
     return position / ATTN_CHUNK + 1;
 }
 
+template <typename KV> static constexpr bool in_fp8 = KV::BYTES < 2 * KV_PAGE_TOKENS * KV::HD;
+
 template <typename KV, int R> struct stream_warp {
     union {
         alignas(16) q_rows<KV::HD, R> q;
@@ -176,6 +178,15 @@ struct stream_source {
 #endif
         item++;
         slot = slot + 1 == shared::STAGES ? 0 : slot + 1;
+    }
+
+    // Asks for the next two pages after those, as far as their numbers are there, into the cache: the memory has work
+    // until the kernel before has ended and the first pages have been used.
+    template <typename KV> __device__ __forceinline__ void ask_ahead(const attention_params &p, int lane) {
+        int at = item + lane, index = at < n_items ? at : at - n_items;
+        int here = __shfl_sync(~0u, number, index / 2 % 32), then = __shfl_sync(~0u, next_number, index / 2 % 32);
+        if (lane < 2 && at < n_items + 2 * next_pages)
+            ask_cache(head_page(p.kv, index % 2, at < n_items ? here : then, head), KV::BYTES);
     }
 };
 
@@ -415,6 +426,7 @@ static __global__ void __launch_bounds__(ATTN_THREADS, 1) k_stream_attention(att
     for (int i = 0; i < shared::STAGES; i++) source.ask<KV, R>(sh, p, warp, lane);
     if (thread < 2 * HD) sh->norms[thread / HD][thread % HD] = norm;
     __syncthreads();
+    if (!in_fp8<KV>) source.ask_ahead<KV>(p, lane);
     dependency_wait();
     stream_input<HD, R> in;
     if (!at.is(end)) in.load(sh, p, at.token, head, lane);

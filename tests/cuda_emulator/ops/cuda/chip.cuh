@@ -110,6 +110,9 @@ static inline void bulk_copy_once(void *to, const void *from, uint32_t bytes, ui
     bulk_copy(to, from, bytes, bar);
 }
 
+static inline void ask_cache(const void *, uint32_t) {
+}
+
 static inline uint4 load_staged(const uint4 *at) {
     emulated_load_staged(at);
     return *at;
@@ -158,6 +161,8 @@ static inline void bulk_copy(void *, const void *, uint32_t, uint64_t *) {
 }
 
 static inline void bulk_copy_once(void *, const void *, uint32_t, uint64_t *, bool) {
+}
+static inline void ask_cache(const void *, uint32_t) {
 }
 static inline uint4 load_staged(const uint4 *at) {
     return *at;
