@@ -8,7 +8,7 @@
 // last combines them.
 #include "ops/cuda/columns.cuh"
 
-enum { STREAM_TOKENS = 1024, STREAM_ROWS = 8, STREAM_SHARED = 226 * 1024, STREAM_MOST_STAGES = 8 };
+enum { STREAM_TOKENS = 1024, STREAM_ROWS = 8, STREAM_SHARED = 226 * 1024, STREAM_WAY = 8192 };
 static_assert(STREAM_TOKENS % ATTN_THREADS == 0, "every thread has as many tokens");
 
 // What a token costs: its pages, twice, and one for the beginning.
@@ -22,7 +22,7 @@ static __device__ __forceinline__ int n_chunks_to(int position) {
     return position / ATTN_CHUNK + 1;
 }
 
-template <typename KV> static constexpr bool in_fp8 = KV::BYTES < 2 * KV_PAGE_TOKENS * KV::HD;
+template <typename KV> static constexpr bool in_fp8 = KV::BYTES != bf16_kv<KV::HD>::BYTES;
 
 template <typename KV, int R> struct stream_warp {
     union {
@@ -35,11 +35,8 @@ template <typename KV, int R> struct stream_warp {
 
 // R: at least the rows. K pages and V pages take stages in turns.
 template <typename KV, int R> struct stream_shared {
-    static constexpr int PAGE = KV::BYTES, TABLES = 4 * (3 * STREAM_TOKENS + 1 + ATTN_WARPS + 8 + 2 * KV::HD);
-    static constexpr int ROOM =
-        (STREAM_SHARED - ATTN_WARPS * (int)(sizeof(stream_warp<KV, R>) + 8 * STREAM_MOST_STAGES) - TABLES) /
-        (ATTN_WARPS * PAGE);
-    static constexpr int STAGES = ROOM < STREAM_MOST_STAGES ? ROOM : STREAM_MOST_STAGES;
+    // More on their way would not be read faster, and what else is read would queue behind them.
+    static constexpr int PAGE = KV::BYTES, STAGES = PAGE > STREAM_WAY / 2 ? 2 : STREAM_WAY / PAGE;
     alignas(16) unsigned char page[ATTN_WARPS][STAGES][PAGE];
     stream_warp<KV, R> warp[ATTN_WARPS];
     uint64_t arrived[ATTN_WARPS][STAGES];
@@ -239,8 +236,8 @@ static __device__ __forceinline__ void round_fresh(fresh_row<HD> *f, bool of_v, 
 
 // Both, to slot `slot` of their page.
 template <int HD>
-static __device__ __forceinline__ void put_fresh(const fresh_row<HD> *f, const kv_view &kv, int page, int head, int slot,
-                                                 int lane) {
+static __device__ __forceinline__ void put_fresh(const fresh_row<HD> *f, const kv_view &kv, int page, int head,
+                                                 int slot, int lane) {
     uint4 *k = reinterpret_cast<uint4 *>(head_page(kv, false, page, head));
     uint16_t *v = reinterpret_cast<uint16_t *>(head_page(kv, true, page, head));
     if (lane < HD / 8) k[(slot / 8 * (HD / 32) + lane / 4) * 32 + slot % 8 * 4 + lane % 4] = f->k[lane / 4][lane % 4];
@@ -468,7 +465,7 @@ static __global__ void __launch_bounds__(ATTN_THREADS, 1) k_stream_attention(att
     for (int i = 0; i < shared::STAGES; i++) source.ask<KV, R>(sh, p, warp, lane);
     if (thread < 2 * HD) sh->norms[thread / HD][thread % HD] = norm;
     __syncthreads();
-    if (!in_fp8<KV>) source.ask_ahead<KV>(p, lane);
+    source.ask_ahead<KV>(p, lane);
     dependency_wait();
     stream_input<HD, R> in;
     if (!at.is(end)) in.load(sh, p, at.token, head, lane);
@@ -561,8 +558,7 @@ size_t cuda_stream_floats(int n_sms, const struct ops_limits *l) {
 }
 
 template <typename KV, int R> static void allow_rows(struct cuda_state *s) {
-    static_assert(sizeof(stream_shared<KV, R>) <= STREAM_SHARED && stream_shared<KV, R>::STAGES >= 2,
-                  "an SM's shared memory");
+    static_assert(sizeof(stream_shared<KV, R>) <= STREAM_SHARED, "an SM's shared memory");
     cuda_check(s,
                cudaFuncSetAttribute(k_stream_attention<KV, R>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     (int)sizeof(stream_shared<KV, R>)),
