@@ -307,8 +307,8 @@ static double sum_of_sizes(const double *v, size_t n) {
 }
 
 // The bound of one sequence's results. A score's error d moves every probability by a factor of at most exp(2 d); then
-// come the sums over blocks of positions and their combination. A GPU rounds probabilities to bf16s, and with K and V of
-// Q8_0 the CPU rounds q and them to integers, whose error goes by the largest of them (kv_page.h).
+// come the sums over blocks of positions and their combination. A GPU rounds probabilities to bf16s, and with K and V
+// of Q8_0 the CPU rounds q and them to integers, whose error goes by the largest of them (kv_page.h).
 static void attention_bound(const struct judge *g, const struct oracle_attention *o, double *bound) {
     size_t hd = o->head_dim, group = o->n_heads / o->n_kv_heads, kv = o->n_kv_heads * hd;
     bool on_device = g->c->d->ops->device != NULL;
@@ -422,8 +422,8 @@ static bool judge_silu_mul(struct judge *g) {
     oracle_silu_mul(ORACLE_T, g->pool, a.strict, gate, up, a.n_rows * a.columns);
     oracle_silu_mul(ORACLE_H, g->pool, a.h, gate, up, a.n_rows * a.columns);
     // exp32's ulp, a sum, a division, a product; silu is 0 where exp(-g) leaves f32 (docs/NUMERICS.md). A GPU's e^x is
-    // 2^(x log2 e): the rounding of the constant and of the product is that of a number of x's size; its reciprocal is off
-    // by an ulp, and 0 where it would be subnormal.
+    // 2^(x log2 e): the rounding of the constant and of the product is that of a number of x's size; its reciprocal is
+    // off by an ulp, and 0 where it would be subnormal.
     for (size_t i = 0; i < a.n_rows * a.columns; i++) {
         bool on_device = g->c->d->ops->device != NULL;
         double roundings = on_device ? 10 + 3 * fabs(gate[i]) : 8, least = on_device ? 1.1e-36 : 3e-37;

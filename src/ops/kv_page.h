@@ -107,9 +107,10 @@ static inline double kv_device_q(double q, float scale) {
     return (double)bf16_to_f32(bf16_from_f32((float)q * log2_scale)) / (double)log2_scale;
 }
 
-// What a GPU's attention may be off by beyond that and f32's own rounding (docs/NUMERICS.md). A score, before its scale,
-// from the norms of q and k: each matrix instruction of 16 columns cuts 17 terms off where the largest of them ends. An
-// output, relative to the sum of its terms' sizes: probabilities are bf16, in the values' sum and perhaps in their own.
+// What a GPU's attention may be off by beyond that and f32's own rounding (docs/NUMERICS.md). A score, before its
+// scale, from the norms of q and k: each matrix instruction of 16 columns cuts 17 terms off where the largest of them
+// ends. An output, relative to the sum of its terms' sizes: probabilities are bf16, in the values' sum and perhaps in
+// their own.
 #define KV_DEVICE_ROUNDED_P (2 * 0x1p-8)
 static inline double kv_device_score_slack(size_t head_dim, double norm_q, double norm_k) {
     return (double)((head_dim + 15) / 16) * 17 * 0x1p-23 * norm_q * norm_k;
