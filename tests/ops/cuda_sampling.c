@@ -158,12 +158,18 @@ size_t compare_sampling(const struct ops *cuda, const struct sampling_plan *plan
         make_round(&r, plan);
         const struct twin *sent[] = {&r.logits, &r.sample, &r.position, &r.order, &r.banned};
         for (size_t i = 0; i < sizeof sent / sizeof *sent; i++) send(cuda, sent[i]);
-        struct batch b = {.n_logit_rows = n,
-                          .position = r.position.device,
-                          .logit_rows = r.order.device,
-                          .sample = r.sample.device,
-                          .banned = r.banned.device,
-                          .n_banned = 3};
+        const struct batch host = {.n_logit_rows = n,
+                                   .position = r.position.host,
+                                   .logit_rows = r.order.host,
+                                   .sample = r.sample.host,
+                                   .banned = r.banned.host,
+                                   .n_banned = 3};
+        struct batch b = host;
+        b.host = &host;
+        b.position = r.position.device;
+        b.logit_rows = r.order.device;
+        b.sample = r.sample.device;
+        b.banned = r.banned.device;
         struct sample_args a = {
             .batch = &b, .logits = r.logits.device, .n_vocab = plan->n_vocab, .out = r.out, .chosen = r.chosen.device};
         for (size_t i = 0; i < n; i++) {
