@@ -1,7 +1,7 @@
 // choice.cuh: the most probable token of a row of logits, and its logarithm: by a kernel of its own (choose.cu), or
 // beside the layers of the next step (persistent.cu), which then know the token by the best row that the head told. The
-// same bits: 32 parts of equal length; in a part 256 threads'
-// sums, each in ascending order, then the tree of warp_sum, then the eight warps in order; the parts in order.
+// same bits: 32 parts of equal length; in a part 256 threads' sums, each in ascending order, then the tree of warp_sum,
+// then the eight warps in order; the parts in order.
 #ifndef TANDEM_OPS_CUDA_CHOICE_CUH
 #define TANDEM_OPS_CUDA_CHOICE_CUH
 
