@@ -75,6 +75,10 @@ template <int HD, int N> static __device__ __forceinline__ void put_q(q_rows<HD,
 template <int HD> struct fresh_row {
     uint4 k[HD / 32][4]; // as a unit's row: lane t's share of each 32 columns
     uint32_t v[HD];      // in both halves
+
+    __device__ __forceinline__ void put_k(int c, __nv_bfloat16 value) {
+        reinterpret_cast<__nv_bfloat16 *>(k)[(c / 32 * 4 + c % 8 / 2) * 8 + c % 32 / 8 * 2 + c % 2] = value;
+    }
 };
 
 // Rounds this step's k or v of a head, which a warp has in registers: beside, and into its page. `row`: room for HD
@@ -95,7 +99,7 @@ static __device__ __forceinline__ void store_fresh(fresh_row<HD> *f, float *row,
     for (int c = lane; c < HD; c += 32) {
         __nv_bfloat16 rounded = kv_put(kv, of_v, page, kv_head, slot, c, row[c]);
         if (of_v) f->v[c] = pack_bf16(__bfloat162float(rounded), __bfloat162float(rounded));
-        else reinterpret_cast<__nv_bfloat16 *>(f->k)[(c / 32 * 4 + c % 8 / 2) * 8 + c % 32 / 8 * 2 + c % 2] = rounded;
+        else f->put_k(c, rounded);
     }
 }
 

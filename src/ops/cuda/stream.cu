@@ -228,9 +228,7 @@ static __device__ __forceinline__ void round_fresh(fresh_row<HD> *f, bool of_v, 
             if (lane + 32 * i >= HD / 2) continue;
             float rounded = half ? x.hi[i] : x.lo[i];
             if (of_v) f->v[c] = pack_bf16(rounded, rounded);
-            else
-                reinterpret_cast<__nv_bfloat16 *>(f->k)[(c / 32 * 4 + c % 8 / 2) * 8 + c % 32 / 8 * 2 + c % 2] =
-                    __float2bfloat16_rn(rounded);
+            else f->put_k(c, __float2bfloat16_rn(rounded));
         }
 }
 
