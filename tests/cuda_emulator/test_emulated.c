@@ -116,13 +116,12 @@ static void test_company(void **state) {
     for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; i++) {
         double start = clock_seconds();
         struct subject s;
-        size_t different = 0, n = sizeof depths / sizeof depths[0];
+        size_t different, n = sizeof depths / sizeof depths[0];
         open_gpu(60 + i, shapes[i].n_sms);
         open_part(&s, shapes[i].model, &shapes[i].part);
-        for (size_t k = 0; k < cuda->device->n_variants; k++)
-            if (strcmp(cuda->device->variant_names[k], "stream-attention") == 0)
-                different += compare_company(&s, 1u << k, depths, n, false) +
-                             compare_company(&s, 1u << k, depths + 1, n - 3, true);
+        uint32_t streams = variant_named("stream-attention");
+        different =
+            compare_company(&s, streams, depths, n, false) + compare_company(&s, streams, depths + 1, n - 3, true);
         print_message("shape %zu: %zu sequences differ, %.1f s\n", i, different, clock_seconds() - start);
         close_subject(&s);
         ops_close(cuda);
@@ -402,11 +401,8 @@ static void test_persistent(void **state) {
         struct subject s;
         open_gpu(20 + i, shapes[i].n_sms);
         open_part_as(&s, "models/tandem-tiny", &shapes[i].part, types[i]);
-        uint32_t variant = 0;
-        for (size_t k = 0; k < cuda->device->n_variants; k++)
-            if (strcmp(cuda->device->variant_names[k], "persistent") == 0) variant = 1u << k;
         size_t before = emulator_counts().together, n = range[i].n;
-        size_t different = compare_depths(&s, variant, depths + range[i].first, n);
+        size_t different = compare_depths(&s, variant_named("persistent"), depths + range[i].first, n);
         size_t ran = emulator_counts().together - before;
         print_message("shape %zu: %zu steps in one kernel, %zu differ, %.1f s\n", i, ran, different,
                       clock_seconds() - start);
@@ -415,13 +411,6 @@ static void test_persistent(void **state) {
         assert_int_equal(different, 0);
         assert_int_equal(ran, 3 * n);
     }
-}
-
-static uint32_t variant_named(const char *name) {
-    for (size_t k = 0; k < cuda->device->n_variants; k++)
-        if (strcmp(cuda->device->variant_names[k], name) == 0) return 1u << k;
-    fail_msg("no variant is called %s", name);
-    return 0;
 }
 
 // Steps of one token queued as three kernels or as two, between batches, across the ends of a page and of chunks, and

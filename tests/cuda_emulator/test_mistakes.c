@@ -65,13 +65,6 @@ static void open_gpu(void) {
     if (!mistake_tell_kernels()) fail_msg("the kernels cannot be told which mistake to make");
 }
 
-static uint32_t variant_named(const char *name) {
-    for (size_t i = 0; i < cuda->device->n_variants; i++)
-        if (strcmp(cuda->device->variant_names[i], name) == 0) return 1u << i;
-    fail_msg("no variant is called %s", name);
-    return 0;
-}
-
 // All layers in one kernel, against the others; deep: several chunks a block.
 static bool is_found_in_layers(uint64_t seed, bool deep) {
     static const size_t depths[] = {30, 254}, deep_one[] = {4350};

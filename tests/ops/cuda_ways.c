@@ -193,6 +193,13 @@ static void add_mixed(struct ways *all, uint32_t fusion, size_t n_single) {
     }
 }
 
+uint32_t variant_named(const char *name) {
+    for (size_t i = 0; i < cuda->device->n_variants; i++)
+        if (strcmp(cuda->device->variant_names[i], name) == 0) return 1u << i;
+    fail_msg("no variant is called %s", name);
+    return 0;
+}
+
 // Each of the device's other kernels, or those that it stands in for: in steps of many tokens, and in steps of one
 // token a sequence. Most of attention's are for one of both.
 static void add_variants(struct ways *all, const struct plan *p) {

@@ -50,6 +50,9 @@ extern const struct plan long_plan; // a GPU's, but for length
 // How many ways return other bytes of logits than the standard path. Says which.
 size_t compare_ways(const struct subject *s, const char *name, const struct plan *plan, size_t *n_ways);
 
+// The bit of the device's variant of that name; fails the test if there is none.
+uint32_t variant_named(const char *name);
+
 // One token at each of the depths, three steps each, over pages of random numbers, with and without a variant of the
 // device's: how many steps' logits differ.
 size_t compare_depths(const struct subject *s, uint32_t variant, const size_t *depths, size_t n_depths);

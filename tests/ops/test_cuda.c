@@ -108,17 +108,15 @@ static void test_depths(void **state) {
     if (!cuda) skip();
     static const char *const models[] = {"models/tandem-tiny", "synthetic:qwen3-0.6b"};
     static const size_t depths[] = {0, 30, 254, 510, 1022, 2046, 2303, 3000, 4094, 8190, 16600, 32700};
-    for (size_t k = 0; k < cuda->device->n_variants; k++) {
-        if (strcmp(cuda->device->variant_names[k], "persistent") != 0) continue;
-        for (size_t i = 0; i < 2; i++) {
-            struct subject s;
-            open_subject(&s, models[i]);
-            size_t n = sizeof depths / sizeof depths[0] - i; // a large model's K and V are filled by the host
-            size_t different = compare_depths(&s, 1u << k, depths, n);
-            print_message("%s: %zu steps differ\n", models[i], different);
-            close_subject(&s);
-            assert_int_equal(different, 0);
-        }
+    uint32_t persistent = variant_named("persistent");
+    for (size_t i = 0; i < 2; i++) {
+        struct subject s;
+        open_subject(&s, models[i]);
+        size_t n = sizeof depths / sizeof depths[0] - i; // a large model's K and V are filled by the host
+        size_t different = compare_depths(&s, persistent, depths, n);
+        print_message("%s: %zu steps differ\n", models[i], different);
+        close_subject(&s);
+        assert_int_equal(different, 0);
     }
 }
 
@@ -128,11 +126,7 @@ static void test_chain(void **state) {
     if (!cuda) skip();
     static const char *const models[] = {"models/tandem-tiny", "synthetic:qwen3-0.6b:q8_0", "synthetic:qwen3-0.6b"};
     static const size_t depths[] = {0, 240, 2030, 8170};
-    uint32_t chained = 0, beside = 0;
-    for (size_t k = 0; k < cuda->device->n_variants; k++) {
-        if (strcmp(cuda->device->variant_names[k], "chained-steps") == 0) chained = 1u << k;
-        if (strcmp(cuda->device->variant_names[k], "choice-beside") == 0) beside = 1u << k;
-    }
+    uint32_t chained = variant_named("chained-steps"), beside = variant_named("choice-beside");
     uint32_t variants = cuda->device->variants;
     for (size_t i = 0; i < 3; i++) {
         struct subject s;
@@ -230,21 +224,19 @@ static void test_company(void **state) {
     if (!cuda) skip();
     static const char *const models[] = {"models/tandem-tiny", "synthetic:qwen3-0.6b"};
     static const size_t counts[] = {40, 97, 300, 20}, most[] = {300, 200, 40, 2500};
-    for (size_t k = 0; k < cuda->device->n_variants; k++) {
-        if (strcmp(cuda->device->variant_names[k], "stream-attention") != 0) continue;
-        for (size_t i = 0; i < 2; i++) {
-            struct subject s;
-            size_t different = 0, depths[300], n = 0;
-            open_subject(&s, models[i]);
-            for (size_t j = 0; j < (i ? 4 : 3); j++)
-                for (int fp8 = 0; fp8 < 2; fp8++, n += counts[j]) {
-                    for (size_t q = 0; q < counts[j]; q++) depths[q] = q % 7 == 3 ? q * 131 % most[j] : q * q % most[j];
-                    different += compare_company(&s, 1u << k, depths, counts[j], fp8);
-                }
-            print_message("%s: %zu of %zu sequences differ\n", models[i], different, n);
-            close_subject(&s);
-            assert_int_equal(different, 0);
-        }
+    uint32_t streams = variant_named("stream-attention");
+    for (size_t i = 0; i < 2; i++) {
+        struct subject s;
+        size_t different = 0, depths[300], n = 0;
+        open_subject(&s, models[i]);
+        for (size_t j = 0; j < (i ? 4 : 3); j++)
+            for (int fp8 = 0; fp8 < 2; fp8++, n += counts[j]) {
+                for (size_t q = 0; q < counts[j]; q++) depths[q] = q % 7 == 3 ? q * 131 % most[j] : q * q % most[j];
+                different += compare_company(&s, streams, depths, counts[j], fp8);
+            }
+        print_message("%s: %zu of %zu sequences differ\n", models[i], different, n);
+        close_subject(&s);
+        assert_int_equal(different, 0);
     }
 }
 
