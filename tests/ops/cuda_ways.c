@@ -208,7 +208,7 @@ static void add_variants(struct ways *all, const struct plan *p) {
         const char *name = cuda->device->variant_names[i];
         if (p->variants && !(p->variants >> i & 1)) continue;
         size_t from = all->n,
-               least = strcmp(name, "cluster-products") == 0 || strcmp(name, "products-in-parts") == 0 ? 8 : 31;
+               least = strcmp(name, "cluster-products") == 0 || strcmp(name, "products-in-parts") == 0 ? 3 : 31;
         if (strcmp(name, "stream-attention") != 0) {
             for (size_t k = 0; k < p->n_chunks; k++)
                 if (p->chunks[k] > least && p->chunks[k] <= p->length) add_way(all, watched, p->chunks[k], 1, k % 2);
