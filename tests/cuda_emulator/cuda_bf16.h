@@ -195,10 +195,6 @@ static inline unsigned long long atomicAdd(unsigned long long *p, unsigned long 
     return before;
 }
 
-template <typename T> static inline T __shfl_sync(unsigned, T v, int lane) {
-    return emulated_bits<T>(emulated_shuffle_xor(emulated_bits<uint32_t>(v), (int)threadIdx.x % 32 ^ lane));
-}
-
 template <typename T> static inline T __shfl_xor_sync(unsigned, T v, int mask) {
     if constexpr (sizeof(T) == 8) {
         uint64_t bits = emulated_bits<uint64_t>(v);
@@ -207,6 +203,10 @@ template <typename T> static inline T __shfl_xor_sync(unsigned, T v, int mask) {
     } else {
         return emulated_bits<T>(emulated_shuffle_xor(emulated_bits<uint32_t>(v), mask));
     }
+}
+
+template <typename T> static inline T __shfl_sync(unsigned all, T v, int lane) {
+    return __shfl_xor_sync(all, v, (int)threadIdx.x % 32 ^ lane);
 }
 
 static inline int __all_sync(unsigned, int p) {

@@ -201,6 +201,34 @@ static __device__ __forceinline__ void store_matrices(void *at, uint4 v) {
 #endif
 }
 
+// Four matrices of 8 by 8 bf16s, of which lane 4 g + t has row g, columns 2t and 2t + 1, into shared memory, their
+// columns as rows of 16 bytes where the lanes say: lane 8 m + r has the address of matrix m's column r.
+static __device__ __forceinline__ void store_turned(void *column, uint4 v) {
+#if HOPPER
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(column)),
+                 "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+                 : "memory");
+#endif
+}
+
+// Four matrices of 8 by 8 bf16s from shared memory, the rows of 16 bytes where the lanes say: lane 8 m + r has the
+// address of matrix m's row r. Word m of lane 4 g + t is matrix m's row g, columns 2t and 2t + 1; TURNED: rows 2t and
+// 2t + 1 of column g.
+template <bool TURNED> static __device__ __forceinline__ uint4 load_matrices(const void *row) {
+    uint4 v;
+    if (TURNED)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                     : "r"(shared_address(row))
+                     : "memory");
+    else
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                     : "r"(shared_address(row))
+                     : "memory");
+    return v;
+}
+
 // ---- Clusters: eight blocks that reach into each other's shared memory
 // -----------------------------------------------
 

@@ -77,6 +77,30 @@ static inline void store_matrices(void *at, uint4 v) {
     to[96] = v.w;
 }
 
+static inline void store_turned(void *column, uint4 v) {
+    int lane = (int)threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    uint32_t words[4] = {v.x, v.y, v.z, v.w};
+    __syncwarp();
+    for (int m = 0; m < 4; m++)
+        for (int e = 0; e < 2; e++)
+            ((uint16_t *)__shfl_sync(~0u, (uintptr_t)column, 8 * m + 2 * t + e))[g] = (uint16_t)(words[m] >> 16 * e);
+}
+
+template <bool TURNED> static inline uint4 load_matrices(const void *row) {
+    int lane = (int)threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    uint32_t words[4];
+    __syncwarp();
+    for (int m = 0; m < 4; m++) {
+        uint32_t pair[2];
+        for (int e = 0; e < 2; e++) {
+            int r = TURNED ? 2 * t + e : g, c = TURNED ? g : 2 * t + e;
+            pair[e] = ((const uint16_t *)__shfl_sync(~0u, (uintptr_t)row, 8 * m + r))[c];
+        }
+        words[m] = pair[0] | pair[1] << 16;
+    }
+    return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
 static inline uint32_t mul_bf16_pairs(uint32_t a, uint32_t b) {
     __nv_bfloat162 d = __floats2bfloat162_rn(__uint_as_float(a << 16) * __uint_as_float(b << 16),
                                              __uint_as_float(a & 0xFFFF0000u) * __uint_as_float(b & 0xFFFF0000u));
