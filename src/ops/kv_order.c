@@ -4,16 +4,12 @@
 
 #include "format/fp8.h"
 
-// matrix.cuh's order: units of 8 rows, of which each 32 columns are dealt out to 32 lanes.
-static size_t unit_place(size_t row, size_t column, size_t columns) {
-    size_t piece = row / 8 * (columns / 32) + column / 32, lane = row % 8 * 4 + column % 8 / 2;
-    return (piece * 32 + lane) * 8 + column % 32 / 8 * 2 + column % 2;
-}
-
-static void arrange_bf16(size_t dim, bool of_v, bool to_host, uint16_t *host, uint16_t *own) {
+// [dim / 32][slots][32 channels], in whose rows the words of 16 bytes change places from two slots to the next two.
+static void arrange_bf16(size_t dim, bool to_host, uint16_t *host, uint16_t *own) {
     for (size_t slot = 0; slot < KV_PAGE_TOKENS; slot++)
         for (size_t c = 0; c < dim; c++) {
-            size_t at = of_v ? unit_place(c, slot, KV_PAGE_TOKENS) : unit_place(slot, c, dim);
+            size_t word = (c / 8) % 4 ^ (slot >> 1 & 3);
+            size_t at = (c / 32 * KV_PAGE_TOKENS + slot) * 32 + word * 8 + c % 8;
             if (to_host) host[slot * dim + c] = own[at];
             else own[at] = host[slot * dim + c];
         }
@@ -54,5 +50,5 @@ static void arrange_fp8(size_t dim, bool of_v, bool to_host, unsigned char *host
 
 void kv_arrange(const struct kv_layer *kv, enum kv_side side, bool to_host, void *host, void *own) {
     if (kv->type == DTYPE_FP8) arrange_fp8(kv->head_dim, side == KV_V, to_host, host, own);
-    else arrange_bf16(kv->head_dim, side == KV_V, to_host, host, own);
+    else arrange_bf16(kv->head_dim, to_host, host, own);
 }

@@ -7,11 +7,20 @@
 // ---- Primitives
 // ------------------------------------------------------------------------------------------------------
 
+// A head's page into shared memory, by a warp.
+template <typename KV>
+static __device__ __forceinline__ void load_page(unsigned char *to, const unsigned char *from, int lane) {
+    for (int i = lane; i < KV::BYTES / 16; i += 32)
+        reinterpret_cast<uint4 *>(to)[i] = reinterpret_cast<const uint4 *>(from)[i];
+    __syncwarp();
+}
+
 template <typename KV>
 static __global__ void k_scores(float *s, const float *q, kv_view kv, int kv_head, const int32_t *pages, int n_kv,
                                 float scale) {
     constexpr int HD = KV::HD;
     __shared__ q_rows<HD> rows;
+    __shared__ __align__(64) unsigned char page[KV::BYTES];
     dependents_may_start();
     dependency_wait();
     int lane = (int)threadIdx.x, block = (int)blockIdx.x;
@@ -19,9 +28,9 @@ static __global__ void k_scores(float *s, const float *q, kv_view kv, int kv_hea
         for (int r = 1; r < 8; r++) put_q(&rows, r, c, 0.0f, scale);
         put_q(&rows, 0, c, q[c], scale);
     }
-    __syncwarp();
+    load_page<KV>(page, head_page(kv, false, pages[block], kv_head), lane);
     float out[4][4];
-    scores<KV, false>(out, &rows, head_page(kv, false, pages[block], kv_head), lane);
+    scores<KV, false>(out, &rows, page, lane);
     for (int j = 0; lane < 4 && j < 4; j++)
         for (int e = 0; e < 2; e++) {
             int position = block * ATTN_BLOCK + 8 * j + 2 * lane + e;
@@ -60,7 +69,8 @@ static __global__ void k_values(float *o, const float *p, kv_view kv, int kv_hea
         int at = 8 * j + 2 * t;
         pairs[j] = pack_bf16(g == 0 && at < n ? p[first + at] : 0.0f, g == 0 && at + 1 < n ? p[first + at + 1] : 0.0f);
     }
-    const unsigned char *page = head_page(kv, true, pages[blockIdx.x], kv_head);
+    __shared__ __align__(64) unsigned char page[KV::BYTES];
+    load_page<KV>(page, head_page(kv, true, pages[blockIdx.x], kv_head), lane);
     v_slots slots = slots_in_use(n, -1, t);
     for (int i = 0; i < kv.head_dim / 8; i++) {
         float out[4];
@@ -102,7 +112,7 @@ template <typename KV, int RT, bool TWO> struct attention_shared {
     static constexpr int BESIDE = (int)sizeof(q_rows<HD, Q>) + (16 + 4 * RT * CHUNK_PAGES) * HD + 1536;
     static constexpr int ROOM = ((int)HALF_SM - BESIDE) / KV::BYTES - ATTN_WARPS;
     static constexpr int V_PAGES = !TWO || ROOM > ATTN_WARPS ? (int)ATTN_WARPS : ROOM > 1 ? ROOM : 1;
-    alignas(16) unsigned char k[ATTN_WARPS][KV::BYTES], v[V_PAGES][KV::BYTES];
+    alignas(64) unsigned char k[ATTN_WARPS][KV::BYTES], v[V_PAGES][KV::BYTES];
     q_rows<HD, Q> q;
     fresh_row<HD> fresh;
     float row[2][HD]; // k and v before they are rounded

@@ -137,6 +137,29 @@ static __device__ __forceinline__ void turn_page(unsigned char *page, int n, int
     }
 }
 
+// A page of K in bf16. Where the eight slots j of 32 channels i stand, 4 i + j, those with j and i in each other's
+// place come to stand, or in heads of 64 channels 2 j + i: four of them at a time, which change their places among
+// themselves.
+template <int HD> static __device__ __forceinline__ void turn_keys(unsigned char *page, int lane) {
+    constexpr int AT_ONCE = 4;
+    static_assert(HD == 64 || HD == 128, "two or four blocks of channels");
+#pragma unroll 1
+    for (int i = 0; i < HD / 8 / AT_ONCE; i++) {
+        uint4 x[AT_ONCE];
+#pragma unroll
+        for (int e = 0; e < AT_ONCE; e++) {
+            int from = HD == 128 ? 5 * e ^ 4 * i : (e < 3 ? e : 4) ^ 7 * i;
+            x[e] = page_reader<bf16_kv<HD>>::k(page, from % 4, from / 4, lane);
+        }
+        __syncwarp(); // all lanes have read them
+#pragma unroll
+        for (int e = 0; e < AT_ONCE; e++) {
+            int to = HD == 128 ? 5 * e ^ i : (e < 3 ? 2 * e : 1) ^ 7 * i;
+            store_matrices(page + to * 512 + lane * 16, x[e]);
+        }
+    }
+}
+
 // A turning warp's part: a stage is always the same warp's, which so has seen the stage's last page before it waits for
 // the next one.
 template <typename KV>
@@ -152,7 +175,8 @@ static __device__ __forceinline__ void turn_pages(group_attention_shared<KV::HD>
             if (slot % TURNING_WARPS != warp) continue;
             barrier_wait(&sh->arrived[slot], (uint32_t)(number / STAGES) & 1);
             if (n > 0) {
-                turn_page<KV, false>(sh->k[slot], ATTN_BLOCK, lane);
+                if (KV::BYTES == bf16_kv<KV::HD>::BYTES) turn_keys<KV::HD>(sh->k[slot], lane);
+                else turn_page<KV, false>(sh->k[slot], ATTN_BLOCK, lane);
                 turn_page<KV, true>(sh->v[slot], n, lane);
                 stores_before_copies();
             }

@@ -56,11 +56,15 @@ struct heads_end {
     int n_single; // the first tokens, whose k and v are wanted as floats, too
 };
 
-// A head's K page is a matrix [slots, channels], its V page one [channels, slots], both in units (matrix.cuh). In eight
-// bits two elements, eight channels apart, share 16 bits, the first one's in bits 15 and 10 to 4, as they stand in a
-// bf16, the second one's sign in 11, the higher bits of its exponent in 14 to 12 and the rest in 3 to 0. So a lane's 8
-// bytes of 32 columns of K are four pairs; of V, a lane's 16 bytes are four pairs of slots of two units. The blocks'
-// scales follow: of K [slots][head_dim / 32], of V [head_dim / 32][4 lanes][8 slots].
+// A head's page of K or V in bf16: [head_dim / 32][slots][32 channels], and of a slot's four 16-byte words there word w
+// stands in place w ^ slot / 2 % 4: a slot's channels are whole sectors, eight slots' words of the same channels lie in
+// different banks of shared memory, and that is how wgmma's 64-byte swizzle has them.
+//
+// In eight bits a K page is a matrix [slots, channels], a V page one [channels, slots], both in units (matrix.cuh). Two
+// elements, eight channels apart, share 16 bits, the first one's in bits 15 and 10 to 4, as they stand in a bf16, the
+// second one's sign in 11, the higher bits of its exponent in 14 to 12 and the rest in 3 to 0. So a lane's 8 bytes of 32
+// columns of K are four pairs; of V, a lane's 16 bytes are four pairs of slots of two units. The blocks' scales follow:
+// of K [slots][head_dim / 32], of V [head_dim / 32][4 lanes][8 slots].
 template <int DIM> struct bf16_kv {
     static constexpr int HD = DIM, BYTES = KV_PAGE_TOKENS * DIM * 2; // of a head's page
 };
@@ -75,9 +79,13 @@ static __device__ __forceinline__ unsigned char *head_page(const kv_view &kv, bo
     return (of_v ? kv.v : kv.k) + ((size_t)page * kv.n_kv_heads + kv_head) * head_page_bytes(kv);
 }
 
-static __device__ __forceinline__ size_t kv_index(bool of_v, int slot, int c, int dim) {
-    return of_v ? unit_index((size_t)c, (size_t)slot, KV_PAGE_TOKENS)
-                : unit_index((size_t)slot, (size_t)c, (size_t)dim);
+// In bf16, K and V alike: where the word is that channels c - c % 8 and the next seven of a slot are, and element c.
+static __device__ __forceinline__ int kv_word(int slot, int c) {
+    return (c / 32 * KV_PAGE_TOKENS + slot) * 4 + ((c % 32 / 8) ^ (slot / 2 % 4));
+}
+
+static __device__ __forceinline__ int kv_index(int slot, int c) {
+    return kv_word(slot, c) * 8 + c % 8;
 }
 
 // Stores channel c of a slot, and returns what it will be read as. By a whole warp: lane l has a channel c with
@@ -87,7 +95,7 @@ static __device__ __forceinline__ __nv_bfloat16 kv_put(const kv_view &kv, bool o
     unsigned char *to = head_page(kv, of_v, page, kv_head);
     if (!kv.is_fp8) {
         __nv_bfloat16 rounded = __float2bfloat16_rn(x);
-        reinterpret_cast<__nv_bfloat16 *>(to)[kv_index(of_v, slot, c, kv.head_dim)] = rounded;
+        reinterpret_cast<__nv_bfloat16 *>(to)[kv_index(slot, c)] = rounded;
         return rounded;
     }
     uint32_t most = __float_as_uint(x) & 0x7FFFFFFFu;
@@ -118,18 +126,21 @@ static __device__ __forceinline__ __nv_bfloat16 kv_put(const kv_view &kv, bool o
     return __float2bfloat16_rn(__uint_as_float((b & 0x80u) << 24 | (b & 0x7Fu) << 20) * __uint_as_float(s << 23));
 }
 
-// ---- A lane's share of 32 columns, as bf16 pairs: of K's slots 8 j + g (columns: channels 32 i + ...), or of V's
-// channels 8 i + g (columns: slots)
+// ---- A lane's share of 32 columns, as bf16 pairs, of a page in shared memory: of K's slots 8 j + g (columns: channels
+// 32 i + ...), or of V's channels 8 i + g (columns: slots). By whole warps.
 // ----------------------------------------------------------------------------------------------------------------
 
 template <typename KV> struct page_reader;
 
 template <int DIM> struct page_reader<bf16_kv<DIM>> {
     static __device__ __forceinline__ uint4 k(const unsigned char *page, int j, int i, int lane) {
-        return reinterpret_cast<const uint4 *>(page)[(j * (DIM / 32) + i) * CHUNK_LANES + lane];
+        int row = lane % 8, word = lane / 8;
+        return load_matrices<false>(page + (i * KV_PAGE_TOKENS + j * 8) * 64 + row * 64 + (word ^ row / 2) * 16);
     }
     static __device__ __forceinline__ uint4 v(const unsigned char *page, int i, int lane) {
-        return reinterpret_cast<const uint4 *>(page)[i * CHUNK_LANES + lane];
+        uintptr_t first = (uintptr_t)(page + lane * 64 + lane / 2 % 4 * 16); // the page is aligned to 64 bytes
+        return load_matrices<true>((const unsigned char *)(first ^ (uintptr_t)(i % 4 * 16)) +
+                                   i / 4 * KV_PAGE_TOKENS * 64);
     }
     // Of units 2 i and 2 i + 1.
     static __device__ __forceinline__ void two(uint4 &a, uint4 &b, const unsigned char *page, int i, int lane) {

@@ -1,8 +1,8 @@
 // matrix.cuh: the order of elements in memory that tensor cores read without shuffling. A UNIT is 8 rows; each 32
 // columns of it are 512 bytes: lane 4 g + t's 16 bytes hold row g, columns 2t, 2t+1, 8+2t, 9+2t, 16+2t, 17+2t, 24+2t,
 // 25+2t. That is a lane's share of two steps of the 8-column operand of mma m16n8k16, and two units are its 16-row
-// operand. Weights, rounded activations, K pages (rows: slots) and V pages (rows: channels, columns: slots) are all
-// stored so.
+// operand. Weights, rounded activations, and pages of K (rows: slots) and V (rows: channels, columns: slots) in eight
+// bits are stored so.
 #ifndef TANDEM_OPS_CUDA_MATRIX_CUH
 #define TANDEM_OPS_CUDA_MATRIX_CUH
 

@@ -1,5 +1,5 @@
-// pages.cu: K's norm and rotation, and the places of K and V, for the many tokens of prompts: bf16 pages are written in
-// the order in which they lie in memory (matrix.cuh), 16 bytes a lane. Formulas: ops.h; order of a norm's sum: kv.cuh.
+// pages.cu: K's norm and rotation, and the places of K and V, for the many tokens of prompts: bf16 pages are written 16
+// bytes a lane, eight tokens' 32 channels at once. Formulas: ops.h; order of a norm's sum: kv.cuh.
 #include "ops/cuda/keys.cuh"
 #include "ops/cuda/wide.cuh"
 
@@ -7,7 +7,7 @@ enum {
     PAGES_THREADS = 128,
     PAGES_WARPS = PAGES_THREADS / 32,
     HEADS_IN_TURN = 2, // of K, for which a warp keeps its tokens' cosines
-    EIGHTS = 4,        // of V's channels, of a page's slots
+    V_TOKENS = 32,     // of a warp
 };
 
 struct pages_args {
@@ -29,57 +29,46 @@ template <int DIM> static __device__ __forceinline__ void store_keys(const pages
     if (first >= a.b.n_tokens) return;
     int token = min(first + lane / 4, a.b.n_tokens - 1);
     bool real = first + lane / 4 < a.b.n_tokens;
-    const float *from = a.k + ((size_t)token * n_kv + head) * DIM + 2 * t;
+    const float *from = a.k + ((size_t)token * n_kv + head) * DIM + 8 * t;
     key<DIM> h, turn;
     h.load(from);
     kv_place at = place_of(a.b, token);
-    turn.load(a.cos_sin + (size_t)token * DIM + 2 * t);
+    turn.load(a.cos_sin + (size_t)token * DIM + 8 * t);
 #pragma unroll 1
     for (; head < end; head++, from += DIM) {
         uint32_t out[DIM / 8];
-        if (a.norm) normalise_key<DIM>(h, a.norm + 2 * t, a.eps);
+        if (a.norm) normalise_key<DIM>(h, a.norm + 8 * t, a.eps);
         turn_key<DIM>(out, h, turn);
         if (head + 1 < end) h.load(from + DIM);
         if (real) store_key<DIM>(a.kv, at, head, out, t);
     }
 }
 
-// ---- V: a warp has 32 tokens and EIGHTS eights of a head's channels. Lane 4 g + t has channel g of each eight, and
-// tokens 8 e + 2 t and 8 e + 2 t + 1: its 16 bytes of a page, where the tokens fill one.
+// ---- V: a warp has 32 tokens' 32 channels of a head. Lane 4 g + t has tokens g, g + 8, ..., and channels 8 t to
+// 8 t + 7 of the 32.
 // ----------------------------------------------------------------------------------------------------------------
 
 template <int DIM> static __device__ __forceinline__ void store_values(const pages_args &a, int warp, int lane) {
-    constexpr int PARTS = DIM / (8 * EIGHTS);
-    int n_kv = a.kv.n_kv_heads, g = lane / 4, t = lane % 4, first = warp / (n_kv * PARTS) * KV_PAGE_TOKENS;
-    int head = warp / PARTS % n_kv, c = warp % PARTS * EIGHTS * 8;
+    constexpr int PARTS = DIM / 32, EACH = V_TOKENS / 8;
+    int n_kv = a.kv.n_kv_heads, first = warp / (n_kv * PARTS) * V_TOKENS;
+    int head = warp / PARTS % n_kv, c = warp % PARTS * 32 + lane % 4 * 8;
     if (first >= a.b.n_tokens) return;
-    int n = min(a.b.n_tokens - first, (int)KV_PAGE_TOKENS);
-    const float *from = a.v + ((size_t)first * n_kv + head) * DIM + c + g;
-    float v[EIGHTS][8];
+    float4 v[EACH][2];
+    kv_place at[EACH];
 #pragma unroll
-    for (int e = 0; e < 8; e++) {
-        int token = e / 2 * 8 + 2 * t + e % 2;
-#pragma unroll
-        for (int i = 0; i < EIGHTS; i++) v[i][e] = token < n ? from[(size_t)token * n_kv * DIM + i * 8] : 0.0f;
-    }
-    kv_place at = place_of(a.b, first + min(lane, n - 1));
-    int page = __shfl_sync(~0u, at.page, 0);
-    if (__all_sync(~0u, n == KV_PAGE_TOKENS && at.page == page && at.slot == lane)) {
-        uint4 *to = reinterpret_cast<uint4 *>(head_page(a.kv, true, page, head)) + c / 8 * CHUNK_LANES + lane;
-#pragma unroll
-        for (int i = 0; i < EIGHTS; i++)
-            to[i * CHUNK_LANES] = make_uint4(pack_bf16(v[i][0], v[i][1]), pack_bf16(v[i][2], v[i][3]),
-                                             pack_bf16(v[i][4], v[i][5]), pack_bf16(v[i][6], v[i][7]));
-        return;
+    for (int e = 0; e < EACH; e++) {
+        int token = min(first + 8 * e + lane / 4, a.b.n_tokens - 1);
+        const float4 *from = reinterpret_cast<const float4 *>(a.v + ((size_t)token * n_kv + head) * DIM + c);
+        v[e][0] = from[0];
+        v[e][1] = from[1];
+        at[e] = place_of(a.b, token);
     }
 #pragma unroll
-    for (int e = 0; e < 8; e++) {
-        int token = e / 2 * 8 + 2 * t + e % 2;
-        int its_page = __shfl_sync(~0u, at.page, token), slot = __shfl_sync(~0u, at.slot, token);
-        __nv_bfloat16 *to = reinterpret_cast<__nv_bfloat16 *>(head_page(a.kv, true, its_page, head));
-#pragma unroll
-        for (int i = 0; i < EIGHTS; i++)
-            if (token < n) to[kv_index(true, slot, c + i * 8 + g, DIM)] = __float2bfloat16_rn(v[i][e]);
+    for (int e = 0; e < EACH; e++) {
+        float4 x = v[e][0], y = v[e][1];
+        if (first + 8 * e + lane / 4 < a.b.n_tokens)
+            reinterpret_cast<uint4 *>(head_page(a.kv, true, at[e].page, head))[kv_word(at[e].slot, c)] =
+                make_uint4(pack_bf16(x.x, x.y), pack_bf16(x.z, x.w), pack_bf16(y.x, y.y), pack_bf16(y.z, y.w));
     }
 }
 
@@ -102,7 +91,7 @@ bool cuda_store_pages(const struct op_ctx *ctx, const struct qk_norm_rope_store_
     struct cuda_state *s = cuda_of(ctx);
     size_t n = a->batch->n_tokens;
     size_t keys = parts_of(parts_of(n, 8) * parts_of(a->n_kv_heads, HEADS_IN_TURN), PAGES_WARPS);
-    size_t values = parts_of(parts_of(n, KV_PAGE_TOKENS) * a->n_kv_heads * (a->head_dim / (8 * EIGHTS)), PAGES_WARPS);
+    size_t values = parts_of(parts_of(n, V_TOKENS) * a->n_kv_heads * (a->head_dim / 32), PAGES_WARPS);
     bool fills = keys + values >= 4 * (size_t)s->n_sms;
     if (!(s->device.variants & VARIANT_STORE_HEADS) || !fills || is_fp8(a->kv) ||
         (a->head_dim != 64 && a->head_dim != 128))

@@ -32,32 +32,28 @@ static __device__ __forceinline__ void load_rotated(float (&v)[4], const float *
     }
 }
 
-enum { KV_STEP = 256 }; // elements of a page from channel c of K to c + 32, of V to c + 8
+enum { KV_STEP = 32 * KV_PAGE_TOKENS }; // elements of a page from channel c to c + 32
 
 // This token's k, by a warp: into its page, in memory and where it stands in the ring.
 static __device__ __forceinline__ void put_k(const float (&v)[4], unsigned char *here, unsigned char *there, int slot,
                                              int lane) {
-    size_t first = kv_index(false, slot, lane, HEAD);
+    int first = kv_index(slot, lane);
     __nv_bfloat16 *to = reinterpret_cast<__nv_bfloat16 *>(here) + first;
     __nv_bfloat16 *memory = reinterpret_cast<__nv_bfloat16 *>(there) + first;
 #pragma unroll
     for (int i = 0; i < 4; i++) to[i * KV_STEP] = memory[i * KV_STEP] = __float2bfloat16_rn(v[i]);
 }
 
-// The same of v, by the last four warps; and the slots behind it are cleared: what they hold may be no number.
+// The same of v, by the last four warps, 32 channels each; and the slots behind it are cleared: what they hold may be
+// no number.
 static __device__ __forceinline__ void put_v(const float *v, unsigned char *here, unsigned char *there, int slot,
                                              int warp, int lane) {
-    v_slots slots = slots_in_use(slot + 1, slot, lane % 4);
-    int unit = (warp - 4) * 4, c = unit * 8 + lane / 4;
-    uint4 *at = reinterpret_cast<uint4 *>(here) + unit * CHUNK_LANES + lane;
-    __nv_bfloat16 *memory = reinterpret_cast<__nv_bfloat16 *>(there) + kv_index(true, slot, c, HEAD);
-    bool mine = lane % 4 == slot % 8 / 2;
+    int block = warp - 4, first = block * KV_STEP + kv_index(slot, lane);
+    uint4 *behind = reinterpret_cast<uint4 *>(here) + block * (KV_STEP / 8);
+    __nv_bfloat16 *memory = reinterpret_cast<__nv_bfloat16 *>(there);
+    reinterpret_cast<__nv_bfloat16 *>(here)[first] = memory[first] = __float2bfloat16_rn(v[32 * block + lane]);
 #pragma unroll 1
-    for (int i = 0; i < 4; i++, c += 8, at += CHUNK_LANES, memory += KV_STEP) {
-        __nv_bfloat16 rounded = __float2bfloat16_rn(v[c]);
-        *at = real_slots(*at, slots, pack_bf16(v[c], v[c]));
-        if (mine) *memory = rounded;
-    }
+    for (int i = 4 * (slot + 1) + lane; i < KV_STEP / 8; i += 32) behind[i] = make_uint4(0, 0, 0, 0);
 }
 
 // What attention needs that this token brings: q's rows before the first round, by a warp each; k and v before the
@@ -95,7 +91,8 @@ static __device__ __forceinline__ void prepare(const persistent_args &p, persist
 template <int GROUP>
 static __device__ __forceinline__ void attend_page(const persistent_args &p, persistent_shared *sh, ring_place at,
                                                    unsigned turn, int n, int warp, int lane) {
-    const uint4 *k = reinterpret_cast<const uint4 *>(sh->ring[at.slot]) + lane;
+    using reader = page_reader<bf16_kv<HEAD>>;
+    const unsigned char *page = sh->ring[at.slot];
     float s[4][4] = {}, m, l;
     uint32_t pairs[4], none[4] = {0, 0, 0, 0};
     bool real = lane < 4 * GROUP;
@@ -109,7 +106,7 @@ static __device__ __forceinline__ void attend_page(const persistent_args &p, per
         }
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            uint4 x = k[(j * (HEAD / 32) + i) * CHUNK_LANES];
+            uint4 x = reader::k(page, j, i, lane);
             mma(s[j], first.x, first.y, first.z, first.w, x.x, x.y);
             mma(s[j], second.x, second.y, second.z, second.w, x.z, x.w);
         }
@@ -120,7 +117,7 @@ static __device__ __forceinline__ void attend_page(const persistent_args &p, per
 #pragma unroll
     for (int i = 0; i < HEAD / 8; i++) {
         float d[4];
-        values(d, pairs, none, k[(SLOT_BYTES / 2 / 16) + i * CHUNK_LANES]);
+        values(d, pairs, none, reader::v(page + SLOT_BYTES / 2, i, lane));
         if (real) *reinterpret_cast<float2 *>(o + i * 8) = make_float2(d[0], d[1]);
     }
 }

@@ -121,8 +121,8 @@ static __global__ void k_qk_norm_rope_store(kv_view kv, batch_view b, float *q, 
 }
 
 // The same for many heads of 64 or 128 channels, in bf16: first all blocks of q and k, whose warps take HEADS_AT_ONCE
-// heads of a token, then those of v, of V_TOKENS tokens' head.
-enum { HEADS_AT_ONCE = 4, V_TOKENS = 32 };
+// heads of a token, then those of v, whose threads take eight channels of V_AT_ONCE tokens.
+enum { HEADS_AT_ONCE = 4, V_AT_ONCE = 4 };
 
 struct store_args {
     kv_view kv;
@@ -167,38 +167,25 @@ template <int DIM> static __device__ __forceinline__ void turn_heads(const store
     }
 }
 
-// A page holds V with a channel's slots beside each other, two of which are written at once where tokens follow each
-// other.
-template <int DIM> static __device__ __forceinline__ void store_values(const store_args &a, int i, int thread) {
-    __shared__ float values[V_TOKENS][DIM + 1];
-    __shared__ kv_place places[V_TOKENS];
-    constexpr int EACH = V_TOKENS * DIM / THREADS;
-    int n_kv = a.kv.n_kv_heads, head = i % n_kv, first = i / n_kv * V_TOKENS, n = min(a.b.n_tokens - first, V_TOKENS);
-    const float *from = a.v + ((size_t)first * n_kv + head) * DIM;
-    float v[EACH];
+// Thread i's eight channels, one word of a page, of V_AT_ONCE tokens.
+template <int DIM> static __device__ __forceinline__ void store_values(const store_args &a, int i) {
+    int n_kv = a.kv.n_kv_heads, words = n_kv * DIM / 8, word = i % words, first = i / words * V_AT_ONCE;
+    int head = word / (DIM / 8), c = word % (DIM / 8) * 8;
+    float4 v[V_AT_ONCE][2];
 #pragma unroll
-    for (int e = 0; e < EACH; e++) {
-        int at = e * THREADS + thread;
-        v[e] = at / DIM < n ? from[(size_t)(at / DIM) * n_kv * DIM + at % DIM] : 0.0f;
+    for (int e = 0; e < V_AT_ONCE; e++) {
+        const float4 *from =
+            reinterpret_cast<const float4 *>(a.v) + ((size_t)min(first + e, a.b.n_tokens - 1) * words + word) * 2;
+        v[e][0] = from[0];
+        v[e][1] = from[1];
     }
-    if (thread < n) places[thread] = place_of(a.b, first + thread);
 #pragma unroll
-    for (int e = 0; e < EACH; e++) values[(e * THREADS + thread) / DIM][(e * THREADS + thread) % DIM] = v[e];
-    __syncthreads();
-    for (int at = thread; at < V_TOKENS / 2 * DIM; at += THREADS) {
-        int token = at % (V_TOKENS / 2) * 2, c = at / (V_TOKENS / 2);
-        if (token >= n) continue;
-        kv_place one = places[token], two = places[min(token + 1, n - 1)];
-        __nv_bfloat16 *to = reinterpret_cast<__nv_bfloat16 *>(head_page(a.kv, true, one.page, head));
-        if (token + 1 < n && two.page == one.page && one.slot % 2 == 0 && two.slot == one.slot + 1) {
-            *reinterpret_cast<uint32_t *>(to + kv_index(true, one.slot, c, DIM)) =
-                pack_bf16(values[token][c], values[token + 1][c]);
-            continue;
-        }
-        to[kv_index(true, one.slot, c, DIM)] = __float2bfloat16_rn(values[token][c]);
-        if (token + 1 < n)
-            reinterpret_cast<__nv_bfloat16 *>(head_page(a.kv, true, two.page, head))[kv_index(true, two.slot, c, DIM)] =
-                __float2bfloat16_rn(values[token + 1][c]);
+    for (int e = 0; e < V_AT_ONCE; e++) {
+        if (first + e >= a.b.n_tokens) break;
+        kv_place at = place_of(a.b, first + e);
+        float4 x = v[e][0], y = v[e][1];
+        reinterpret_cast<uint4 *>(head_page(a.kv, true, at.page, head))[kv_word(at.slot, c)] =
+            make_uint4(pack_bf16(x.x, x.y), pack_bf16(x.z, x.w), pack_bf16(y.x, y.y), pack_bf16(y.z, y.w));
     }
 }
 
@@ -207,7 +194,7 @@ template <int DIM> static __global__ void __launch_bounds__(THREADS) k_store_hea
     dependency_wait();
     int block = (int)blockIdx.x, thread = (int)threadIdx.x;
     if (block < a.turning_blocks) turn_heads<DIM>(a, block * (THREADS / 32) + thread / 32, thread % 32);
-    else store_values<DIM>(a, block - a.turning_blocks, thread);
+    else store_values<DIM>(a, (block - a.turning_blocks) * THREADS + thread);
 }
 
 static __global__ void k_pack_rows(__nv_bfloat16 *out, const __nv_bfloat16 *rows, size_t first, size_t n, size_t n_in,
@@ -279,7 +266,8 @@ static bool store_heads(const struct op_ctx *ctx, const struct qk_norm_rope_stor
     struct cuda_state *s = cuda_of(ctx);
     size_t per_token = blocks(a->n_heads + a->n_kv_heads, HEADS_AT_ONCE);
     size_t turning = blocks(a->batch->n_tokens * per_token, THREADS / 32);
-    size_t storing = blocks(a->batch->n_tokens, V_TOKENS) * a->n_kv_heads;
+    size_t words = a->n_kv_heads * a->head_dim / 8,
+           storing = blocks(blocks(a->batch->n_tokens, V_AT_ONCE) * words, THREADS);
     bool fills = turning + storing >= 4 * (size_t)s->n_sms; // measured at 2,048 tokens and more
     if (!(s->device.variants & VARIANT_STORE_HEADS) || !fills || is_fp8(a->kv) ||
         (a->head_dim != 64 && a->head_dim != 128))

@@ -22,22 +22,19 @@ static __device__ __forceinline__ int n_chunks_to(int position) {
     return position / ATTN_CHUNK + 1;
 }
 
-template <typename KV> static constexpr bool in_fp8 = KV::BYTES != bf16_kv<KV::HD>::BYTES;
-
 template <typename KV, int R> struct stream_warp {
     union {
         alignas(16) q_rows<KV::HD, R> q;
         float rows[(R > 2 ? R : 2) * KV::HD]; // later: k and v before they are rounded, results
     };
     fresh_row<KV::HD> fresh;
-    int page; // where this step's k and v belong
 };
 
 // R: at least the rows. K pages and V pages take stages in turns.
 template <typename KV, int R> struct stream_shared {
     // More on their way would not be read faster, and what else is read would queue behind them.
     static constexpr int PAGE = KV::BYTES, STAGES = PAGE > STREAM_WAY / 2 ? 2 : STREAM_WAY / PAGE;
-    alignas(16) unsigned char page[ATTN_WARPS][STAGES][PAGE];
+    alignas(64) unsigned char page[ATTN_WARPS][STAGES][PAGE];
     stream_warp<KV, R> warp[ATTN_WARPS];
     uint64_t arrived[ATTN_WARPS][STAGES];
     int cost[STREAM_TOKENS + 1]; // of all tokens before
@@ -210,39 +207,6 @@ template <int HD, int R> struct stream_input {
 // ---- A token's KV head
 // -------------------------------------------------------------------------------------------------------
 
-// Whether this step's K and V go to their page when that has been read: in contexts so short that much of what is read
-// are such pages, stores hold up the copies beside them.
-template <typename KV> static __device__ __forceinline__ bool stores_late(const attention_params &p) {
-    enum { LATE_CHUNKS = 2 };
-    return !in_fp8<KV> && p.max_chunks <= LATE_CHUNKS;
-}
-
-// This step's k or v of a head, which the warp has in registers, as it will be read, and not yet in its page.
-template <int HD>
-static __device__ __forceinline__ void round_fresh(fresh_row<HD> *f, bool of_v, const head_registers<HD> &x, int lane) {
-#pragma unroll
-    for (int i = 0; i < head_registers<HD>::PAIRS; i++)
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            int c = lane + 32 * i + half * HD / 2;
-            if (lane + 32 * i >= HD / 2) continue;
-            float rounded = half ? x.hi[i] : x.lo[i];
-            if (of_v) f->v[c] = pack_bf16(rounded, rounded);
-            else f->put_k(c, __float2bfloat16_rn(rounded));
-        }
-}
-
-// Both, to slot `slot` of their page.
-template <int HD>
-static __device__ __forceinline__ void put_fresh(const fresh_row<HD> *f, const kv_view &kv, int page, int head,
-                                                 int slot, int lane) {
-    uint4 *k = reinterpret_cast<uint4 *>(head_page(kv, false, page, head));
-    uint16_t *v = reinterpret_cast<uint16_t *>(head_page(kv, true, page, head));
-    if (lane < HD / 8) k[(slot / 8 * (HD / 32) + lane / 4) * 32 + slot % 8 * 4 + lane % 4] = f->k[lane / 4][lane % 4];
-#pragma unroll
-    for (int c = lane; c < HD; c += 32) v[kv_index(true, slot, c, HD)] = (uint16_t)f->v[c];
-}
-
 // q's rows, normed and rotated; and, where this warp has the last chunk, this token's k and v (slot -1:
 // another has).
 template <typename KV, int R>
@@ -269,14 +233,8 @@ static __device__ __forceinline__ void prepare(columns<KV::HD, R> &q, stream_war
     if (slot >= 0) {
         if (p.k_norm) normalise_head<HD>(in.k, read_head<HD>(norms[1], lane), p.eps);
         rotate_head<HD>(in.k, in.cos_sin);
-        if (stores_late<KV>(p)) {
-            if (lane == 0) sh->page = in.page;
-            round_fresh(&sh->fresh, false, in.k, lane);
-            round_fresh(&sh->fresh, true, in.v, lane);
-        } else {
-            store_fresh(&sh->fresh, sh->rows, p.kv, in.page, head, slot, false, in.k, lane);
-            store_fresh(&sh->fresh, sh->rows + HD, p.kv, in.page, head, slot, true, in.v, lane);
-        }
+        store_fresh(&sh->fresh, sh->rows, p.kv, in.page, head, slot, false, in.k, lane);
+        store_fresh(&sh->fresh, sh->rows + HD, p.kv, in.page, head, slot, true, in.v, lane);
         __syncwarp();
     }
 }
@@ -507,8 +465,6 @@ static __global__ void __launch_bounds__(ATTN_THREADS, 1) k_stream_attention(att
                 combine_parts<HD>(p, at.token, head, n_chunks, lane);
             }
         }
-        if (last == n_chunks && stores_late<KV>(p))
-            put_fresh<HD>(&sh->warp[warp].fresh, p.kv, sh->warp[warp].page, head, position % KV_PAGE_TOKENS, lane);
         at = last == n_chunks ? following : end;
         __syncwarp(); // the results have been read
     }

@@ -13,7 +13,7 @@ enum {
 static_assert(ATTN_WARPS == 2 * GROUP, "two warps a page of a group");
 
 template <typename KV> struct wide_shared {
-    alignas(16) unsigned char k[2 * GROUP][KV::BYTES], v[2 * GROUP][KV::BYTES];
+    alignas(64) unsigned char k[2 * GROUP][KV::BYTES], v[2 * GROUP][KV::BYTES];
     float4 sum[ATTN_WARPS][KV::HD / 8][32];
     uint64_t k_arrived[2 * GROUP], v_arrived[2 * GROUP];
 };
