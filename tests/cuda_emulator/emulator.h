@@ -8,7 +8,7 @@
 //   may be a whole phase ahead of the others. The blocks of a grid run one after another, in any order;
 //   those of a grid of clusters side by side, taking turns where they wait. What one pushes to another's shared memory
 //   arrives like a bulk copy.
-// - Some blocks of the next three kernels of a stream begin early, up to their dependency_wait, while device memory can
+// - Some blocks of the next six kernels of a stream begin early, up to their dependency_wait, while device memory can
 //   only be read; a graph's first kernel does not.
 // - Bulk copies happen any time between being asked for and being waited for.
 // - What load_staged loads may come as late as the matrix instruction that takes it: until then its stage must be

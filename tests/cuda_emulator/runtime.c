@@ -211,7 +211,7 @@ static void clear(struct emulated_graph *list) {
 // ---- Running it
 // ------------------------------------------------------------------------------------------------------------
 
-enum { MOST_EARLY = 3 };
+enum { MOST_EARLY = 6 };
 
 struct early {
     size_t node, index; // which block of which kernel; node SIZE_MAX: none
