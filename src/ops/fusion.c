@@ -62,22 +62,23 @@ static void project(const struct op_ctx *ctx, float *y, const float *x, const st
 }
 
 static void compose_norm_qkv(const struct op_ctx *ctx, const struct norm_qkv_args *a) {
-    ctx->ops->rmsnorm(ctx, a->normed, a->x, a->norm, a->eps, a->n_tokens, a->wq->n_in);
-    ops_tap(ctx, "attn_norm", a->normed, a->n_tokens, a->wq->n_in);
-    project(ctx, a->q, a->normed, a->wq, a->bq, a->n_tokens);
+    ctx->ops->rmsnorm(ctx, a->normed, a->x, a->norm, a->eps, a->n_tokens, a->wk->n_in);
+    ops_tap(ctx, "attn_norm", a->normed, a->n_tokens, a->wk->n_in);
+    if (a->wq) project(ctx, a->q, a->normed, a->wq, a->bq, a->n_tokens);
     project(ctx, a->k, a->normed, a->wk, a->bk, a->n_tokens);
     project(ctx, a->v, a->normed, a->wv, a->bv, a->n_tokens);
 }
 
 static void outputs_norm_qkv(const struct op_ctx *ctx, const struct norm_qkv_args *a) {
-    ops_tap(ctx, "q", a->q, a->n_tokens, a->wq->n_out);
+    if (a->wq) ops_tap(ctx, "q", a->q, a->n_tokens, a->wq->n_out);
     ops_tap(ctx, "k", a->k, a->n_tokens, a->wk->n_out);
     ops_tap(ctx, "v", a->v, a->n_tokens, a->wv->n_out);
 }
 
 static void compose_qk_norm_rope_store(const struct op_ctx *ctx, const struct qk_norm_rope_store_args *a) {
     size_t n = a->batch->n_tokens;
-    if (a->q_norm) {
+    bool has_q = a->n_heads > 0;
+    if (has_q && a->q_norm) {
         ctx->ops->head_rmsnorm(ctx, a->q, a->q_norm, a->eps, n, a->n_heads, a->head_dim);
         ops_tap(ctx, "q_norm", a->q, n, a->n_heads * a->head_dim);
     }
@@ -85,13 +86,13 @@ static void compose_qk_norm_rope_store(const struct op_ctx *ctx, const struct qk
         ctx->ops->head_rmsnorm(ctx, a->k, a->k_norm, a->eps, n, a->n_kv_heads, a->head_dim);
         ops_tap(ctx, "k_norm", a->k, n, a->n_kv_heads * a->head_dim);
     }
-    ctx->ops->rope(ctx, a->q, a->cos_sin, n, a->n_heads, a->head_dim);
+    if (has_q) ctx->ops->rope(ctx, a->q, a->cos_sin, n, a->n_heads, a->head_dim);
     ctx->ops->rope(ctx, a->k, a->cos_sin, n, a->n_kv_heads, a->head_dim);
     ctx->ops->kv_store(ctx, a->kv, a->batch, a->k, a->v);
 }
 
 static void outputs_qk_norm_rope_store(const struct op_ctx *ctx, const struct qk_norm_rope_store_args *a) {
-    ops_tap(ctx, "q_rope", a->q, a->batch->n_tokens, a->n_heads * a->head_dim);
+    if (a->n_heads > 0) ops_tap(ctx, "q_rope", a->q, a->batch->n_tokens, a->n_heads * a->head_dim);
     ops_tap(ctx, "k_rope", a->k, a->batch->n_tokens, a->n_kv_heads * a->head_dim);
 }
 

@@ -131,7 +131,7 @@ enum fused_op {
     FUSED_COUNT
 };
 
-// norm_qkv: n = rmsnorm(x, norm); q = matmul(n, wq) + bq; k, v alike.
+// norm_qkv: n = rmsnorm(x, norm); q = matmul(n, wq) + bq; k, v alike. wq NULL: k and v alone.
 struct norm_qkv_args {
     size_t n_tokens;
     const float *x;    // [n_tokens, hidden]
@@ -141,12 +141,13 @@ struct norm_qkv_args {
     const float *bq, *bk, *bv; // [n_out] or NULL
     float *normed;             // [n_tokens, hidden] for the composition
     float *q, *k, *v;          // [n_tokens, n_heads * head_dim], [n_tokens, n_kv_heads * head_dim] twice
-    // What the rope_attention that follows at once does with q, k and v, which nothing else reads: a backend may store
-    // K and V already, and need not write k and v then. NULL: others read them.
+    // What the rope_attention that follows at once (without wq, the qk_norm_rope_store) does with q, k and v, which
+    // nothing else reads: a backend may store K and V already, and need not write k and v then. NULL: others read them.
     const struct qk_norm_rope_store_args *store;
 };
 
 // qk_norm_rope_store: q, k = head_rmsnorm (where q_norm, k_norm are given); q, k = rope; k, v stored in their pages.
+// n_heads 0: there is no q.
 struct qk_norm_rope_store_args {
     const struct batch *batch;
     size_t n_heads, n_kv_heads, head_dim;

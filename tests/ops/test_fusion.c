@@ -121,6 +121,30 @@ static void test_taps(void **state) {
     }
 }
 
+// K and V alone: the same ones, and q is neither written nor shown.
+static void test_without_q(void **state) {
+    (void)state;
+    struct layer l, m;
+    struct log log = {""};
+    layer_open(&l);
+    layer_open(&m);
+    struct op_ctx c = open_ctx(ops_cpu("portable", NULL), limits(1), 0);
+    run_layer(&c, &l, true);
+    c.tap = watch, c.tap_user = &log, c.layer = 3;
+    ops_norm_qkv(&c, &(struct norm_qkv_args){T, m.x, m.norm, 1e-6f, NULL, &m.mk, &m.mv, NULL, NULL, NULL, m.normed, m.q,
+                                             m.k, m.v, NULL});
+    ops_qk_norm_rope_store(&c, &(struct qk_norm_rope_store_args){&m.batch, 0, KV_HEADS, HEAD_DIM, m.norm, m.norm, 1e-6f,
+                                                                 m.cos_sin, m.q, m.k, m.v, &m.kv});
+    assert_string_equal(log.text, "attn_norm[5,48] k[5,128] v[5,128] k_norm[5,128] k_rope[5,128] ");
+    size_t slots = PAGES * KV_HEADS * KV_PAGE_TOKENS * HEAD_DIM;
+    assert_memory_equal(l.kp, m.kp, slots * sizeof(float));
+    assert_memory_equal(l.vp, m.vp, slots * sizeof(float));
+    for (int i = 0; i < T * HEADS * HEAD_DIM; i++) assert_true(isnan(m.q[i]));
+    close_ctx(&c);
+    layer_close(&l);
+    layer_close(&m);
+}
+
 // The residual is added once, onto what x held; the composition is exactly its primitives, called by hand.
 static void test_composition(void **state) {
     (void)state;
@@ -225,10 +249,8 @@ static void test_registry(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_registry),
-        cmocka_unit_test(test_choice),
-        cmocka_unit_test(test_taps),
-        cmocka_unit_test(test_composition),
+        cmocka_unit_test(test_registry),    cmocka_unit_test(test_choice),    cmocka_unit_test(test_taps),
+        cmocka_unit_test(test_composition), cmocka_unit_test(test_without_q),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -605,10 +605,12 @@ static size_t count_singles(const struct cuda_state *s, const struct batch *host
 bool cuda_heads_end(const struct op_ctx *ctx, const struct qk_norm_rope_store_args *a, heads_end *end) {
     struct cuda_state *s = cuda_of(ctx);
     const struct batch *host = host_of(a->batch);
-    if (ctx->tap || !(ctx->fusion >> FUSED_ROPE_ATTENTION & 1) || host->n_tokens == host->n_seqs) return false;
-    size_t n_single = count_singles(s, host);
-    if (!(s->device.variants & VARIANT_STORE_HEADS) || is_fp8(a->kv) || a->head_dim != HEAD_DIM ||
-        !cuda_wide_takes(s, host, n_single) || !cuda_group_attention_takes(s, a->head_dim))
+    bool is_read = a->n_heads > 0; // by the attention that follows
+    if (ctx->tap || !(ctx->fusion >> (is_read ? FUSED_ROPE_ATTENTION : FUSED_QK_NORM_ROPE_STORE) & 1)) return false;
+    if (!(s->device.variants & VARIANT_STORE_HEADS) || is_fp8(a->kv) || a->head_dim != HEAD_DIM) return false;
+    size_t n_single = is_read ? count_singles(s, host) : 0;
+    if (is_read && (host->n_tokens == host->n_seqs || !cuda_wide_takes(s, host, n_single) ||
+                    !cuda_group_attention_takes(s, a->head_dim)))
         return false;
     *end = {view(a->kv), view(a->batch), a->k_norm, a->cos_sin, a->eps, (int)n_single};
     return true;

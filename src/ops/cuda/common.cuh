@@ -14,7 +14,8 @@
 // the last steps wrote (weights, old K and V), and it writes nothing. Every thread that reads or writes anything else
 // waits first; so do all blocks that end early, since a grid's end stands for the end of all before it. K and V of the
 // step before are old where what starts the kernel of all layers has waited itself before it does: choices, and heads
-// that tell their best row. Behind anything else that kernel begins `alone`.
+// that tell their best row. Behind anything else that kernel begins `alone`, and so does what follows K and V that
+// attention of other tokens of the same step reads (has_new_kv).
 
 struct launch {
     dim3 grid;
@@ -32,7 +33,8 @@ static inline cudaLaunchConfig_t launch_config(struct cuda_state *s, struct laun
     s->packed = NULL;
     s->follows_choice = false;
     attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[0].val.programmaticStreamSerializationAllowed = !l.alone;
+    attributes[0].val.programmaticStreamSerializationAllowed = !l.alone && !s->has_new_kv;
+    s->has_new_kv = false;
     attributes[1].id = cudaLaunchAttributeClusterDimension;
     attributes[1].val.clusterDim.x = l.cluster;
     attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;

@@ -77,6 +77,7 @@ struct cuda_state {
     const float *packed;
     int packed_tokens;
     const float *stored; // k, where the last product of q, k and v has stored K and V (heads.cuh); else NULL
+    bool has_new_kv;     // of this step, which a kernel soon to come would take for old ones: the next begins alone
     // Of the last product, what is still to be added to x (parts.cu); x NULL: nothing. Whatever is queued next adds it
     // first.
     struct {

@@ -259,6 +259,7 @@ static void rope(const struct op_ctx *ctx, float *x, const float *cos_sin, size_
 static void kv_store(const struct op_ctx *ctx, struct kv_layer *kv, const struct batch *b, const float *k,
                      const float *v) {
     launch_kernel(cuda_of(ctx), "kv_store", k_kv_store, {grid_for(b->n_tokens), THREADS, 0}, view(kv), view(b), k, v);
+    cuda_of(ctx)->has_new_kv = true;
 }
 
 // By k_store_heads. False: too few tokens, or another kind of K and V.
@@ -295,7 +296,15 @@ bool cuda_store_kv(const struct op_ctx *ctx, const struct qk_norm_rope_store_arg
 }
 
 static void qk_norm_rope_store(const struct op_ctx *ctx, const struct qk_norm_rope_store_args *a) {
-    if (!store_heads(ctx, a)) store_by_warps(ctx, a, a->n_heads);
+    struct cuda_state *s = cuda_of(ctx);
+    bool stored = s->stored == a->k;
+    s->stored = NULL;
+    if (a->n_heads > 0) {
+        if (!store_heads(ctx, a)) store_by_warps(ctx, a, a->n_heads);
+        return;
+    }
+    if (!stored && !cuda_store_kv(ctx, a)) store_by_warps(ctx, a, 0);
+    s->has_new_kv = true;
 }
 
 extern "C" void cuda_pack_rows(struct cuda_state *s, const struct matrix *out, const void *rows, size_t row,

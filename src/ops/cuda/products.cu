@@ -74,18 +74,18 @@ static void norm_qkv(const struct op_ctx *ctx, const struct norm_qkv_args *a) {
     const float *b[] = {a->bq, a->bk, a->bv};
     heads_end heads;
     bool prompts = a->store && cuda_heads_end(ctx, a->store, &heads);
-    for (int first = 0, end; first < 3; first = end) {
+    for (int first = a->wq ? 0 : 1, end; first < 3; first = end) {
         for (end = first + 1; end < 3 && w[end]->type == w[first]->type;) end++;
         product_args p = args_for(w[first], a->n_tokens, a->x);
         size_t pairs = 0;
-        p.n_pairs[0] = 0;
+        p.n_pairs[0] = p.n_out[0] = 0;
         for (int i = first, at = 3 - (end - first); i < end; i++, at++) {
             add_segment(&p, at, w[i], y[i], b[i]);
             pairs += (size_t)p.n_pairs[at];
         }
         p.norm = a->norm;
         p.eps = a->eps;
-        if (prompts && end - first == 3) p.heads = &heads;
+        if (prompts && first <= 1 && end == 3) p.heads = &heads;
         product_of<PRODUCT_QKV, true>(ctx, "norm_qkv", p, w[first]->type, pairs);
     }
 }

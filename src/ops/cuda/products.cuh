@@ -204,8 +204,8 @@ void quantised_matmul(const struct op_ctx *ctx, float *y, const float *x, const 
 void quantised_product(const struct op_ctx *ctx, const char *what, const product_args &p, enum product_mode mode,
                        enum dtype type, size_t pairs);
 
-// Whether the attention that follows at once takes k and v of these tokens from their pages alone, but for some; sets
-// `end` to how they get there.
+// Whether what follows at once takes k and v of these tokens from their pages alone, but for some; sets `end` to how
+// they get there.
 bool cuda_heads_end(const struct op_ctx *ctx, const struct qk_norm_rope_store_args *a, heads_end *end);
 
 // Whether such a product of the residual stream is one for clusters (clusters.cuh).

@@ -175,13 +175,14 @@ static void broken_matmul(const struct op_ctx *ctx, float *y, const float *x, co
 
 static void broken_norm_qkv(const struct op_ctx *ctx, const struct norm_qkv_args *a) {
     struct op_ctx c = right_ctx(ctx);
-    size_t hidden = a->wq->n_in, head_dim = a->wk->n_out % 64 == 0 ? 64 : a->wk->n_out;
+    size_t hidden = a->wk->n_in, head_dim = a->wk->n_out % 64 == 0 ? 64 : a->wk->n_out;
+    int first = a->wq ? 0 : 1;
     struct {
         const struct matrix *m;
         const float *bias;
         float *y, *before;
     } parts[] = {{a->wq, a->bq, a->q, NULL}, {a->wk, a->bk, a->k, NULL}, {a->wv, a->bv, a->v, NULL}};
-    for (int i = 0; i < 3; i++) {
+    for (int i = first; i < 3; i++) {
         parts[i].before = floats(a->n_tokens * parts[i].m->n_out);
         memcpy(parts[i].before, parts[i].y, a->n_tokens * parts[i].m->n_out * sizeof(float));
     }
@@ -189,7 +190,7 @@ static void broken_norm_qkv(const struct op_ctx *ctx, const struct norm_qkv_args
     if (here(SITE_NORM_QKV, ctx->layer)) {
         float *normed = floats(a->n_tokens * hidden);
         wrong_norm(normed, a->x, a->norm, a->eps, a->n_tokens, hidden);
-        for (int i = 0; i < 3; i++) {
+        for (int i = first; i < 3; i++) {
             wrong_matmul(parts[i].before, normed, parts[i].m, a->n_tokens, head_dim);
             for (size_t k = 0; parts[i].bias && k < a->n_tokens * parts[i].m->n_out; k++)
                 parts[i].before[k] += parts[i].bias[k % parts[i].m->n_out];
@@ -197,7 +198,7 @@ static void broken_norm_qkv(const struct op_ctx *ctx, const struct norm_qkv_args
         }
         free(normed);
     }
-    for (int i = 0; i < 3; i++) free(parts[i].before);
+    for (int i = first; i < 3; i++) free(parts[i].before);
 }
 
 static void broken_residual(const struct op_ctx *ctx, const struct proj_residual_args *a, enum seed_site site) {

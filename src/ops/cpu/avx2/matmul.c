@@ -279,11 +279,10 @@ static void matmul(const struct op_ctx *ctx, float *y, const float *x, const str
 }
 
 static void norm_qkv(const struct op_ctx *ctx, const struct norm_qkv_args *a) {
-    struct product p = {.parts = {{.w = a->wq, .y = a->q, .bias = a->bq},
-                                  {.w = a->wk, .y = a->k, .bias = a->bk},
-                                  {.w = a->wv, .y = a->v, .bias = a->bv}},
-                        .n_parts = 3,
+    struct product p = {.parts = {{.w = a->wk, .y = a->k, .bias = a->bk}, {.w = a->wv, .y = a->v, .bias = a->bv}},
+                        .n_parts = 2,
                         .n_tokens = a->n_tokens};
+    if (a->wq) p.parts[p.n_parts++] = (struct part){.w = a->wq, .y = a->q, .bias = a->bq};
     make_inputs(ctx, (struct input_job){.x = a->x, .norm = a->norm, .eps = a->eps}, a->normed, &p);
     run_product(ctx, &p);
 }
