@@ -955,7 +955,8 @@ static void spy_attn_combine(const struct op_ctx *ctx, float *out, const float *
 void spy_fill(struct walk *w) {
     const struct ops *real = w->o.ops;
     w->ops = *real;
-    w->ops.rope_attention = NULL; // its two parts are watched
+    w->ops.rope_attention = NULL;     // its two parts are watched
+    w->ops.least_left_out = SIZE_MAX; // every token is watched in every layer
     w->ops.attn_scores = spy_attn_scores;
     w->ops.attn_softmax = spy_attn_softmax;
     w->ops.attn_values = spy_attn_values;

@@ -29,13 +29,15 @@ struct run {
     float *gate, *up; // [max_tokens, n_ff]
     float *cos_sin;   // [max_tokens, head_dim]
     float *rows;      // [max_logit_rows, hidden]
+    float *x_last;    // [max_logit_rows, hidden] the residual stream of the tokens that the last layer is left with
     float *logits;    // [max_logit_rows, n_vocab]
+    int32_t *last;    // [last_arrays] on the host: the arrays of the last layer's batch
     // On a device only.
     float *rope;  // [max_positions, head_dim] the cosines and sines of every position
     float *board; // what a kernel of all layers keeps from step to step
     size_t n_board;
     struct layer_refs *refs; // [n_layers] its arguments
-    int32_t *arrays;         // [n_arrays] a step's batch
+    int32_t *arrays;         // [n_arrays] a step's batch, and the last layer's
     int32_t *staging[2];     // [n_arrays] the same on the host, in turns
     size_t n_arrays;
     int32_t *chosen;                  // [max_logit_rows] what the last step chose, for the next one
@@ -55,6 +57,18 @@ static size_t batch_arrays(const struct run_options *o) {
                    size_add(n, rows + MOST_BANNED, &n)
                ? n
                : SIZE_MAX;
+}
+
+// The same for the batch of the tokens whose logits are wanted.
+static size_t last_arrays(const struct run_options *o) {
+    struct run_options last = *o;
+    last.max_tokens = o->max_logit_rows;
+    return batch_arrays(&last);
+}
+
+static size_t all_arrays(const struct run_options *o) {
+    size_t n;
+    return size_add(batch_arrays(o), last_arrays(o), &n) ? n : SIZE_MAX;
 }
 
 static struct layers_shape shape_of(const struct model_config *c) {
@@ -97,10 +111,11 @@ static size_t lay_out(const struct model_config *c, const struct run_options *o,
         {o->max_tokens, c->n_ff, run ? &run->up : NULL},
         {o->max_tokens, c->head_dim, run ? &run->cos_sin : NULL},
         {o->max_logit_rows, c->hidden, run ? &run->rows : NULL},
+        {o->max_logit_rows, c->hidden, run ? &run->x_last : NULL},
         {o->max_logit_rows, c->n_vocab, run ? &run->logits : NULL},
         {1, scratch, run ? &run->ctx.scratch : NULL},
         {device ? o->max_positions : 0, c->head_dim, run ? &run->rope : NULL},
-        {device ? batch_arrays(o) : 0, 1, run ? (float **)&run->arrays : NULL},
+        {device ? all_arrays(o) : 0, 1, run ? (float **)&run->arrays : NULL},
         {device ? o->max_logit_rows : 0, 1, run ? (float **)&run->chosen : NULL},
         {board, 1, run ? &run->board : NULL},
     };
@@ -143,7 +158,7 @@ static void rope_table(const struct model *m, const struct batch *b, float *cos_
 static bool create_device_parts(struct run *run, const struct model *m, const struct run_options *o,
                                 struct error *err) {
     struct device *d = run->device;
-    run->n_arrays = batch_arrays(o);
+    run->n_arrays = all_arrays(o);
     run->fetched = d->alloc_host(d, o->max_logit_rows * m->config.n_vocab * sizeof *run->fetched);
     bool has_all = run->fetched != NULL;
     for (int i = 0; i < 2; i++) {
@@ -194,9 +209,11 @@ struct run *run_create(const struct model *model, const struct run_options *o, s
     run->weights = d ? o->weights : &run->host;
     lay_out(&model->config, o, run);
     run->ctx.chosen = run->chosen;
+    run->last = size_alloc(last_arrays(o), sizeof *run->last);
     if (!d) run->choices[0] = size_alloc(o->max_logit_rows, sizeof *run->choices[0]);
-    if (!d && !run->choices[0]) error_set(err, "out of memory for the activations of %zu tokens", o->max_tokens);
-    if (d ? !create_device_parts(run, model, o, err) : !run->choices[0]) {
+    bool ok = run->last && (d || run->choices[0]);
+    if (!ok) error_set(err, "out of memory for the activations of %zu tokens", o->max_tokens);
+    if (!ok || (d && !create_device_parts(run, model, o, err))) {
         run_free(run);
         return NULL;
     }
@@ -218,6 +235,7 @@ void run_free(struct run *run) {
         free(run->memory);
         free(run->choices[0]);
     }
+    free(run->last);
     free(run);
 }
 
@@ -241,27 +259,31 @@ void run_set_fusion(struct run *run, uint32_t fusion) {
     run->ctx.fusion = fusion;
 }
 
-static void attention_block(const struct model *m, struct run *r, struct kv_layer *kv, const struct batch *b,
-                            const struct layer_weights *w) {
+// What becomes of q, k and v, or, without_q, of k and v alone.
+static struct qk_norm_rope_store_args store_args(const struct model *m, struct run *r, struct kv_layer *kv,
+                                                 const struct batch *b, const struct layer_weights *w, bool without_q) {
     const struct model_config *c = &m->config;
-    float eps = (float)c->rms_eps;
-    struct qk_norm_rope_store_args store = {.batch = b,
-                                            .n_heads = c->n_heads,
+    return (struct qk_norm_rope_store_args){.batch = b,
+                                            .n_heads = without_q ? 0 : c->n_heads,
                                             .n_kv_heads = c->n_kv_heads,
                                             .head_dim = c->head_dim,
                                             .q_norm = w->q_norm,
                                             .k_norm = w->k_norm,
-                                            .eps = eps,
+                                            .eps = (float)c->rms_eps,
                                             .cos_sin = r->cos_sin,
                                             .q = r->q,
                                             .k = r->k,
                                             .v = r->v,
                                             .kv = kv};
-    ops_norm_qkv(&r->ctx, &(struct norm_qkv_args){.n_tokens = b->n_tokens,
-                                                  .x = r->x,
+}
+
+static void norm_qkv(struct run *r, const float *x, const struct layer_weights *w,
+                     const struct qk_norm_rope_store_args *store) {
+    ops_norm_qkv(&r->ctx, &(struct norm_qkv_args){.n_tokens = store->batch->n_tokens,
+                                                  .x = x,
                                                   .norm = w->attn_norm,
-                                                  .eps = eps,
-                                                  .wq = &w->wq,
+                                                  .eps = store->eps,
+                                                  .wq = store->n_heads ? &w->wq : NULL,
                                                   .wk = &w->wk,
                                                   .wv = &w->wv,
                                                   .bq = w->bq,
@@ -271,7 +293,15 @@ static void attention_block(const struct model *m, struct run *r, struct kv_laye
                                                   .q = r->q,
                                                   .k = r->k,
                                                   .v = r->v,
-                                                  .store = &store});
+                                                  .store = store});
+}
+
+// x: [n_tokens, hidden] the residual stream of the batch's tokens; here and below.
+static void attention_block(const struct model *m, struct run *r, struct kv_layer *kv, const struct batch *b, float *x,
+                            const struct layer_weights *w) {
+    const struct model_config *c = &m->config;
+    struct qk_norm_rope_store_args store = store_args(m, r, kv, b, w, false);
+    norm_qkv(r, x, w, &store);
     struct attention_args attention = {.batch = b,
                                        .n_heads = c->n_heads,
                                        .n_kv_heads = c->n_kv_heads,
@@ -284,13 +314,22 @@ static void attention_block(const struct model *m, struct run *r, struct kv_laye
     ops_rope_attention(&r->ctx, &(struct rope_attention_args){&store, &attention});
     ops_out_residual(&r->ctx,
                      &(struct proj_residual_args){
-                         .n_tokens = b->n_tokens, .in = r->attn, .w = &w->wo, .projected = r->projected, .x = r->x});
-    ops_tap(&r->ctx, "resid_mid", r->x, b->n_tokens, c->hidden);
+                         .n_tokens = b->n_tokens, .in = r->attn, .w = &w->wo, .projected = r->projected, .x = x});
+    ops_tap(&r->ctx, "resid_mid", x, b->n_tokens, c->hidden);
 }
 
-static void mlp_block(const struct model *m, struct run *r, const struct batch *b, const struct layer_weights *w) {
+// All that a layer has to do for tokens whose result nobody wants: its K and V are what later ones attend to.
+static void store_kv(const struct model *m, struct run *r, struct kv_layer *kv, const struct batch *b, const float *x,
+                     const struct layer_weights *w) {
+    struct qk_norm_rope_store_args store = store_args(m, r, kv, b, w, true);
+    norm_qkv(r, x, w, &store);
+    ops_qk_norm_rope_store(&r->ctx, &store);
+}
+
+static void mlp_block(const struct model *m, struct run *r, const struct batch *b, float *x,
+                      const struct layer_weights *w) {
     ops_norm_gate_up(&r->ctx, &(struct norm_gate_up_args){.n_tokens = b->n_tokens,
-                                                          .x = r->x,
+                                                          .x = x,
                                                           .norm = w->mlp_norm,
                                                           .eps = (float)m->config.rms_eps,
                                                           .w_gate = &w->w_gate,
@@ -300,10 +339,10 @@ static void mlp_block(const struct model *m, struct run *r, const struct batch *
                                                           .up = r->up,
                                                           .act = r->gate,
                                                           .reader = &w->w_down});
-    ops_down_residual(
-        &r->ctx, &(struct proj_residual_args){
-                     .n_tokens = b->n_tokens, .in = r->gate, .w = &w->w_down, .projected = r->projected, .x = r->x});
-    ops_tap(&r->ctx, "resid", r->x, b->n_tokens, m->config.hidden);
+    ops_down_residual(&r->ctx,
+                      &(struct proj_residual_args){
+                          .n_tokens = b->n_tokens, .in = r->gate, .w = &w->w_down, .projected = r->projected, .x = x});
+    ops_tap(&r->ctx, "resid", x, b->n_tokens, m->config.hidden);
 }
 
 // Whether nobody wants to see what a step of one token a sequence does inside.
@@ -344,10 +383,10 @@ static bool has_filter(const struct batch *b) {
     return false;
 }
 
-static void head_and_choice(const struct model *m, struct run *r, const struct batch *b) {
+static void head_and_choice(const struct model *m, struct run *r, const struct batch *b, const float *x) {
     if (b->n_logit_rows == 0) return;
     ops_norm_head(&r->ctx, &(struct norm_head_args){.batch = b,
-                                                    .x = r->x,
+                                                    .x = x,
                                                     .norm = r->weights->final_norm,
                                                     .eps = (float)m->config.rms_eps,
                                                     .head = &r->weights->head,
@@ -366,34 +405,86 @@ static void head_and_choice(const struct model *m, struct run *r, const struct b
         r->ctx.ops->choose(&r->ctx, r->choices[r->turn], r->logits, b->n_logit_rows, m->config.n_vocab);
 }
 
-// THE layer sequence.
-static void run_layers(const struct model *m, struct run *r, struct kv_store *kv, const struct batch *b) {
-    const struct device_weights *w = r->weights;
-    r->ctx.layer = -1;
+// Of each token's position.
+static void rotations(const struct model *m, struct run *r, const struct batch *b) {
     if (r->device) r->ctx.ops->gather(&r->ctx, r->cos_sin, r->rope, b->position, b->n_tokens, m->config.head_dim);
     else rope_table(m, b, r->cos_sin);
-    r->ctx.ops->embed(&r->ctx, r->x, &w->embed, b->token, b->n_tokens);
-    ops_tap(&r->ctx, "embed", r->x, b->n_tokens, m->config.hidden);
+}
+
+// What the last layer is left with when every token's K and V are stored: the tokens whose logits are wanted, as a
+// batch of one token a sequence, with its arrays in r->last. False: it has all tokens, since too few would be left out,
+// several of a sequence are wanted, somebody watches, or the step is of one token a sequence, and may be recorded.
+static bool last_batch(struct run *r, const struct batch *b, struct batch *last) {
+    size_t n = b->n_logit_rows, n_pages = 0;
+    if (2 * n > b->n_tokens || b->n_tokens - n < r->ctx.ops->least_left_out || b->n_tokens == b->n_seqs || r->ctx.tap)
+        return false;
+    for (size_t i = 1; i < n; i++)
+        if (b->seq[b->logit_rows[i]] <= b->seq[b->logit_rows[i - 1]]) return false;
+    int32_t *token = r->last, *position = token + n, *kv_len = position + n, *index = kv_len + n,
+            *page_start = index + n + 1, *pages = page_start + n + 1;
+    for (size_t i = 0; i < n; i++) {
+        int32_t t = b->logit_rows[i], seq = b->seq[t], n_own = b->position[t] / KV_PAGE_TOKENS + 1;
+        token[i] = b->token[t];
+        position[i] = b->position[t];
+        kv_len[i] = b->kv_len[seq];
+        index[i] = (int32_t)i;
+        page_start[i] = (int32_t)n_pages;
+        memcpy(pages + n_pages, b->pages + b->page_start[seq], (size_t)n_own * sizeof *pages);
+        n_pages += (size_t)n_own;
+    }
+    index[n] = (int32_t)n;
+    page_start[n] = (int32_t)n_pages;
+    *last = (struct batch){.n_tokens = n,
+                           .n_seqs = n,
+                           .n_logit_rows = n,
+                           .token = token,
+                           .position = position,
+                           .seq = index,
+                           .seq_start = index,
+                           .page_start = page_start,
+                           .pages = pages,
+                           .kv_len = kv_len,
+                           .logit_rows = index,
+                           .sample = b->sample,
+                           .banned = b->banned,
+                           .n_banned = b->n_banned};
+    return true;
+}
+
+// THE layer sequence. `last`: the last layer's batch, b or what last_batch makes of it.
+static void run_layers(const struct model *m, struct run *r, struct kv_store *kv, const struct batch *b,
+                       const struct batch *last) {
+    const struct device_weights *w = r->weights;
+    float *x = r->x;
+    r->ctx.layer = -1;
+    rotations(m, r, b);
+    r->ctx.ops->embed(&r->ctx, x, &w->embed, b->token, b->n_tokens);
+    ops_tap(&r->ctx, "embed", x, b->n_tokens, m->config.hidden);
     bool done = all_layers(m, r, kv, b, NULL);
     for (size_t i = 0; !done && i < m->config.n_layers; i++) {
         r->ctx.layer = (int)i;
-        attention_block(m, r, &kv->layers[i], b, &w->layers[i]);
-        mlp_block(m, r, b, &w->layers[i]);
+        if (i + 1 == m->config.n_layers && last != b) {
+            store_kv(m, r, &kv->layers[i], b, x, &w->layers[i]);
+            if (last->n_tokens == 0) return;
+            r->ctx.ops->gather(&r->ctx, r->x_last, x, b->logit_rows, last->n_tokens, m->config.hidden);
+            rotations(m, r, last);
+            b = last;
+            x = r->x_last;
+        }
+        attention_block(m, r, &kv->layers[i], b, x, &w->layers[i]);
+        mlp_block(m, r, b, x, &w->layers[i]);
     }
     r->ctx.layer = -1;
-    head_and_choice(m, r, b);
+    head_and_choice(m, r, b, x);
 }
 
-// Puts a batch's arrays where the device may fetch them; *placed has the same shape and points to where they belong
-// there. The places depend on the shape alone, so that a recorded sequence finds the next batch of its shape where the
-// last one was. Returns how many numbers they are.
-static size_t stage_batch(struct run *r, const struct batch *b, struct batch *placed) {
+// Puts a batch's arrays where the device may fetch them, from number `at` of the staging on; *placed has the same shape
+// and points to where they belong there. A step's places depend on its shape alone, so that a recorded sequence finds
+// the next batch of its shape where the last one was. Returns the number behind them.
+static size_t stage_batch(struct run *r, size_t at, const struct batch *b, struct batch *placed) {
     *placed = *b;
     placed->host = b;
-    r->turn ^= 1;
-    r->turn_rows[r->turn] = b->n_logit_rows;
-    r->device->reach(r->device, r->turn); // the step before the last may not have read its staging yet
-    size_t at = 0, per_row = sizeof *b->sample / sizeof(int32_t);
+    size_t per_row = sizeof *b->sample / sizeof(int32_t);
     int32_t *staging = r->staging[r->turn];
     const struct {
         const void *from;
@@ -419,6 +510,13 @@ static size_t stage_batch(struct run *r, const struct batch *b, struct batch *pl
     return at;
 }
 
+// Which staging the next step has.
+static void turn_staging(struct run *r, const struct batch *b) {
+    r->turn ^= 1;
+    r->turn_rows[r->turn] = b->n_logit_rows;
+    r->device->reach(r->device, r->turn); // the step before the last may not have read its staging yet
+}
+
 static void send_staged(struct run *r, size_t n) {
     r->device->send(r->device, r->arrays, r->staging[r->turn], n * sizeof *r->arrays);
 }
@@ -431,7 +529,8 @@ void run_store_kv(struct run *r, struct kv_layer *layer, const struct batch *b, 
         return;
     }
     struct batch placed;
-    send_staged(r, stage_batch(r, b, &placed));
+    turn_staging(r, b);
+    send_staged(r, stage_batch(r, 0, b, &placed));
     d->put(d, r->k, k, bytes);
     d->put(d, r->v, v, bytes);
     r->ctx.ops->kv_store(&r->ctx, layer, &placed, r->k, r->v);
@@ -464,22 +563,25 @@ static bool chain_step(const struct model *m, struct run *r, struct kv_store *kv
     r->ctx.layer = -1;
     if (!all_layers(m, r, kv, placed, &opening)) return false;
     d->mark_by_choice(d, r->turn);
-    head_and_choice(m, r, placed);
+    head_and_choice(m, r, placed, r->x);
     return true;
 }
 
-static void forward_on_device(const struct model *m, struct run *r, struct kv_store *kv, const struct batch *b) {
+static void forward_on_device(const struct model *m, struct run *r, struct kv_store *kv, const struct batch *b,
+                              const struct batch *last) {
     struct device *d = r->device;
-    struct batch placed;
-    size_t n_staged = stage_batch(r, b, &placed);
+    struct batch placed, placed_last;
+    turn_staging(r, b);
+    size_t n_staged = stage_batch(r, 0, b, &placed);
     if (chain_step(m, r, kv, &placed, n_staged)) return;
+    if (last != b) n_staged = stage_batch(r, n_staged, last, &placed_last);
     send_staged(r, n_staged);
     enum { RECORDED_AT_ONCE = 8 }; // sequences
-    uint64_t key = record_key(r, kv, b), last = r->seen[r->turn];
+    uint64_t key = record_key(r, kv, b), seen = r->seen[r->turn];
     r->seen[r->turn] = key;
-    if (b->n_seqs > RECORDED_AT_ONCE && key != last) key = 0; // worth recording when it has come again
+    if (b->n_seqs > RECORDED_AT_ONCE && key != seen) key = 0; // worth recording when it has come again
     if (!(key && d->begin(d, key))) {
-        run_layers(m, r, kv, &placed);
+        run_layers(m, r, kv, &placed, last == b ? &placed : &placed_last);
         if (key) d->end(d);
     }
     d->mark(d, r->turn);
@@ -489,8 +591,10 @@ void model_queue(const struct model *m, struct run *r, struct kv_store *kv, cons
     r->is_fetched = false;
     r->n_rows = b->n_logit_rows;
     r->n_vocab = m->config.n_vocab;
-    if (r->device) forward_on_device(m, r, kv, b);
-    else run_layers(m, r, kv, b);
+    struct batch rows;
+    const struct batch *last = last_batch(r, b, &rows) ? &rows : b;
+    if (r->device) forward_on_device(m, r, kv, b, last);
+    else run_layers(m, r, kv, b, last);
 }
 
 const float *run_logits(struct run *r) {

@@ -271,7 +271,9 @@ struct ops {
     const struct cpu_kernels *kernels; // the CPU's own: the dot products of one tile
     const char *name;                  // "cpu/avx2", "cuda:0"
     bool takes_octets;                 // products are faster with matrix.octets
-    struct device *device;             // whose memory every pointer of an op's arguments is; NULL: the host's
+    // The last layer leaves out tokens whose logits nobody wants where they are so many; SIZE_MAX: never.
+    size_t least_left_out;
+    struct device *device; // whose memory every pointer of an op's arguments is; NULL: the host's
 
     // Floats of scratch beyond ops_scratch_floats' own count; NULL: none.
     bool (*scratch_floats)(const struct ops *ops, const struct ops_limits *limits, size_t *out);

@@ -43,6 +43,7 @@ struct way {
     size_t lead, chunk, n_seqs;
     size_t n_long, long_chunk; // the last ones go in chunks of their own, again and again
     bool of_long;              // the last sequence is the one compared, not the first
+    bool few;                  // logits of at most one token a sequence and step: the last layer runs these alone
     bool backwards;            // pages
     uint32_t variants;         // the device's, that are turned round
 };
@@ -61,8 +62,13 @@ static size_t n_kept(size_t length) {
     return n;
 }
 
-// A watched step is not recorded, and does without the op that both stores K and V and attends.
+// A watched step is not recorded, does without the op that both stores K and V and attends, and has all of its tokens
+// in the last layer.
 static const uint32_t unwatched = 1u << FUSED_STEP | 1u << FUSED_ROPE_ATTENTION;
+
+static bool is_shown(const struct way *w) {
+    return !(w->fusion & unwatched) && !w->few;
+}
 
 // Takes attention's results of the wanted tokens: there a difference is seen that rounding to bf16 hides from the
 // logits.
@@ -123,8 +129,12 @@ static void run_way(const struct subject *s, const struct way *w, const struct p
         pages[i] = (int32_t)(w->backwards ? n_pages - 1 - page : page);
     }
     struct watch watch = {.attention = attention, .n_layers = c->n_layers, .width = c->n_heads * c->head_dim};
-    if (!(w->fusion & unwatched)) run_set_tap(run, watch_attention, &watch);
+    struct ops *table = (struct ops *)(uintptr_t)cuda;
+    size_t least_left_out = table->least_left_out;
+    table->least_left_out = w->few ? 0 : SIZE_MAX;
+    if (is_shown(w)) run_set_tap(run, watch_attention, &watch);
     while (at[compared] < length) {
+        size_t n_mine = 0, n_rows = 0, first = 0; // compared: positions, and rows of these, from the first on
         struct batch b = {.n_seqs = w->n_seqs,
                           .token = token,
                           .position = position,
@@ -144,8 +154,13 @@ static void run_way(const struct subject *s, const struct way *w, const struct p
                 token[b.n_tokens] = id_at(s->model, (q + w->n_seqs - compared) % w->n_seqs, at[q]);
                 position[b.n_tokens] = (int32_t)at[q];
                 seq[b.n_tokens] = (int32_t)q;
-                if (q == compared && kept(at[q], length)) rows[b.n_logit_rows++] = (int32_t)b.n_tokens;
+                bool is_kept = q == compared && kept(at[q], length);
+                if (is_kept && n_mine++ == 0) first = b.n_logit_rows;
+                if (is_kept && w->few && n_mine > 1) rows[first] = (int32_t)b.n_tokens;
+                else if (is_kept || (w->few && q != compared && q % 2 && at[q] + 1 == end))
+                    rows[b.n_logit_rows++] = (int32_t)b.n_tokens;
             }
+            if (q == compared) n_rows = b.n_logit_rows - (n_mine ? first : b.n_logit_rows);
         }
         seq_start[w->n_seqs] = (int32_t)b.n_tokens;
         page_start[w->n_seqs] = (int32_t)n_pages;
@@ -153,9 +168,10 @@ static void run_way(const struct subject *s, const struct way *w, const struct p
         const float *logits = model_forward(s->model, run, &kv, &b);
         watch.at += b.n_logit_rows;
         if (!run_error(run, &err)) fail_msg("%s: %s", w->name, err.text);
-        memcpy(out, logits, b.n_logit_rows * c->n_vocab * sizeof *out);
-        out += b.n_logit_rows * c->n_vocab;
+        memcpy(out + (n_mine - n_rows) * c->n_vocab, logits + first * c->n_vocab, n_rows * c->n_vocab * sizeof *out);
+        out += n_mine * c->n_vocab;
     }
+    table->least_left_out = least_left_out;
     int32_t *all[] = {token, position, seq, rows, seq_start, page_start, kv_len, pages};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
     free(at);
@@ -164,7 +180,7 @@ static void run_way(const struct subject *s, const struct way *w, const struct p
 }
 
 struct ways {
-    struct way list[256];
+    struct way list[320];
     size_t n, lead;
 };
 
@@ -175,6 +191,16 @@ static void add_way(struct ways *all, uint32_t fusion, size_t chunk, size_t n_se
     *w = (struct way){.fusion = fusion, .lead = all->lead, .chunk = chunk, .n_seqs = n_seqs, .backwards = backwards};
     snprintf(w->name, sizeof w->name, "fusion %.30s, chunk %zu, %zu sequences%s",
              fusion_text(fusion, text, sizeof text), chunk, n_seqs, backwards ? ", pages backwards" : "");
+}
+
+// The last n ways.
+static void make_few(struct ways *all, size_t n) {
+    for (size_t i = all->n - n; i < all->n; i++) {
+        struct way *w = &all->list[i];
+        size_t used = strlen(w->name);
+        w->few = true;
+        snprintf(w->name + used, sizeof w->name - used, ", few logits");
+    }
 }
 
 // Sequences of one token beside two of many in every step: one of each kind is compared.
@@ -232,6 +258,37 @@ static void add_variants(struct ways *all, const struct plan *p) {
     }
 }
 
+// Ways in which few logits are wanted: in long chunks, with whoever reads K and V fused and whoever stores them not,
+// and the other way round; and of sequences side by side.
+static void add_few(struct ways *all, const struct plan *p) {
+    const uint32_t on = all_fused(), store = 1u << FUSED_QK_NORM_ROPE_STORE;
+    for (size_t i = 0; i < p->n_chunks; i++) {
+        if (p->chunks[i] == 1 || p->chunks[i] > p->length) continue;
+        add_way(all, on, p->chunks[i], 1, i % 2);
+        if (p->chunks[i] * 4 > p->length) all->list[all->n - 1].lead = 0;
+        make_few(all, 1);
+    }
+    if (p->each_op) {
+        add_way(all, on & ~store, 20, 1, false);
+        make_few(all, 1);
+        add_way(all, on & ~(1u << FUSED_ROPE_ATTENTION), 20, 1, false);
+        make_few(all, 1);
+        add_way(all, 0, 20, 1, false);
+        make_few(all, 1);
+    }
+    if (p->n_ragged) {
+        add_way(all, on, 13, p->n_ragged, true);
+        make_few(all, 1);
+        add_way(all, on, 40, p->n_ragged, true);
+        all->list[all->n - 1].lead = 0;
+        make_few(all, 1);
+    }
+    if (p->n_mixed) {
+        add_mixed(all, on, p->n_mixed);
+        make_few(all, 2);
+    }
+}
+
 static void plan_ways(struct ways *all, const struct plan *p) {
     const uint32_t on = all_fused(), step = 1u << FUSED_STEP;
     *all = (struct ways){.lead = p->lead};
@@ -255,6 +312,7 @@ static void plan_ways(struct ways *all, const struct plan *p) {
     if (p->n_crowd) add_way(all, on & ~step, 1, p->n_crowd, true);
     if (p->n_ragged) add_mixed(all, on, p->n_ragged);
     if (p->n_mixed) add_mixed(all, on, p->n_mixed);
+    add_few(all, p);
     add_variants(all, p);
 }
 
@@ -276,8 +334,8 @@ size_t compare_ways(const struct subject *s, const char *name, const struct plan
     for (size_t i = 0; i < all->n; i++) {
         const struct way *w = &all->list[i];
         double start = clock_seconds();
-        size_t first = 0, wrong, compared = w->fusion & unwatched ? floats : floats + watched;
-        for (size_t k = 0; k < floats + watched; k++) found[k] = NAN;
+        size_t first = 0, wrong, compared = is_shown(w) ? floats + watched : floats;
+        for (size_t k = 0; k < floats + watched; k++) found[k] = w->few && k < floats ? expected[k] : NAN;
         uint32_t variants = cuda->device->variants;
         cuda->device->variants ^= w->variants;
         run_way(s, w, p, i == 0 ? expected : found, (i == 0 ? expected : found) + floats);

@@ -9,7 +9,12 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { MAX_RECORDINGS = 512, CHIP = 90, STAGING = 64 << 20 };
+enum {
+    MAX_RECORDINGS = 512,
+    CHIP = 90,
+    STAGING = 64 << 20,
+    LEFT_OUT = 128, // tokens: fewer cost a layer less than gathering the others does (docs/SPEED.md)
+};
 
 // Those that `make gpu-check` has held against the others on a GPU are on by default.
 enum {
@@ -392,7 +397,7 @@ const struct ops *ops_cuda_open(int index, struct error *err) {
                                 .n_variants = N_VARIANTS,
                                 .variants = VARIANTS_PROVEN,
                                 .kv_types = 1u << DTYPE_BF16 | 1u << DTYPE_FP8};
-    s->ops = (struct ops){.name = s->short_name, .device = &s->device};
+    s->ops = (struct ops){.name = s->short_name, .device = &s->device, .least_left_out = LEFT_OUT};
     cuda_fill_pointwise(&s->ops);
     cuda_fill_products(&s->ops);
     cuda_fill_attention(&s->ops);
