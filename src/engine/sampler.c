@@ -194,8 +194,7 @@ static size_t keep(struct candidate *c, const float *logits, size_t n, const tan
     return kept;
 }
 
-// The noise is at most this: -ln u >= 1 - u. sampling_noise_bound is closer to it, and takes a processor half as long
-// again.
+// The noise is at most this: -ln u >= 1 - u. sampling_loses is closer to it, and takes a processor twice as long.
 static float quick_bound(uint64_t random) {
     return random == UINT64_MAX ? 66.0f : (float)(__builtin_clzll(~random) + 2);
 }

@@ -137,29 +137,26 @@ SAMPLING float sampling_noise(uint64_t random) {
     return -((float)e + sampling_log1p(f) * 1.44269502f);
 }
 
-// The noise is at most this, which costs much less, and a tenth or two more mostly. With l what u lacks to 1, rounded
-// down, -ln u >= l + l^2 / 2; and log2 x is at least what x's bits are as a number. 2^-14: for all that is rounded.
-SAMPLING float sampling_noise_bound(uint64_t random) {
-    float l = (float)(uint32_t)(~random >> 32) * 0x1p-32f;
-    int32_t bits = (int32_t)sampling_bits_of(l + 0.5f * l * l);
-    return (float)(0x3F800000 - bits) * 0x1p-23f + 0x1p-14f;
-}
-
 SAMPLING double sampling_score(float logit, double scale, float noise) {
     return (double)logit * scale + (double)noise;
 }
 
-// A number that no score from `highest` on is below, for what follows.
+// What sampling_loses takes of the highest score so far: a number that no score from there on is below, less a constant.
 SAMPLING float sampling_below(double highest) {
     float f = (float)highest;
-    return f * (f < 0 ? 1 + 0x1p-20f : 1 - 0x1p-20f);
+    return f * (f < 0 ? 1 + 0x1p-20f : 1 - 0x1p-20f) - (31.5f + 0x1p-12f);
 }
 
-// Whether a score is certainly lower than another, of which `below` is sampling_below, as most are: in f32, and without
-// the noise. (float)scale is the scale.
+// Whether a score is certainly lower than `highest`, of which `below` is sampling_below, as most are: in f32, and without
+// the noise. (float)scale is the scale. Noise is at least n only where u lacks at most 2^-n to 1, since -ln u >= 1 - u:
+// the first n bits of u are ones then. n is here the nearest integer to half less than what is wanted of the noise, up
+// to 31; 2^-12 is more than what is rounded on the way.
 SAMPLING int sampling_loses(float logit, float scale, uint64_t random, float below) {
-    float x = logit * scale;
-    return x * (x < 0 ? 1 - 0x1p-20f : 1 + 0x1p-20f) + sampling_noise_bound(random) < below;
+    float x = logit * scale, low = x * (1 - 0x1p-20f), high = x * (1 + 0x1p-20f);
+    float free = (low > high ? low : high) - below; // 31 - n, before it is rounded
+    free = free < 31 ? free : 31; // NaN, too
+    free = free > 0 ? free : 0;
+    return (uint32_t)(~random >> 33) >> (sampling_bits_of(free + 0x1p23f) & 31) != 0;
 }
 
 #endif

@@ -181,9 +181,9 @@ static inline unsigned atomicAdd(unsigned *p, unsigned v) {
     return before;
 }
 
-static inline unsigned long long atomicMax(unsigned long long *p, unsigned long long v) {
+template <typename T> static inline T atomicMax(T *p, T v) {
     emulated_pause();
-    unsigned long long before = *p;
+    T before = *p;
     if (v > before) *p = v;
     return before;
 }

@@ -64,7 +64,9 @@ int main(void) {
         d->put(d, rows, host, sizeof host);
         printf("%-34s", settings[k].name);
         for (size_t n = 1; n <= ROWS; n = n == 1 ? 32 : 8 * n) {
-            struct batch b = {.n_logit_rows = n,
+            struct batch on_host = {.n_logit_rows = n, .sample = host, .n_banned = 3};
+            struct batch b = {.host = &on_host,
+                              .n_logit_rows = n,
                               .position = ints + ROWS,
                               .logit_rows = ints,
                               .sample = rows,

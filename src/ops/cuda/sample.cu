@@ -10,6 +10,8 @@
 #include "ops/cuda/choice.cuh"
 #include "ops/sampling.h"
 
+#include <float.h>
+
 enum {
     THREADS = 256,
     WARPS = THREADS / 32,
@@ -18,7 +20,7 @@ enum {
     MOST_ROWS = 256, // of a launch
     BINS = 2048,
     MOST_LISTED = 2048,
-    AT_ONCE = 4, // elements that a thread asks for before it looks at one
+    AT_ONCE = 8, // elements that a thread asks for before it looks at one
 };
 static const float BINS_A_NAT = 48; // the last bin: 42 nats and more
 
@@ -95,16 +97,31 @@ static __device__ __forceinline__ bool is_banned(const span &p, int id) {
     return false;
 }
 
+// visit(logits, first) for this thread's tokens of the span, AT_ONCE of them: first, first + THREADS, ...; what lies
+// beyond the span is the lowest number.
+template <typename F> static __device__ __forceinline__ void each_batch(const span &p, F visit) {
+    const float *x = p.x;
+    for (int at = p.first + (int)threadIdx.x, end = p.end; at < end; at += AT_ONCE * THREADS) {
+        float v[AT_ONCE];
+        if (at + (AT_ONCE - 1) * THREADS < end) {
+#pragma unroll
+            for (int k = 0; k < AT_ONCE; k++) v[k] = x[at + k * THREADS];
+        } else {
+#pragma unroll
+            for (int k = 0; k < AT_ONCE; k++) v[k] = at + k * THREADS < end ? x[at + k * THREADS] : -FLT_MAX;
+        }
+        visit(v, at);
+    }
+}
+
 // visit(logit, id) for this thread's tokens of the span, banned ones included.
 template <typename F> static __device__ __forceinline__ void each_token(const span &p, F visit) {
-    for (int at = p.first + (int)threadIdx.x; at < p.end; at += AT_ONCE * THREADS) {
-        float v[AT_ONCE];
-#pragma unroll
-        for (int k = 0; k < AT_ONCE; k++) v[k] = at + k * THREADS < p.end ? p.x[at + k * THREADS] : 0.0f;
+    int end = p.end;
+    each_batch(p, [&](const float(&v)[AT_ONCE], int first) {
 #pragma unroll
         for (int k = 0; k < AT_ONCE; k++)
-            if (at + k * THREADS < p.end) visit(v[k], at + k * THREADS);
-    }
+            if (first + k * THREADS < end) visit(v[k], first + k * THREADS);
+    });
 }
 
 // ---- Sums and maxima over a block; every thread gets the result
@@ -234,6 +251,48 @@ static __device__ __forceinline__ contest no_contest() {
 // ---- The kernels
 // -----------------------------------------------------------------------------------------------------
 
+// Numbers in the order of floats.
+static __device__ __forceinline__ unsigned ordered(float x) {
+    unsigned u = __float_as_uint(x);
+    return u >> 31 ? ~u : u | 0x80000000u;
+}
+
+static __device__ __forceinline__ float from_ordered(unsigned u) {
+    return __uint_as_float(u >> 31 ? u & 0x7FFFFFFFu : ~u);
+}
+
+// The span's best score, of a row without a filter; `best` and `best_id` become those of the span's beginning alone.
+static __device__ __forceinline__ void draw_unfiltered(const sample_step &s, const sample_row &r, const span &p,
+                                                       float &best, int32_t &best_id, int32_t &bad, contest &c) {
+    __shared__ unsigned bar; // the highest contest.below of the block's threads: few are above it
+    uint64_t key = key_of(s, r);
+    int first = p.first + (int)threadIdx.x, end = p.end;
+    for (int id = first; id < min(first + AT_ONCE * THREADS, end); id += THREADS)
+        if (!is_banned(p, id)) better_logit(best, best_id, p.x[id], id);
+    block_best_logit(best, best_id, bad);
+    if (best_id != NOBODY) c.put(sampling_score(best, r.scale, sampling_noise(sampling_random(key, best_id))), best_id);
+    if (threadIdx.x == 0) bar = ordered(c.below);
+    __syncthreads();
+    float scale = (float)r.scale, zero = 0; // or NaN
+    each_batch(p, [&](const float(&v)[AT_ONCE], int at) {
+        float below = from_ordered(*(volatile unsigned *)&bar);
+        unsigned may = 0; // win
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; k++) {
+            zero = fmaf(v[k], 0.0f, zero);
+            may |= sampling_loses(v[k], scale, sampling_random(key, at + k * THREADS), below) ? 0u : 1u << k;
+        }
+        if (!may) return;
+#pragma unroll 1
+        for (int id = at; may; id += THREADS, may >>= 1)
+            if ((may & 1) && id < end && !is_banned(p, id)) c.enter(p.x[id], id, r.scale, key);
+        atomicMax(&bar, ordered(c.below));
+    });
+    bad = zero != 0;
+    block_best_logit(best, best_id, bad);
+    block_best_score(c.score, c.id);
+}
+
 static __global__ void __launch_bounds__(THREADS) k_sample(sample_step s) {
     __shared__ span p;
     dependency_wait();
@@ -246,19 +305,14 @@ static __global__ void __launch_bounds__(THREADS) k_sample(sample_step s) {
     float best = __int_as_float((int)0xFF800000);
     int32_t best_id = NOBODY, bad = 0;
     contest c = no_contest();
-    each_token(p, [&](float v, int id) {
-        bad |= !isfinite(v);
-        if (!is_banned(p, id)) better_logit(best, best_id, v, id);
-    });
-    block_best_logit(best, best_id, bad);
-    if (r.scale > 0 && !filtered && !bad && best_id != NOBODY) {
-        uint64_t key = key_of(s, r);
-        // Few can beat this one.
-        c.put(sampling_score(best, r.scale, sampling_noise(sampling_random(key, best_id))), best_id);
+    if (r.scale > 0 && !filtered) {
+        draw_unfiltered(s, r, p, best, best_id, bad, c);
+    } else {
         each_token(p, [&](float v, int id) {
-            if (!is_banned(p, id)) c.enter(v, id, r.scale, key);
+            bad |= !isfinite(v);
+            if (!is_banned(p, id)) better_logit(best, best_id, v, id);
         });
-        block_best_score(c.score, c.id);
+        block_best_logit(best, best_id, bad);
     }
     if (threadIdx.x == 0) parts[blockIdx.x] = {c.score, c.id, best, best_id, bad};
     if (!is_last(state)) return;
