@@ -261,18 +261,21 @@ static __device__ __forceinline__ float from_ordered(unsigned u) {
     return __uint_as_float(u >> 31 ? u & 0x7FFFFFFFu : ~u);
 }
 
-// The span's best score, of a row without a filter; `best` and `best_id` become those of the span's beginning alone.
+// A thread's best score in the span, of a row without a filter; `best` and `best_id` become those of its first tokens
+// alone.
 static __device__ __forceinline__ void draw_unfiltered(const sample_step &s, const sample_row &r, const span &p,
                                                        float &best, int32_t &best_id, int32_t &bad, contest &c) {
-    __shared__ unsigned bar; // the highest contest.below of the block's threads: few are above it
+    __shared__ unsigned bar; // the highest contest.below of the block's threads: few scores are above it
+    if (threadIdx.x == 0) bar = ordered(c.below);
+    __syncthreads();
     uint64_t key = key_of(s, r);
     int first = p.first + (int)threadIdx.x, end = p.end;
     for (int id = first; id < min(first + AT_ONCE * THREADS, end); id += THREADS)
         if (!is_banned(p, id)) better_logit(best, best_id, p.x[id], id);
-    block_best_logit(best, best_id, bad);
-    if (best_id != NOBODY) c.put(sampling_score(best, r.scale, sampling_noise(sampling_random(key, best_id))), best_id);
-    if (threadIdx.x == 0) bar = ordered(c.below);
-    __syncthreads();
+    if (best_id != NOBODY) {
+        c.put(sampling_score(best, r.scale, sampling_noise(sampling_random(key, best_id))), best_id);
+        atomicMax(&bar, ordered(c.below));
+    }
     float scale = (float)r.scale, zero = 0; // or NaN
     each_batch(p, [&](const float(&v)[AT_ONCE], int at) {
         float below = from_ordered(*(volatile unsigned *)&bar);
@@ -289,8 +292,6 @@ static __device__ __forceinline__ void draw_unfiltered(const sample_step &s, con
         atomicMax(&bar, ordered(c.below));
     });
     bad = zero != 0;
-    block_best_logit(best, best_id, bad);
-    block_best_score(c.score, c.id);
 }
 
 static __global__ void __launch_bounds__(THREADS) k_sample(sample_step s) {
@@ -305,15 +306,16 @@ static __global__ void __launch_bounds__(THREADS) k_sample(sample_step s) {
     float best = __int_as_float((int)0xFF800000);
     int32_t best_id = NOBODY, bad = 0;
     contest c = no_contest();
-    if (r.scale > 0 && !filtered) {
+    bool draws = r.scale > 0 && !filtered;
+    if (draws)
         draw_unfiltered(s, r, p, best, best_id, bad, c);
-    } else {
+    else
         each_token(p, [&](float v, int id) {
             bad |= !isfinite(v);
             if (!is_banned(p, id)) better_logit(best, best_id, v, id);
         });
-        block_best_logit(best, best_id, bad);
-    }
+    block_best_logit(best, best_id, bad);
+    if (draws) block_best_score(c.score, c.id);
     if (threadIdx.x == 0) parts[blockIdx.x] = {c.score, c.id, best, best_id, bad};
     if (!is_last(state)) return;
     if (threadIdx.x < gridDim.x) {
