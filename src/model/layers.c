@@ -374,13 +374,9 @@ static bool all_layers(const struct model *m, struct run *r, struct kv_store *kv
                                                              .board = r->board});
 }
 
-// Whether a row's token is not chosen among all.
-static bool has_filter(const struct batch *b) {
-    for (size_t i = 0; b->sample && i < b->n_logit_rows; i++) {
-        const struct sample_row *s = &b->sample[i];
-        if (s->scale > 0 && (s->top_k > 0 || s->top_p < 1 || s->min_p > 0)) return true;
-    }
-    return false;
+// Among which tokens those of the rows are chosen.
+static enum sampling_filter filter_of(const struct run *r, const struct batch *b) {
+    return b->sample ? sampling_filter(b->sample, b->n_logit_rows, r->n_vocab) : FILTER_NONE;
 }
 
 static void head_and_choice(const struct model *m, struct run *r, const struct batch *b, const float *x) {
@@ -398,7 +394,7 @@ static void head_and_choice(const struct model *m, struct run *r, const struct b
         r->ctx.ops->sample(&r->ctx, &(struct sample_args){.batch = b,
                                                           .logits = r->logits,
                                                           .n_vocab = m->config.n_vocab,
-                                                          .has_filter = has_filter(b->host),
+                                                          .filter = filter_of(r, b->host),
                                                           .out = r->choices[r->turn],
                                                           .chosen = r->chosen});
     else if (r->ctx.ops->choose)
@@ -545,7 +541,7 @@ static uint64_t record_key(const struct run *r, const struct kv_store *kv, const
     int32_t longest = ATTN_CHUNK;
     for (size_t i = 0; i < b->n_seqs; i++)
         while (longest < b->kv_len[i]) longest *= 2;
-    uint64_t sampling = b->sample ? 1 + 2 * (b->n_banned + 1) + has_filter(b) : 0;
+    uint64_t sampling = b->sample ? 1 + 3 * (b->n_banned + 1) + filter_of(r, b) : 0;
     const uint64_t parts[] = {b->n_tokens,          b->n_logit_rows,       (uint64_t)longest,
                               (uintptr_t)r->memory, (uintptr_t)kv->memory, 2 * sampling + r->turn};
     uint64_t key = 14695981039346656037u;

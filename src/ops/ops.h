@@ -259,7 +259,7 @@ struct sample_args {
     const struct batch *batch; // sample, banned, position, logit_rows
     const float *logits;       // [n_logit_rows, n_vocab]
     size_t n_vocab;
-    bool has_filter;           // some row has top_k, top_p or min_p
+    enum sampling_filter filter;
     struct greedy_choice *out; // [n_logit_rows] memory that the host can read too
     int32_t *chosen;           // [n_logit_rows] the same ids, for the next step
 };

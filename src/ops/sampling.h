@@ -16,6 +16,7 @@
 #ifndef TANDEM_OPS_SAMPLING_H
 #define TANDEM_OPS_SAMPLING_H
 
+#include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -36,6 +37,25 @@ struct sample_row {
 };
 
 #define SAMPLING_ONE 0x80000000u // the best token's weight
+#define SAMPLING_FEW 64          // with top_k up to this a device looks for the best tokens alone, and weighs no others
+
+// What the rows of a step ask for: the most of theirs.
+enum sampling_filter {
+    FILTER_NONE,
+    FILTER_FEW, // top_k, which cuts, up to SAMPLING_FEW; and any top_p and min_p
+    FILTER_ANY,
+};
+
+static inline enum sampling_filter sampling_filter(const struct sample_row *rows, size_t n, size_t n_vocab) {
+    enum sampling_filter most = FILTER_NONE;
+    for (size_t i = 0; i < n; i++) {
+        const struct sample_row *r = &rows[i];
+        if (!(r->scale > 0) || !(r->top_k > 0 || r->top_p < 1 || r->min_p > 0)) continue;
+        if (r->top_k <= 0 || r->top_k > SAMPLING_FEW || (size_t)r->top_k >= n_vocab) return FILTER_ANY;
+        most = FILTER_FEW;
+    }
+    return most;
+}
 
 SAMPLING uint32_t sampling_bits_of(float x) {
     uint32_t u;

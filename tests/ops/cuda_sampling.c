@@ -43,7 +43,8 @@ static void fill_row(float *x, size_t n) {
         for (int i = 0; i < 3; i++) x[next_random() % n] = 25 + (float)i * 0.125f;
 }
 
-static tandem_sampling random_sampling(size_t n) {
+// `few`: a small top_k, which needs another sequence of kernels where all rows have one.
+static tandem_sampling random_sampling(size_t n, bool few) {
     static const double temperatures[] = {0, 0.1, 0.6, 0.7, 1, 1, 1.5, 5};
     static const int32_t ks[] = {0, 0, 1, 2, 20, 50, 1000, 100000};
     static const double ps[] = {1, 1, 0.95, 0.8, 0.5, 0.999, 1e-6, 0.3};
@@ -58,6 +59,7 @@ static tandem_sampling random_sampling(size_t n) {
     if (next_random() % 4 == 0) p.temperature = 0.05 + 2 * uniform();
     if (next_random() % 4 == 0) p.top_k = (int32_t)(next_random() % (2 * n));
     if (next_random() % 4 == 0) p.top_p = uniform();
+    if (few) p.top_k = 1 + (int32_t)(next_random() % SAMPLING_FEW);
     return p;
 }
 
@@ -100,9 +102,10 @@ struct rows {
 };
 
 static void make_round(struct rows *r, const struct sampling_plan *plan) {
+    bool few = next_random() % 2;
     for (size_t i = 0; i < plan->n_rows; i++) {
         float *x = (float *)r->logits.host + i * plan->n_vocab;
-        r->asked[i] = random_sampling(plan->n_vocab);
+        r->asked[i] = random_sampling(plan->n_vocab, few);
         ((struct sample_row *)r->sample.host)[i] = row_of(&r->asked[i]);
         ((int32_t *)r->position.host)[i] = (int32_t)(next_random() % 40000);
         ((int32_t *)r->order.host)[i] = (int32_t)(plan->n_rows - 1 - i);
@@ -170,13 +173,15 @@ size_t compare_sampling(const struct ops *cuda, const struct sampling_plan *plan
         b.logit_rows = r.order.device;
         b.sample = r.sample.device;
         b.banned = r.banned.device;
-        struct sample_args a = {
-            .batch = &b, .logits = r.logits.device, .n_vocab = plan->n_vocab, .out = r.out, .chosen = r.chosen.device};
+        struct sample_args a = {.batch = &b,
+                                .logits = r.logits.device,
+                                .n_vocab = plan->n_vocab,
+                                .filter = sampling_filter(host.sample, n, plan->n_vocab),
+                                .out = r.out,
+                                .chosen = r.chosen.device};
         for (size_t i = 0; i < n; i++) {
             const tandem_sampling *p = &r.asked[i];
-            bool filter = p->temperature > 0 && (p->top_k || p->top_p < 1 || p->min_p > 0);
-            *n_filtered += filter;
-            a.has_filter |= filter;
+            *n_filtered += p->temperature > 0 && (p->top_k || p->top_p < 1 || p->min_p > 0);
         }
         cuda->sample(&(struct op_ctx){.ops = cuda}, &a);
         d->get(d, r.chosen.host, r.chosen.device, r.chosen.bytes);

@@ -75,7 +75,7 @@ int main(void) {
             struct sample_args a = {.batch = &b,
                                     .logits = logits,
                                     .n_vocab = VOCAB,
-                                    .has_filter = p->top_k || p->top_p < 1 || p->min_p > 0,
+                                    .filter = sampling_filter(host, n, VOCAB),
                                     .out = out,
                                     .chosen = ints + (ptrdiff_t)2 * ROWS};
             double start = 0;

@@ -2,11 +2,13 @@
 // token as the host's sampler chooses. Three kernels, each a grid of (parts of a row) x (rows); the row's last block to
 // arrive goes on alone. Everything that is added up is an integer, so that neither the number of parts nor the order of
 // arrivals shows.
-//   k_sample  the best logit, NaN and Inf; rows without a filter are chosen here.
+//   k_sample  the best logit, NaN and Inf; rows without a filter are chosen here. Where top_k is small, the best logits
+//             of parts of the row, too: the top_k-th of them is one that top_k logits reach.
 //   k_weigh   a histogram of the distances to the best logit: which bins top_k or top_p keeps whole, and which bin
-//             holds the boundary.
-//   k_draw    the best score of those kept; tokens of the boundary's bin are listed and compared one by one. More than
-//             fit the list (nearly equal logits): the boundary is found by halving, over the whole row.
+//             holds the boundary. Not where top_k is small.
+//   k_draw    the best score of those kept; tokens of the boundary's bin, or those that reach the logit above, are
+//             listed and compared one by one. More than fit the list (nearly equal logits): the boundary is found by
+//             halving, over the whole row.
 #include "ops/cuda/choice.cuh"
 #include "ops/sampling.h"
 
@@ -21,10 +23,12 @@ enum {
     BINS = 2048,
     MOST_LISTED = 2048,
     AT_ONCE = 8, // elements that a thread asks for before it looks at one
+    TOPS = 16,   // of a block: each the best of 16 threads
+    MOST_TOPS = 256,
 };
 static const float BINS_A_NAT = 48; // the last bin: 42 nats and more
 
-enum task { TASK_NONE, TASK_WEIGH, TASK_DRAW };
+enum task { TASK_NONE, TASK_WEIGH, TASK_DRAW, TASK_PICK };
 
 // What a block found in its part of a row.
 struct part {
@@ -40,6 +44,7 @@ struct sample_state {
     int32_t task;
     float best;
     int32_t from, until; // bins below `from` are kept whole, those from there up to `until` are listed
+    unsigned bar;        // TASK_PICK: `ordered` of a logit that top_k logits reach, which are listed
     uint64_t above;      // weights of the bins kept whole
     uint64_t total;      // of all weights
 };
@@ -48,6 +53,7 @@ struct sample_state {
 struct sample_memory {
     sample_state state[MOST_ROWS];
     part parts[MOST_ROWS][MOST_PARTS];
+    unsigned tops[MOST_ROWS][MOST_TOPS]; // `ordered`
     unsigned count[MOST_ROWS][BINS]; // 0 between kernels, as `weight`
     unsigned long long weight[MOST_ROWS][BINS];
     uint64_t listed[MOST_ROWS][MOST_LISTED]; // places
@@ -122,6 +128,15 @@ template <typename F> static __device__ __forceinline__ void each_token(const sp
         for (int k = 0; k < AT_ONCE; k++)
             if (first + k * THREADS < end) visit(v[k], first + k * THREADS);
     });
+}
+
+// Numbers in the order of floats; of -0 and +0 one number.
+static __device__ __forceinline__ unsigned ordered(float x) {
+    return (unsigned)(sampling_place(x, 0) >> 32);
+}
+
+static __device__ __forceinline__ float from_ordered(unsigned u) {
+    return __uint_as_float(u >> 31 ? u & 0x7FFFFFFFu : ~u);
 }
 
 // ---- Sums and maxima over a block; every thread gets the result
@@ -205,6 +220,11 @@ static __device__ __forceinline__ bool top_k_cuts(const sample_row &r, int n) {
     return r.top_k > 0 && r.top_k < n;
 }
 
+// Whether the kept ones are looked for by the best logits of parts of the row.
+static __device__ __forceinline__ bool keeps_few(const sample_row &r, int n) {
+    return r.scale > 0 && top_k_cuts(r, n) && r.top_k <= SAMPLING_FEW;
+}
+
 static __device__ __forceinline__ bool has_filter(const sample_row &r, int n) {
     return r.scale > 0 && (top_k_cuts(r, n) || r.top_p < 1 || r.min_p > 0);
 }
@@ -248,18 +268,45 @@ static __device__ __forceinline__ contest no_contest() {
     return {(double)lowest, NOBODY, lowest};
 }
 
+// ---- The best logits of parts of a row
+// ----------------------------------------------------------------------------------------------------
+
+// Of a block: as many that a row has between SAMPLING_FEW and MOST_TOPS.
+static __device__ __forceinline__ int tops_of_block() {
+    return gridDim.x <= MOST_TOPS / TOPS ? TOPS : gridDim.x <= MOST_TOPS / 4 ? 4 : 1;
+}
+
+// `best`: the thread's.
+static __device__ void tell_tops(unsigned *row_tops, float best) {
+    __shared__ unsigned tops[TOPS];
+    unsigned top = ordered(best);
+#pragma unroll
+    for (int o = THREADS / TOPS / 2; o; o >>= 1) top = max(top, __shfl_xor_sync(~0u, top, o));
+    if (threadIdx.x % (THREADS / TOPS) == 0) tops[threadIdx.x / (THREADS / TOPS)] = top;
+    __syncthreads();
+    int n = tops_of_block(), each = TOPS / n;
+    if ((int)threadIdx.x >= n) return;
+    top = 0;
+    for (int i = 0; i < each; i++) top = max(top, tops[(int)threadIdx.x * each + i]);
+    row_tops[blockIdx.x * n + threadIdx.x] = top;
+}
+
+// The top_k-th highest of them.
+static __device__ void find_bar(const unsigned *row_tops, const sample_row &r, sample_state *state) {
+    __shared__ unsigned tops[MOST_TOPS];
+    int n = (int)gridDim.x * tops_of_block(), thread = (int)threadIdx.x, higher = 0, same = 0;
+    unsigned own = thread < n ? __ldcg(row_tops + thread) : 0;
+    tops[thread] = own;
+    __syncthreads();
+    for (int i = 0; i < n; i++) {
+        higher += tops[i] > own;
+        same += tops[i] == own;
+    }
+    if (thread < n && higher < r.top_k && higher + same >= r.top_k) state->bar = own;
+}
+
 // ---- The kernels
 // -----------------------------------------------------------------------------------------------------
-
-// Numbers in the order of floats.
-static __device__ __forceinline__ unsigned ordered(float x) {
-    unsigned u = __float_as_uint(x);
-    return u >> 31 ? ~u : u | 0x80000000u;
-}
-
-static __device__ __forceinline__ float from_ordered(unsigned u) {
-    return __uint_as_float(u >> 31 ? u & 0x7FFFFFFFu : ~u);
-}
 
 // A thread's best score in the span, of a row without a filter; `best` and `best_id` become those of its first tokens
 // alone.
@@ -306,7 +353,7 @@ static __global__ void __launch_bounds__(THREADS) k_sample(sample_step s) {
     float best = __int_as_float((int)0xFF800000);
     int32_t best_id = NOBODY, bad = 0;
     contest c = no_contest();
-    bool draws = r.scale > 0 && !filtered;
+    bool draws = r.scale > 0 && !filtered, few = keeps_few(r, s.n);
     if (draws)
         draw_unfiltered(s, r, p, best, best_id, bad, c);
     else
@@ -314,10 +361,12 @@ static __global__ void __launch_bounds__(THREADS) k_sample(sample_step s) {
             bad |= !isfinite(v);
             if (!is_banned(p, id)) better_logit(best, best_id, v, id);
         });
+    if (few) tell_tops(s.memory->tops[blockIdx.y], best);
     block_best_logit(best, best_id, bad);
     if (draws) block_best_score(c.score, c.id);
     if (threadIdx.x == 0) parts[blockIdx.x] = {c.score, c.id, best, best_id, bad};
     if (!is_last(state)) return;
+    if (few) find_bar(s.memory->tops[blockIdx.y], r, state);
     if (threadIdx.x < gridDim.x) {
         const volatile part *other = &parts[threadIdx.x];
         better_logit(best, best_id, other->best, other->best_id);
@@ -335,7 +384,7 @@ static __global__ void __launch_bounds__(THREADS) k_sample(sample_step s) {
     }
     bool cuts = top_k_cuts(r, s.n) || r.top_p < 1;
     state->best = best;
-    state->task = cuts ? TASK_WEIGH : TASK_DRAW;
+    state->task = few ? TASK_PICK : cuts ? TASK_WEIGH : TASK_DRAW;
     state->from = BINS; // min_p alone
     state->until = 0;
 }
@@ -516,22 +565,27 @@ static __global__ void __launch_bounds__(THREADS) k_draw(sample_step s) {
     dependency_wait();
     sample_state *at = &s.memory->state[blockIdx.y];
     const sample_state state = *at;
-    if (state.task != TASK_DRAW) return;
+    if (state.task != TASK_DRAW && state.task != TASK_PICK) return;
     const sample_row r = s.rows[blockIdx.y];
     part *parts = s.memory->parts[blockIdx.y];
     uint64_t key = key_of(s, r);
     contest c = no_contest();
     open_span(&p, s, r);
-    each_token(p, [&](float v, int id) {
-        if (is_banned(p, id)) return;
-        int bin = bin_of(v, state.best);
-        if (bin < state.from) {
-            if (min_p_keeps(r, v, state.best)) c.enter(v, id, r.scale, key);
-        } else if (bin < state.until) {
-            unsigned place = atomicAdd(&at->n_listed, 1u);
-            if (place < MOST_LISTED) s.memory->listed[blockIdx.y][place] = sampling_place(v, id);
-        }
-    });
+    auto list = [&](float v, int id) {
+        unsigned place = atomicAdd(&at->n_listed, 1u);
+        if (place < MOST_LISTED) s.memory->listed[blockIdx.y][place] = sampling_place(v, id);
+    };
+    if (state.task == TASK_PICK)
+        each_token(p, [&](float v, int id) {
+            if (ordered(v) >= state.bar && !is_banned(p, id)) list(v, id);
+        });
+    else
+        each_token(p, [&](float v, int id) {
+            if (is_banned(p, id)) return;
+            int bin = bin_of(v, state.best);
+            if (bin >= state.from && bin < state.until) list(v, id);
+            if (bin < state.from && min_p_keeps(r, v, state.best)) c.enter(v, id, r.scale, key);
+        });
     block_best_score(c.score, c.id);
     if (threadIdx.x == 0) parts[blockIdx.x] = {c.score, c.id, 0, 0, 0};
     if (!is_last(at)) return;
@@ -576,8 +630,8 @@ static void sample(const struct op_ctx *ctx, const struct sample_args *a) {
                          (int)b->n_banned,
                          mark};
         launch_kernel(c, "sampling", k_sample, l, s);
-        if (!a->has_filter) continue;
-        launch_kernel(c, "sampling", k_weigh, l, s);
+        if (a->filter == FILTER_NONE) continue;
+        if (a->filter != FILTER_FEW) launch_kernel(c, "sampling", k_weigh, l, s);
         launch_kernel(c, "sampling", k_draw, l, s);
     }
     c->follows_choice = mark.flag != NULL;
