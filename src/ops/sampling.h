@@ -161,20 +161,21 @@ SAMPLING double sampling_score(float logit, double scale, float noise) {
     return (double)logit * scale + (double)noise;
 }
 
-// What sampling_loses takes of the highest score so far: a number that no score from there on is below, less a constant.
+// What sampling_loses takes of the highest score so far: a number that no score from there on is below, less a
+// constant.
 SAMPLING float sampling_below(double highest) {
     float f = (float)highest;
     return f * (f < 0 ? 1 + 0x1p-20f : 1 - 0x1p-20f) - (31.5f + 0x1p-12f);
 }
 
-// Whether a score is certainly lower than `highest`, of which `below` is sampling_below, as most are: in f32, and without
-// the noise. (float)scale is the scale. Noise is at least n only where u lacks at most 2^-n to 1, since -ln u >= 1 - u:
-// the first n bits of u are ones then. n is here the nearest integer to half less than what is wanted of the noise, up
-// to 31; 2^-12 is more than what is rounded on the way.
+// Whether a score is certainly lower than `highest`, of which `below` is sampling_below, as most are: in f32, and
+// without the noise. (float)scale is the scale. Noise is at least n only where u lacks at most 2^-n to 1, since -ln u
+// >= 1 - u: the first n bits of u are ones then. n is here the nearest integer to half less than what is wanted of the
+// noise, up to 31; 2^-12 is more than what is rounded on the way.
 SAMPLING int sampling_loses(float logit, float scale, uint64_t random, float below) {
     float x = logit * scale, low = x * (1 - 0x1p-20f), high = x * (1 + 0x1p-20f);
     float free = (low > high ? low : high) - below; // 31 - n, before it is rounded
-    free = free < 31 ? free : 31; // NaN, too
+    free = free < 31 ? free : 31;                   // NaN, too
     free = free > 0 ? free : 0;
     return (uint32_t)(~random >> 33) >> (sampling_bits_of(free + 0x1p23f) & 31) != 0;
 }
