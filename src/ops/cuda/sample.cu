@@ -22,7 +22,8 @@ enum {
     MOST_ROWS = 256, // of a launch
     BINS = 2048,
     MOST_LISTED = 2048,
-    AT_ONCE = 8, // elements that a thread asks for before it looks at one
+    AT_ONCE = 4, // elements that a thread asks for before it looks at one,
+    MORE = 8,    // and where it does little with them
     TOPS = 16,   // of a block: each the best of 16 threads
     MOST_TOPS = 256,
 };
@@ -103,29 +104,29 @@ static __device__ __forceinline__ bool is_banned(const span &p, int id) {
     return false;
 }
 
-// visit(logits, first) for this thread's tokens of the span, AT_ONCE of them: first, first + THREADS, ...; what lies
-// beyond the span is the lowest number.
-template <typename F> static __device__ __forceinline__ void each_batch(const span &p, F visit) {
+// visit(logits, first) for this thread's tokens of the span, N of them: first, first + THREADS, ...; what lies beyond
+// the span is the lowest number.
+template <int N, typename F> static __device__ __forceinline__ void each_batch(const span &p, F visit) {
     const float *x = p.x;
-    for (int at = p.first + (int)threadIdx.x, end = p.end; at < end; at += AT_ONCE * THREADS) {
-        float v[AT_ONCE];
-        if (at + (AT_ONCE - 1) * THREADS < end) {
+    for (int at = p.first + (int)threadIdx.x, end = p.end; at < end; at += N * THREADS) {
+        float v[N];
+        if (at + (N - 1) * THREADS < end) {
 #pragma unroll
-            for (int k = 0; k < AT_ONCE; k++) v[k] = x[at + k * THREADS];
+            for (int k = 0; k < N; k++) v[k] = x[at + k * THREADS];
         } else {
 #pragma unroll
-            for (int k = 0; k < AT_ONCE; k++) v[k] = at + k * THREADS < end ? x[at + k * THREADS] : -FLT_MAX;
+            for (int k = 0; k < N; k++) v[k] = at + k * THREADS < end ? x[at + k * THREADS] : -FLT_MAX;
         }
         visit(v, at);
     }
 }
 
 // visit(logit, id) for this thread's tokens of the span, banned ones included.
-template <typename F> static __device__ __forceinline__ void each_token(const span &p, F visit) {
+template <int N = AT_ONCE, typename F> static __device__ __forceinline__ void each_token(const span &p, F visit) {
     int end = p.end;
-    each_batch(p, [&](const float(&v)[AT_ONCE], int first) {
+    each_batch<N>(p, [&](const float(&v)[N], int first) {
 #pragma unroll
-        for (int k = 0; k < AT_ONCE; k++)
+        for (int k = 0; k < N; k++)
             if (first + k * THREADS < end) visit(v[k], first + k * THREADS);
     });
 }
@@ -317,18 +318,18 @@ static __device__ __forceinline__ void draw_unfiltered(const sample_step &s, con
     __syncthreads();
     uint64_t key = key_of(s, r);
     int first = p.first + (int)threadIdx.x, end = p.end;
-    for (int id = first; id < min(first + AT_ONCE * THREADS, end); id += THREADS)
+    for (int id = first; id < min(first + MORE * THREADS, end); id += THREADS)
         if (!is_banned(p, id)) better_logit(best, best_id, p.x[id], id);
     if (best_id != NOBODY) {
         c.put(sampling_score(best, r.scale, sampling_noise(sampling_random(key, best_id))), best_id);
         atomicMax(&bar, ordered(c.below));
     }
     float scale = (float)r.scale, zero = 0; // or NaN
-    each_batch(p, [&](const float(&v)[AT_ONCE], int at) {
+    each_batch<MORE>(p, [&](const float(&v)[MORE], int at) {
         float below = from_ordered(*(volatile unsigned *)&bar);
         unsigned may = 0; // win
 #pragma unroll
-        for (int k = 0; k < AT_ONCE; k++) {
+        for (int k = 0; k < MORE; k++) {
             zero = fmaf(v[k], 0.0f, zero);
             may |= sampling_loses(v[k], scale, sampling_random(key, at + k * THREADS), below) ? 0u : 1u << k;
         }
@@ -357,7 +358,7 @@ static __global__ void __launch_bounds__(THREADS) k_sample(sample_step s) {
     if (draws)
         draw_unfiltered(s, r, p, best, best_id, bad, c);
     else
-        each_token(p, [&](float v, int id) {
+        each_token<MORE>(p, [&](float v, int id) {
             bad |= !isfinite(v);
             if (!is_banned(p, id)) better_logit(best, best_id, v, id);
         });
@@ -576,7 +577,7 @@ static __global__ void __launch_bounds__(THREADS) k_draw(sample_step s) {
         if (place < MOST_LISTED) s.memory->listed[blockIdx.y][place] = sampling_place(v, id);
     };
     if (state.task == TASK_PICK)
-        each_token(p, [&](float v, int id) {
+        each_token<MORE>(p, [&](float v, int id) {
             if (ordered(v) >= state.bar && !is_banned(p, id)) list(v, id);
         });
     else
