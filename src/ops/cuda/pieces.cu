@@ -13,6 +13,7 @@
 typedef group_shape<bf16_weights, 2, 1, 4, 64, 2, 2> shape; // its chains are the parts in which results are written
 enum { CHAINS = 2, N = 128, WEIGHT_BYTES = shape::UNITS * shape::UNIT_BYTES, CHAIN_BYTES = N * SLICE * 2 };
 enum { PIECE_BYTES = CHAIN_BYTES / 2 }; // a producer warp's
+enum { MANY = 4096 };                   // tokens whose tiles are taken and end in other ways (docs/SPEED.md)
 static_assert((int)CHAINS * 2 == (int)PRODUCERS, "half a chain's tokens a producer warp");
 
 struct piece_ring {
@@ -21,8 +22,30 @@ struct piece_ring {
     uint64_t (*tokens_full)[CHAINS], (*tokens_empty)[CHAINS]; // [STAGES]
 };
 
+// Which tile of rows, and of tokens.
+struct tile_place {
+    int row, token;
+};
+
+// As row_tile and token_tile. Where K and V are stored, a tile of K, and then one of V, comes after every `period` - 1
+// of q's: these ends take longer, with little to do for memory and for matrix instructions, and shall not be all SMs'
+// at once. `period` 0: in the order of rows.
+template <enum ending END>
+static __device__ __forceinline__ tile_place place_of_tile(const group_args &a, int period, int tile) {
+    int first = tile / (BAND * a.row_tiles) * BAND, wide = min((int)BAND, a.token_tiles - first);
+    int within = tile - first * a.row_tiles, row = within / wide, token = first + within - row * wide;
+    if (END == END_HEADS && period > 0) {
+        int queries = a.p.n_out[0] / HEAD_DIM, turn = row / period, others = a.row_tiles - queries;
+        bool is_other = turn < others && row - turn * period == period - 1;
+        row = is_other ? queries + turn % 2 * (others / 2) + turn / 2 : row - min(turn, others);
+    }
+    return {row, token};
+}
+
 // Warp `own`. Weights of the first stages are asked for before the kernel before has ended.
-static __device__ __forceinline__ void produce_pieces(const group_args &a, const piece_ring &r, int own, int lane) {
+template <enum ending END>
+static __device__ __forceinline__ void produce_pieces(const group_args &a, const piece_ring &r, int period, int own,
+                                                      int lane) {
     constexpr int UNITS = shape::UNITS / PRODUCERS;
     int steps = a.p.columns / SLICE, n_tiles = a.row_tiles * a.token_tiles, mine = own * UNITS + lane;
     int stage = 0, round = 0, filled = 0, ahead = min((int)shape::STAGES, steps);
@@ -30,10 +53,10 @@ static __device__ __forceinline__ void produce_pieces(const group_args &a, const
     unsigned char *weights_to = r.stages + mine * shape::UNIT_BYTES;
     unsigned char *tokens_to = r.stages + WEIGHT_BYTES + own * (PIECE_BYTES / 2) + (lane - 30) * shape::TOKEN_BYTES;
     for (int tile = (int)blockIdx.x; tile < n_tiles; tile += (int)gridDim.x) {
-        const unsigned char *unit =
-            unit_of<bf16_weights>(a, row_tile(a, tile) * (shape::UNITS / 2) + mine / 2, mine % 2);
-        const unsigned char *tokens = a.tokens + (size_t)token_tile(a, tile) * shape::TOKEN_BYTES +
-                                      own * (PIECE_BYTES / 2) + (size_t)(lane - 30) * half_bytes;
+        tile_place place = place_of_tile<END>(a, period, tile);
+        const unsigned char *unit = unit_of<bf16_weights>(a, place.row * (shape::UNITS / 2) + mine / 2, mine % 2);
+        const unsigned char *tokens = a.tokens + (size_t)place.token * shape::TOKEN_BYTES + own * (PIECE_BYTES / 2) +
+                                      (size_t)(lane - 30) * half_bytes;
         for (int h = 0; h < steps; h++, filled++) {
             auto ask_weights = [&](int at, int slice) {
                 if (lane == 0) barrier_expect(&r.weights_full[at], WEIGHT_BYTES / PRODUCERS);
@@ -112,12 +135,13 @@ static __device__ __forceinline__ void finish_piece(const group_args &a, const h
 
 template <enum ending END>
 static __device__ __forceinline__ void consume_pieces(const group_args &a, const heads_end &h, const piece_ring &r,
-                                                      int thread) {
+                                                      int period, int thread) {
     int lane = thread % 32, own = (thread / 128 * 8 + thread / 32 % 4 * 2) * shape::UNIT_BYTES + lane * 16;
     int n_slices = a.p.columns / SLICE, n_tiles = a.row_tiles * a.token_tiles;
     position at = {0, 0};
     for (int tile = (int)blockIdx.x; tile < n_tiles; tile += (int)gridDim.x) {
-        int where = row_tile(a, tile) << 16 | token_tile(a, tile);
+        tile_place place = place_of_tile<END>(a, period, tile);
+        int where = place.row << 16 | place.token;
         float total[shape::C][shape::N / 2], d[N / 2];
 #pragma unroll
         for (int c = 0; c < shape::C; c++)
@@ -153,7 +177,7 @@ static __device__ __forceinline__ void consume_pieces(const group_args &a, const
 }
 
 template <enum ending END>
-static __global__ void __launch_bounds__(shape::THREADS, 1) k_group_pieces(group_args a, heads_end h) {
+static __global__ void __launch_bounds__(shape::THREADS, 1) k_group_pieces(group_args a, heads_end h, int period) {
 #if HOPPER
     DYNAMIC_SHARED(shared);
     __shared__ __align__(8) uint64_t weights_full[shape::STAGES], weights_empty[shape::STAGES];
@@ -175,11 +199,11 @@ static __global__ void __launch_bounds__(shape::THREADS, 1) k_group_pieces(group
     dependents_may_start();
     if (warp >= shape::WARPS) {
         registers_down<24>();
-        produce_pieces(a, r, warp - shape::WARPS, thread % 32);
+        produce_pieces<END>(a, r, period, warp - shape::WARPS, thread % 32);
     } else {
         registers_up<240>();
         dependency_wait();
-        consume_pieces<END>(a, h, r, thread);
+        consume_pieces<END>(a, h, r, period, thread);
     }
 #endif
 }
@@ -187,8 +211,10 @@ static __global__ void __launch_bounds__(shape::THREADS, 1) k_group_pieces(group
 template <enum ending END>
 static void launch(struct cuda_state *s, const char *what, const group_args &a, const heads_end &h) {
     size_t tiles = (size_t)a.row_tiles * (size_t)a.token_tiles, most = (size_t)s->n_sms;
+    int others = a.row_tiles - a.p.n_out[0] / HEAD_DIM,
+        period = END == END_HEADS && a.p.n_tokens >= MANY ? a.row_tiles / others : 0;
     launch_kernel(s, what, k_group_pieces<END>, {grid_for(tiles < most ? tiles : most), shape::THREADS, shape::SHARED},
-                  a, h);
+                  a, h, period);
 }
 
 bool cuda_piece_product(struct cuda_state *s, const char *what, group_args &a, int rows) {
