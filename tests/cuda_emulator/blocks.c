@@ -521,7 +521,8 @@ static void group_issue(struct share shares[WARP]) {
             emulated_fail("a warp's lanes name different operands");
     for (int i = 0; i < g->n_chains; i++)
         if (g->chains[i].to[0] == shares[0].to) c = &g->chains[i];
-    if (c && c->is_committed) emulated_fail("a group's sums are used again before they were waited for");
+    if (c && c->is_committed && !add) emulated_fail("a group's sums are used again before they were waited for");
+    if (c) c->is_committed = false; // a chain of several batches, which here ends with its last one
     if (!c) {
         if (g->n_chains == MOST_CHAINS) emulated_fail("more than %d chains of a group under way", MOST_CHAINS);
         c = &g->chains[g->n_chains++];

@@ -17,6 +17,9 @@
 // Up to this many powers of two a row's maxima may be above the one in whose units its sums stand (group_attention.cu).
 enum { UNIT_RANGE = 32 };
 
+// From so many tokens on tiles of 128 rows by 256 tokens are taken, and end, in other ways (pieces.cu, docs/SPEED.md).
+enum { MANY_TOKENS = 4096 };
+
 // Where b lies: 8 columns' matrices for consecutive k are `k_step` bytes apart, columns' neighbours `column_step`.
 static __device__ __forceinline__ uint64_t group_operand(const void *b, uint32_t k_step, uint32_t column_step) {
     return (uint64_t)((shared_address(b) & 0x3FFFFu) >> 4) | (uint64_t)(k_step >> 4) << 16 |
@@ -32,6 +35,13 @@ static __device__ __forceinline__ void group_fence() {
 static __device__ __forceinline__ void group_commit() {
 #if HOPPER
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#endif
+}
+
+// Of sums that are not read yet; what the batches that have ended took as `a` may be overwritten.
+template <int P> static __device__ __forceinline__ void group_wait_all_but() {
+#if HOPPER
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(P) : "memory");
 #endif
 }
 
@@ -104,6 +114,11 @@ static __device__ __forceinline__ void group_mma(float (&d)[64], uint32_t a0, ui
 // register before.
 static __device__ __forceinline__ int opaque(int v) {
     asm volatile("" : "+r"(v));
+    return v;
+}
+
+static __device__ __forceinline__ float opaque(float v) {
+    asm volatile("" : "+f"(v));
     return v;
 }
 

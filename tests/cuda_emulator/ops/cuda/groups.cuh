@@ -4,7 +4,8 @@
 
 #include "ops/cuda/chip.cuh"
 
-enum { UNIT_RANGE = 1 }; // so that units change in tests, too
+enum { UNIT_RANGE = 1 };    // so that units change in tests, too
+enum { MANY_TOKENS = 256 }; // and steps have more and fewer
 
 static inline uint64_t group_operand(const void *b, uint32_t k_step, uint32_t column_step) {
     return (uint64_t)((emulated_shared_address(b) & 0x3FFFFu) >> 4) | (uint64_t)(k_step >> 4) << 16 |
@@ -19,6 +20,10 @@ static inline void group_commit() {
     emulated_group_commit();
 }
 
+template <int P> static inline void group_wait_all_but() {
+    emulated_group_wait(P);
+}
+
 template <int P, int N> static inline void group_wait(float (&)[N]) {
     emulated_group_wait(P);
 }
@@ -31,6 +36,10 @@ static inline void group_mma(float (&d)[N], uint32_t a0, uint32_t a1, uint32_t a
 }
 
 static inline int opaque(int v) {
+    return v;
+}
+
+static inline float opaque(float v) {
     return v;
 }
 
