@@ -422,7 +422,7 @@ static bool last_batch(struct run *r, const struct batch *b, struct batch *last)
         int32_t t = b->logit_rows[i], seq = b->seq[t], n_own = b->position[t] / KV_PAGE_TOKENS + 1;
         token[i] = b->token[t];
         position[i] = b->position[t];
-        kv_len[i] = b->kv_len[seq];
+        kv_len[i] = position[i] + 1;
         index[i] = (int32_t)i;
         page_start[i] = (int32_t)n_pages;
         memcpy(pages + n_pages, b->pages + b->page_start[seq], (size_t)n_own * sizeof *pages);
