@@ -16,6 +16,7 @@
 #ifndef TANDEM_OPS_SAMPLING_H
 #define TANDEM_OPS_SAMPLING_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
@@ -39,19 +40,31 @@ struct sample_row {
 #define SAMPLING_ONE 0x80000000u // the best token's weight
 #define SAMPLING_FEW 64          // with top_k up to this a device looks for the best tokens alone, and weighs no others
 
+// Of a row of n tokens: whether top_k leaves any out; whether a filter does; and whether it is so small a top_k.
+SAMPLING bool sampling_top_k_cuts(const struct sample_row *r, int n) {
+    return r->top_k > 0 && r->top_k < n;
+}
+
+SAMPLING bool sampling_filters(const struct sample_row *r, int n) {
+    return r->scale > 0 && (sampling_top_k_cuts(r, n) || r->top_p < 1 || r->min_p > 0);
+}
+
+SAMPLING bool sampling_keeps_few(const struct sample_row *r, int n) {
+    return r->scale > 0 && sampling_top_k_cuts(r, n) && r->top_k <= SAMPLING_FEW;
+}
+
 // What the rows of a step ask for: the most of theirs.
 enum sampling_filter {
     FILTER_NONE,
-    FILTER_FEW, // top_k, which cuts, up to SAMPLING_FEW; and any top_p and min_p
+    FILTER_FEW, // sampling_keeps_few; and any top_p and min_p
     FILTER_ANY,
 };
 
 static inline enum sampling_filter sampling_filter(const struct sample_row *rows, size_t n, size_t n_vocab) {
     enum sampling_filter most = FILTER_NONE;
     for (size_t i = 0; i < n; i++) {
-        const struct sample_row *r = &rows[i];
-        if (!(r->scale > 0) || !(r->top_k > 0 || r->top_p < 1 || r->min_p > 0)) continue;
-        if (r->top_k <= 0 || r->top_k > SAMPLING_FEW || (size_t)r->top_k >= n_vocab) return FILTER_ANY;
+        if (!sampling_filters(&rows[i], (int)n_vocab)) continue;
+        if (!sampling_keeps_few(&rows[i], (int)n_vocab)) return FILTER_ANY;
         most = FILTER_FEW;
     }
     return most;

@@ -55,7 +55,7 @@ struct sample_memory {
     sample_state state[MOST_ROWS];
     part parts[MOST_ROWS][MOST_PARTS];
     unsigned tops[MOST_ROWS][MOST_TOPS]; // `ordered`
-    unsigned count[MOST_ROWS][BINS]; // 0 between kernels, as `weight`
+    unsigned count[MOST_ROWS][BINS];     // 0 between kernels, as `weight`
     unsigned long long weight[MOST_ROWS][BINS];
     uint64_t listed[MOST_ROWS][MOST_LISTED]; // places
 };
@@ -217,19 +217,6 @@ static __device__ bool is_last(sample_state *state) {
     return last;
 }
 
-static __device__ __forceinline__ bool top_k_cuts(const sample_row &r, int n) {
-    return r.top_k > 0 && r.top_k < n;
-}
-
-// Whether the kept ones are looked for by the best logits of parts of the row.
-static __device__ __forceinline__ bool keeps_few(const sample_row &r, int n) {
-    return r.scale > 0 && top_k_cuts(r, n) && r.top_k <= SAMPLING_FEW;
-}
-
-static __device__ __forceinline__ bool has_filter(const sample_row &r, int n) {
-    return r.scale > 0 && (top_k_cuts(r, n) || r.top_p < 1 || r.min_p > 0);
-}
-
 static __device__ __forceinline__ uint64_t key_of(const sample_step &s, const sample_row &r) {
     return sampling_key(r.seed, (uint64_t)(s.position[s.logit_rows[blockIdx.y]] + 1));
 }
@@ -349,12 +336,12 @@ static __global__ void __launch_bounds__(THREADS) k_sample(sample_step s) {
     const sample_row r = s.rows[blockIdx.y];
     sample_state *state = &s.memory->state[blockIdx.y];
     part *parts = s.memory->parts[blockIdx.y];
-    bool filtered = has_filter(r, s.n);
+    bool filtered = sampling_filters(&r, s.n);
     open_span(&p, s, r);
     float best = __int_as_float((int)0xFF800000);
     int32_t best_id = NOBODY, bad = 0;
     contest c = no_contest();
-    bool draws = r.scale > 0 && !filtered, few = keeps_few(r, s.n);
+    bool draws = r.scale > 0 && !filtered, few = sampling_keeps_few(&r, s.n);
     if (draws)
         draw_unfiltered(s, r, p, best, best_id, bad, c);
     else
@@ -383,7 +370,7 @@ static __global__ void __launch_bounds__(THREADS) k_sample(sample_step s) {
         answer(s, r.scale > 0 ? c.id : best_id, !bad);
         return;
     }
-    bool cuts = top_k_cuts(r, s.n) || r.top_p < 1;
+    bool cuts = sampling_top_k_cuts(&r, s.n) || r.top_p < 1;
     state->best = best;
     state->task = few ? TASK_PICK : cuts ? TASK_WEIGH : TASK_DRAW;
     state->from = BINS; // min_p alone
@@ -423,7 +410,7 @@ static __device__ void find_boundary(const sample_step &s, const sample_row &r, 
         before_n += counts[i];
         before += weights[i];
     }
-    bool by_count = top_k_cuts(r, s.n);
+    bool by_count = sampling_top_k_cuts(&r, s.n);
     double most = r.top_p * (double)total;
     for (int i = 0; i < OWN; i++) {
         bool behind = by_count ? before_n >= (uint64_t)r.top_k : (double)before >= most;
@@ -476,7 +463,7 @@ static __device__ void judge_listed(const sample_step &s, const sample_row &r, c
     __shared__ uint64_t places[MOST_LISTED];
     __shared__ uint32_t weights[MOST_LISTED];
     const float *x = s.logits + (size_t)blockIdx.y * s.n;
-    bool by_count = top_k_cuts(r, s.n);
+    bool by_count = sampling_top_k_cuts(&r, s.n);
     uint64_t key = key_of(s, r), sum = 0, most_better = by_count ? (uint64_t)r.top_k : (uint64_t)s.n;
     for (int i = (int)threadIdx.x; i < n; i += THREADS) {
         uint64_t place = __ldcg(&s.memory->listed[blockIdx.y][i]);
@@ -539,7 +526,7 @@ static __device__ void judge_row(const sample_step &s, const sample_row &r, cons
     }
     __syncthreads();
     uint64_t low = 0, high = sampling_place(state.best, 0), total = state.total, key = key_of(s, r);
-    if (top_k_cuts(r, s.n)) {
+    if (sampling_top_k_cuts(&r, s.n)) {
         uint64_t k = (uint64_t)r.top_k, sum = 0;
         low = lowest_kept(*p, r, state.best, low, high, [&](uint64_t better, uint64_t) { return better < k; });
         each_token(*p, [&](float v, int id) {
