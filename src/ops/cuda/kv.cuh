@@ -88,6 +88,13 @@ static __device__ __forceinline__ int kv_index(int slot, int c) {
     return kv_word(slot, c) * 8 + c % 8;
 }
 
+// Stores channels c to c + 7 of a slot in bf16; c is a multiple of 8.
+static __device__ __forceinline__ void kv_put_word(const kv_view &kv, bool of_v, const kv_place &at, int kv_head, int c,
+                                                   float4 x, float4 y) {
+    reinterpret_cast<uint4 *>(head_page(kv, of_v, at.page, kv_head))[kv_word(at.slot, c)] =
+        make_uint4(pack_bf16(x.x, x.y), pack_bf16(x.z, x.w), pack_bf16(y.x, y.y), pack_bf16(y.z, y.w));
+}
+
 // Stores channel c of a slot, and returns what it will be read as. By a whole warp: lane l has a channel c with
 // c % 32 = l, all of one block.
 static __device__ __forceinline__ __nv_bfloat16 kv_put(const kv_view &kv, bool of_v, int page, int kv_head, int slot,

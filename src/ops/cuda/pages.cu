@@ -64,12 +64,8 @@ template <int DIM> static __device__ __forceinline__ void store_values(const pag
         at[e] = place_of(a.b, token);
     }
 #pragma unroll
-    for (int e = 0; e < EACH; e++) {
-        float4 x = v[e][0], y = v[e][1];
-        if (first + 8 * e + lane / 4 < a.b.n_tokens)
-            reinterpret_cast<uint4 *>(head_page(a.kv, true, at[e].page, head))[kv_word(at[e].slot, c)] =
-                make_uint4(pack_bf16(x.x, x.y), pack_bf16(x.z, x.w), pack_bf16(y.x, y.y), pack_bf16(y.z, y.w));
-    }
+    for (int e = 0; e < EACH; e++)
+        if (first + 8 * e + lane / 4 < a.b.n_tokens) kv_put_word(a.kv, true, at[e], head, c, v[e][0], v[e][1]);
 }
 
 template <int DIM> static __global__ void __launch_bounds__(PAGES_THREADS) k_store_pages(pages_args a) {

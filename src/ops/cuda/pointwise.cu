@@ -182,10 +182,7 @@ template <int DIM> static __device__ __forceinline__ void store_values(const sto
 #pragma unroll
     for (int e = 0; e < V_AT_ONCE; e++) {
         if (first + e >= a.b.n_tokens) break;
-        kv_place at = place_of(a.b, first + e);
-        float4 x = v[e][0], y = v[e][1];
-        reinterpret_cast<uint4 *>(head_page(a.kv, true, at.page, head))[kv_word(at.slot, c)] =
-            make_uint4(pack_bf16(x.x, x.y), pack_bf16(x.z, x.w), pack_bf16(y.x, y.y), pack_bf16(y.z, y.w));
+        kv_put_word(a.kv, true, place_of(a.b, first + e), head, c, v[e][0], v[e][1]);
     }
 }
 
