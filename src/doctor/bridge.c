@@ -231,8 +231,8 @@ static bool hold_pages(struct bridge *b, const struct kv_layer *kv) {
     return ok;
 }
 
-static size_t blocks_of(size_t n_kv) {
-    return (n_kv + ATTN_BLOCK - 1) / ATTN_BLOCK;
+static size_t blocks_of(const struct bridge *b, size_t n_kv) {
+    return (n_kv + b->ops->attn_block - 1) / b->ops->attn_block;
 }
 
 static const int32_t *put_list(struct bridge *b, const int32_t *pages, size_t n_kv) {
@@ -253,7 +253,7 @@ static void bridge_attn_scores(const struct op_ctx *ctx, float *s, const float *
 static void bridge_attn_softmax(const struct op_ctx *ctx, float *s, float *block_max, float *block_sum, size_t n_kv) {
     struct bridge *b = begin_part(ctx);
     struct op_ctx own;
-    size_t n = blocks_of(n_kv);
+    size_t n = blocks_of(b, n_kv);
     float *p = put_floats(b, s, n_kv), *max = put_floats(b, block_max, n), *sum = put_floats(b, block_sum, n);
     bool ok = p && max && sum && open_ctx(b, ctx, 1, NULL, &own);
     if (ok) {
@@ -269,7 +269,7 @@ static void bridge_attn_values(const struct op_ctx *ctx, float *o, const float *
                                size_t kv_head, const int32_t *pages, size_t n_kv) {
     struct bridge *b = begin_part(ctx);
     struct op_ctx own;
-    size_t n = blocks_of(n_kv) * kv->head_dim;
+    size_t n = blocks_of(b, n_kv) * kv->head_dim;
     float *out = put_floats(b, o, n), *in = put_floats(b, p, n_kv);
     const int32_t *list = put_list(b, pages, n_kv);
     bool ok = out && in && list && hold_pages(b, kv) && open_ctx(b, ctx, 1, NULL, &own);
@@ -430,6 +430,7 @@ static void bridge_norm_head(const struct op_ctx *ctx, const struct norm_head_ar
 static void fill(struct bridge *b) {
     const struct ops *o = b->ops;
     b->table = (struct ops){.name = o->name,
+                            .attn_block = o->attn_block,
                             .embed = bridge_embed,
                             .rmsnorm = bridge_rmsnorm,
                             .matmul = bridge_matmul,

@@ -516,7 +516,7 @@ static const char *first_wrong_part(const struct walk *w, const struct op_ctx *c
     const struct ops *ops = w->o.ops;
     const double u = 0x1p-24;
     size_t n = (size_t)b->position[t] + 1, d = c->head_dim, kv_head = head / (c->n_heads / c->n_kv_heads);
-    size_t n_blocks = (n + ATTN_BLOCK - 1) / ATTN_BLOCK;
+    size_t block = ops->attn_block, n_blocks = (n + block - 1) / block;
     const int32_t *pages = b->pages + b->page_start[b->seq[t]];
     double scale = (double)(float)(1 / sqrt((double)d));
     ops->attn_scores(ctx, m->s, q, kv, kv_head, pages, n, (float)scale);
@@ -532,7 +532,7 @@ static const char *first_wrong_part(const struct walk *w, const struct op_ctx *c
     memcpy(m->p, m->s, n * sizeof *m->p);
     ops->attn_softmax(ctx, m->p, m->max, m->sum, n);
     for (size_t k = 0; k < n_blocks; k++) {
-        size_t begin = k * ATTN_BLOCK, end = begin + ATTN_BLOCK < n ? begin + ATTN_BLOCK : n;
+        size_t begin = k * block, end = begin + block < n ? begin + block : n;
         float most = m->s[begin];
         double sum = 0;
         for (size_t j = begin; j < end; j++) most = m->s[j] > most ? m->s[j] : most;
@@ -548,7 +548,7 @@ static const char *first_wrong_part(const struct walk *w, const struct op_ctx *c
     ops->attn_values(ctx, m->o, m->p, kv, kv_head, pages, n);
     double most_v = 0; // of the channels that share a scale
     for (size_t i = 0; i < n_blocks * d; i++) {
-        size_t begin = i / d * ATTN_BLOCK, end = begin + ATTN_BLOCK < n ? begin + ATTN_BLOCK : n;
+        size_t begin = i / d * block, end = begin + block < n ? begin + block : n;
         double want = 0, size = 0;
         for (size_t k = 0; kv->type == DTYPE_Q8_0 && i % d % 32 == 0 && k < 32 * (end - begin); k++) {
             double v = fabs(stored(kv, KV_V, pages, begin + k / 32, kv_head, i % d + k % 32));
@@ -582,7 +582,8 @@ static const char *first_wrong_part(const struct walk *w, const struct op_ctx *c
 static const char *judge_parts(struct walk *w, const struct op_ctx *ctx, const struct kv_layer *kv, const float *q,
                                size_t t, int only_head, float factor, int *head, float *out) {
     const struct model_config *c = &w->o.model->config;
-    size_t n = (size_t)w->seen->position[t] + 1, d = c->head_dim, n_blocks = (n + ATTN_BLOCK - 1) / ATTN_BLOCK;
+    size_t n = (size_t)w->seen->position[t] + 1, d = c->head_dim, block = w->o.ops->attn_block,
+           n_blocks = (n + block - 1) / block;
     size_t floats = 2 * n + n_blocks * (d + 2) + 2 * d;
     float *memory = size_alloc(floats, sizeof *memory);
     const char *wrong = NULL;

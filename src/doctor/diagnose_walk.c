@@ -336,6 +336,7 @@ bool walk_judge(struct walk *w, const struct entry *e, struct call *c, enum weig
     c->op = walk_op_name(w, e);
     c->layer = e->layer;
     c->on_device = w->o.on_device;
+    c->attn_block = w->o.ops->attn_block;
     c->model = w->o.model;
     c->pool = w->o.pool;
     if (!c->part) c->part = "";

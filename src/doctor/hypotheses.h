@@ -59,6 +59,7 @@ struct call {
     const struct kv_layer *kv;     // attention
     size_t n_heads, n_kv_heads;
     double scale;
+    size_t attn_block; // positions that attention sums before it combines
 
     const struct alternative *norms, *matrices; // what else might have been used
     size_t n_norms, n_matrices;

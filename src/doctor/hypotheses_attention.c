@@ -241,17 +241,17 @@ static bool attend(const struct call *c, const struct twist *t, size_t row, size
                    double *bound) {
     struct view v;
     double o[MOST_HEAD_DIM] = {0}, size[MOST_HEAD_DIM] = {0}, most[MOST_HEAD_DIM] = {0}, l = 0, slack, m = -INFINITY;
-    size_t n = c->head_dim, n_blocks;
+    size_t n = c->head_dim, block = c->attn_block, n_blocks;
     size_t from_row = t->kind == TWIST_ROW_SHIFT ? (row + (size_t)(t->arg + (int)c->n_rows)) % c->n_rows : row;
     if (!open_view(c, t, from_row, head, &v)) return false;
     if (!scores(c, &v, c->x + from_row * c->n_columns + head * n, work, &slack)) return false;
-    n_blocks = (v.end + ATTN_BLOCK - 1) / ATTN_BLOCK;
+    n_blocks = (v.end + block - 1) / block;
     for (size_t j = (size_t)c->batch->position[from_row] + 1; t->kind == TWIST_ZERO_WEIGHT && j < v.end; j++)
         work[j] = -INFINITY;
     for (size_t j = 0; j < v.end - v.begin; j++) m = work[j] > m ? work[j] : m;
     if (t->kind == TWIST_NO_RESCALE || t->kind == TWIST_LAST_BLOCK) {
-        for (size_t from = v.begin; from < v.end; from += ATTN_BLOCK) {
-            size_t to = from + ATTN_BLOCK < v.end ? from + ATTN_BLOCK : v.end;
+        for (size_t from = v.begin; from < v.end; from += block) {
+            size_t to = from + block < v.end ? from + block : v.end;
             double block_max = -INFINITY;
             for (size_t j = from; j < to; j++) block_max = fmax(block_max, work[j - v.begin]);
             for (size_t j = from; j < to; j++) work[j - v.begin] = exp(work[j - v.begin] - block_max);
@@ -265,7 +265,7 @@ static bool attend(const struct call *c, const struct twist *t, size_t row, size
     }
     if (t->kind == TWIST_NO_MAXIMUM && l > (double)FLT_MAX) l = INFINITY;
     if (t->kind == TWIST_NO_DIVISION) l = 1;
-    double relative = 2 * (2 * slack + (48 + 2 * (double)n_blocks) * U);
+    double relative = 2 * (2 * slack + (16 + (double)block + 2 * (double)n_blocks) * U);
     if (c->on_device) relative = expm1(relative) + KV_DEVICE_ROUNDED_P;
     for (size_t i = 0; i < n; i++) {
         out[i] = o[i] / l;

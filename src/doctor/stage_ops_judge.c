@@ -311,6 +311,7 @@ static double sum_of_sizes(const double *v, size_t n) {
 // of Q8_0 the CPU rounds q and them to integers, whose error goes by the largest of them (kv_page.h).
 static void attention_bound(const struct judge *g, const struct oracle_attention *o, double *bound) {
     size_t hd = o->head_dim, group = o->n_heads / o->n_kv_heads, kv = o->n_kv_heads * hd;
+    size_t block = g->c->d->ops->attn_block;
     bool on_device = g->c->d->ops->device != NULL;
     enum dtype type = on_device ? DTYPE_BF16 : g->c->d->kv_type;
     double rounded_p = on_device ? KV_DEVICE_ROUNDED_P : 0;
@@ -331,9 +332,9 @@ static void attention_bound(const struct judge *g, const struct oracle_attention
             double score = ((double)hd / 16 + 8) * unit * q * longest / sqrt((double)hd);
             if (on_device) score += kv_device_score_slack(hd, q, longest) / sqrt((double)hd);
             score += kv_score_slack(type, most_q, most_sum) / sqrt((double)hd);
-            double n_blocks = (double)(o->position[t] / ATTN_BLOCK + 1);
+            double n_blocks = (double)((size_t)o->position[t] / block + 1);
             double relative =
-                expm1(2 * (2 * score + 4 * unit)) + (2 * n_blocks + 2 * ATTN_BLOCK + 16) * unit + rounded_p;
+                expm1(2 * (2 * score + 4 * unit)) + (2 * n_blocks + 2 * (double)block + 16) * unit + rounded_p;
             for (size_t c = 0, end; c < hd; c = end) { // channels that share a scale
                 double largest = 0;
                 end = c + 32 < hd ? c + 32 : hd;

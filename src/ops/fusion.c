@@ -96,7 +96,8 @@ static void outputs_qk_norm_rope_store(const struct op_ctx *ctx, const struct qk
     ops_tap(ctx, "k_rope", a->k, a->batch->n_tokens, a->n_kv_heads * a->head_dim);
 }
 
-// Floats that composed attention needs per thread: scores, two numbers a block, and a block's values each.
+// Floats that composed attention needs per thread: scores, two numbers a block, and a block's values each; of
+// the shortest blocks that a backend may have.
 static bool attention_floats(size_t n_positions, size_t head_dim, size_t *out) {
     size_t per_block;
     size_t n_blocks = n_positions / ATTN_BLOCK + (n_positions % ATTN_BLOCK != 0);
@@ -118,7 +119,7 @@ static void attention_piece(void *user, size_t begin, size_t end, int thread) {
         size_t t = i / a->n_heads, kv_head = i % a->n_heads / (a->n_heads / a->n_kv_heads);
         const struct batch *host = a->batch->host ? a->batch->host : a->batch;
         size_t n_kv = (size_t)host->position[t] + 1;
-        size_t n_blocks = (n_kv + ATTN_BLOCK - 1) / ATTN_BLOCK;
+        size_t n_blocks = (n_kv + ops->attn_block - 1) / ops->attn_block;
         const int32_t *pages = a->batch->pages + host->page_start[host->seq[t]];
         float *max = scores + n_kv, *sum = max + n_blocks, *o = sum + n_blocks;
         ops->attn_scores(j->ctx, scores, a->q + i * a->head_dim, a->kv, kv_head, pages, n_kv, a->scale);

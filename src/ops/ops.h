@@ -43,11 +43,11 @@
 
 enum {
     KV_PAGE_TOKENS = 32,  // positions in a KV page
-    ATTN_BLOCK = 32,      // positions that attention sums before it combines: fixed, absolute, one page
+    ATTN_BLOCK = 32,      // positions that attention on the CPU sums before it combines: absolute, one page
     ACT_BLOCK = 32,       // activations that share a scale in a product with quantised weights
     ACT_MOST = 127,       // the largest integer that they are rounded to
     ACT_MOST_WIDE = 4095, // the same for Q8_0: 32 * 128 * 4095 is below 2^24
-    ATTN_CHUNK = 256,     // positions whose blocks a GPU combines first (docs/NUMERICS.md)
+    ATTN_CHUNK = 256,     // the same on a GPU (docs/NUMERICS.md)
     MOST_BANNED = 64,     // ids that a step may ban
 };
 
@@ -159,7 +159,8 @@ struct qk_norm_rope_store_args {
     struct kv_layer *kv;
 };
 
-// attention: causal, grouped-query, over the pages. For each token and head, blocks of ATTN_BLOCK absolute positions b:
+// attention: causal, grouped-query, over the pages. For each token and head, blocks of ops.attn_block absolute
+// positions b (on a GPU otherwise rounded and scaled: docs/NUMERICS.md):
 //   s_j = dot16(q, k_j) * scale              j <= position
 //   m_b = max_j s_j; p_j = exp32(s_j - m_b); l_b = sum16_j p_j; o_b[c] = fma chain over ascending j of p_j v_j[c]
 // combined in ascending order of b: m' = max(m, m_b); a = exp32(m - m'); c = exp32(m_b - m');
@@ -273,6 +274,7 @@ struct ops {
     bool takes_octets;                 // products are faster with matrix.octets
     // The last layer leaves out tokens whose logits nobody wants where they are so many; SIZE_MAX: never.
     size_t least_left_out;
+    size_t attn_block;     // positions of attention's blocks: ATTN_BLOCK, or ATTN_CHUNK
     struct device *device; // whose memory every pointer of an op's arguments is; NULL: the host's
 
     // Floats of scratch beyond ops_scratch_floats' own count; NULL: none.

@@ -142,6 +142,7 @@ static void attn_combine(const struct op_ctx *ctx, float *out, const float *bloc
 }
 
 void ref_fill_attention(struct ops *ops) {
+    ops->attn_block = ATTN_BLOCK;
     ops->attn_scores = attn_scores;
     ops->attn_softmax = attn_softmax;
     ops->attn_values = attn_values;
