@@ -38,45 +38,68 @@ static __global__ void k_scores(float *s, const float *q, kv_view kv, int kv_hea
         }
 }
 
+// A page's scores of one row, lifted, in all the rows of a matrix instruction. Returns the highest that the lane has.
+static __device__ __forceinline__ float lifted(float (&in)[4][4], const float *s, int n, int t) {
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) in[j][e] = e < 2 && 8 * j + 2 * t + e < n ? s[8 * j + 2 * t + e] : 0.0f;
+    return lift_row(in, 0, n, t);
+}
+
+// A warp a chunk.
 static __global__ void k_softmax(float *s, float *block_max, float *block_sum, int n_kv) {
     dependents_may_start();
     dependency_wait();
-    int lane = (int)threadIdx.x, t = lane % 4, first = (int)blockIdx.x * ATTN_BLOCK, n = n_kv - first;
-    float in[4][4] = {}, m, l;
-    uint32_t p[4];
-    for (int j = 0; j < 4; j++)
-        for (int e = 0; e < 2; e++)
-            if (8 * j + 2 * t + e < n) in[j][e] = s[first + 8 * j + 2 * t + e];
-    __syncwarp();
-    softmax_row(p, m, l, in, 0, n, t);
-    for (int j = 0; lane < 4 && j < 4; j++) {
-        if (8 * j + 2 * t < n) s[first + 8 * j + 2 * t] = bf16_low(p[j]);
-        if (8 * j + 2 * t + 1 < n) s[first + 8 * j + 2 * t + 1] = bf16_high(p[j]);
+    int lane = (int)threadIdx.x, t = lane % 4, first = (int)blockIdx.x * ATTN_CHUNK,
+        end = min(first + ATTN_CHUNK, n_kv);
+    float in[4][4], most = NO_UNIT, sum[4] = {0, 0, 0, 0};
+    uint32_t p[4], none[4] = {0, 0, 0, 0};
+    for (int at = first; at < end; at += ATTN_BLOCK) most = fmaxf(most, lifted(in, s + at, end - at, t));
+    float unit = row_unit(most);
+    for (int at = first; at < end; at += ATTN_BLOCK) {
+        lifted(in, s + at, end - at, t);
+        __syncwarp();
+        row_weights(p, in, 0, unit);
+        chain_sum(sum, p, none);
+        for (int j = 0; lane < 4 && j < 4; j++) {
+            int slot = at + 8 * j + 2 * t;
+            if (slot < end) s[slot] = bf16_low(p[j]);
+            if (slot + 1 < end) s[slot + 1] = bf16_high(p[j]);
+        }
     }
     if (lane == 0) {
-        block_max[blockIdx.x] = m;
-        block_sum[blockIdx.x] = l;
+        block_max[blockIdx.x] = unit - LIFT;
+        block_sum[blockIdx.x] = sum[0];
     }
 }
 
+// A warp a chunk.
 template <typename KV>
 static __global__ void k_values(float *o, const float *p, kv_view kv, int kv_head, const int32_t *pages, int n_kv) {
+    constexpr int HD = KV::HD;
     dependents_may_start();
     dependency_wait();
-    int lane = (int)threadIdx.x, g = lane / 4, t = lane % 4, first = (int)blockIdx.x * ATTN_BLOCK, n = n_kv - first;
+    int lane = (int)threadIdx.x, g = lane / 4, t = lane % 4;
+    int first = (int)blockIdx.x * ATTN_CHUNK, end = min(first + ATTN_CHUNK, n_kv);
     uint32_t pairs[4], none[4] = {0, 0, 0, 0};
-    for (int j = 0; j < 4; j++) {
-        int at = 8 * j + 2 * t;
-        pairs[j] = pack_bf16(g == 0 && at < n ? p[first + at] : 0.0f, g == 0 && at + 1 < n ? p[first + at + 1] : 0.0f);
-    }
+    float out[HD / 8][4] = {};
     __shared__ __align__(64) unsigned char page[KV::BYTES];
-    load_page<KV>(page, head_page(kv, true, pages[blockIdx.x], kv_head), lane);
-    v_slots slots = slots_in_use(n, -1, t);
-    for (int i = 0; i < kv.head_dim / 8; i++) {
-        float out[4];
-        values(out, pairs, none, real_slots(page_reader<KV>::v(page, i, lane), slots, 0));
-        for (int e = 0; g == 0 && e < 2; e++) o[(size_t)blockIdx.x * kv.head_dim + i * 8 + 2 * t + e] = out[e];
+    for (int at = first; at < end; at += ATTN_BLOCK) {
+        load_page<KV>(page, head_page(kv, true, pages[at / ATTN_BLOCK], kv_head), lane);
+        for (int j = 0; j < 4; j++) {
+            int slot = at + 8 * j + 2 * t;
+            pairs[j] = pack_bf16(g == 0 && slot < end ? p[slot] : 0.0f, g == 0 && slot + 1 < end ? p[slot + 1] : 0.0f);
+        }
+        v_slots slots = slots_in_use(end - at, -1, t);
+#pragma unroll
+        for (int i = 0; i < HD / 8; i++)
+            chain_values(out[i], pairs, none, real_slots(page_reader<KV>::v(page, i, lane), slots, 0));
+        __syncwarp();
     }
+#pragma unroll
+    for (int i = 0; i < HD / 8; i++)
+        for (int e = 0; g == 0 && e < 2; e++) o[(size_t)blockIdx.x * HD + i * 8 + 2 * t + e] = out[i][e];
 }
 
 static __global__ void k_combine(float *out, const float *block_max, const float *block_sum, const float *o,
@@ -86,15 +109,9 @@ static __global__ void k_combine(float *out, const float *block_max, const float
     int channel = (int)threadIdx.x;
     chain s = CHAIN_START;
     float sum = 0, a, c;
-    for (int first = 0; first < n_blocks; first += CHUNK_PAGES) {
-        chain chunk = CHAIN_START;
-        float of = 0;
-        for (int i = first; i < min(n_blocks, first + CHUNK_PAGES); i++) {
-            chain_add(chunk, block_max[i], block_sum[i], a, c);
-            of = chain_value(of, a, o[(size_t)i * head_dim + channel], c);
-        }
-        chain_add(s, chunk.m, chunk.l, a, c);
-        sum = chain_value(sum, a, of, c);
+    for (int i = 0; i < n_blocks; i++) {
+        chain_add(s, block_max[i], block_sum[i], a, c);
+        sum = chain_value(sum, a, o[(size_t)i * head_dim + channel], c);
     }
     out[channel] = sum / s.l;
 }
@@ -108,26 +125,29 @@ enum { HALF_SM = 113 * 1024 }; // the shared memory of each of two blocks on an 
 // then, the last warps', take their K pages' place.
 template <typename KV, int RT, bool TWO> struct attention_shared {
     static constexpr int HD = KV::HD, Q = RT > 2 ? ROWS : 2;
-    // About what all but the pages takes, o included.
-    static constexpr int BESIDE = (int)sizeof(q_rows<HD, Q>) + (16 + 4 * RT * CHUNK_PAGES) * HD + 1536;
+    static constexpr int HALVES = RT > 8 ? 2 : 1;      // rows g and g + 8 of a matrix instruction, or g
+    static constexpr int LANES = RT < 8 ? 4 * RT : 32; // that have a row g < RT
+    // About what all but the pages takes.
+    static constexpr int BESIDE = (int)sizeof(q_rows<HD, Q>) + 16 * HD + HALVES * CHUNK_PAGES * (LANES * 16 + 32) + 512;
     static constexpr int ROOM = ((int)HALF_SM - BESIDE) / KV::BYTES - ATTN_WARPS;
     static constexpr int V_PAGES = !TWO || ROOM > ATTN_WARPS ? (int)ATTN_WARPS : ROOM > 1 ? ROOM : 1;
     alignas(64) unsigned char k[ATTN_WARPS][KV::BYTES], v[V_PAGES][KV::BYTES];
+    uint4 pairs[CHUNK_PAGES][HALVES][LANES]; // a chunk's p, in their page's units
+    alignas(16) float units[8 * HALVES][CHUNK_PAGES];
     q_rows<HD, Q> q;
     fresh_row<HD> fresh;
     float row[2][HD]; // k and v before they are rounded
     uint64_t k_arrived[ATTN_WARPS], v_arrived[ATTN_WARPS];
-    float max[CHUNK_PAGES][ROWS], sum[CHUNK_PAGES][ROWS];
+    float max[2][ROWS]; // units of the chunks combined so far
     int position[ROWS]; // of each row's token; -1: no such row
     bool last;
-    alignas(16) float o[4]; // [CHUNK_PAGES][rows][HD]
 
     // Whether a warp's V page has the place of its K page: then it is asked for when that has been read.
     static __device__ __forceinline__ bool shares(int warp) {
         return V_PAGES < ATTN_WARPS && warp >= V_PAGES;
     }
-    __device__ __forceinline__ unsigned char *v_page(int warp) {
-        return shares(warp) ? k[warp] : v[warp];
+    __device__ __forceinline__ unsigned char *v_page(int page) {
+        return shares(page) ? k[page] : v[page];
     }
 };
 
@@ -170,20 +190,17 @@ static __device__ __forceinline__ void prepare_rows(attention_shared<KV, RT, TWO
     store_fresh(&sh->fresh, sh->row[of_v], p.kv, page, kv_head, slot, of_v, x, lane);
 }
 
-// A warp's page of a chunk: scores, softmax, values; the next chunk's page is asked for as soon as this one is read.
-// Of the page, n slots are in use; `slot`: this step's own, -1 if that is in another page, or stored already.
-// `page`: lane 0's number of the page; then of the next chunk's.
+// A warp's page of a chunk: scores, and p in the page's own units; its V is there then. The next chunk's K is asked for
+// as soon as this one is read. `slot`: this step's own, -1 if that is in another page, or stored already. `page`: lane
+// 0's number of the page; `next_page`: of the next chunk's, -1: there is none.
 template <typename KV, int RT, bool TWO>
-static __device__ __forceinline__ void one_page(attention_shared<KV, RT, TWO> *sh, const attention_params &p,
-                                                int kv_head, const int32_t *pages, int &page, int index, int n,
-                                                int slot, int next, uint32_t parity, int warp, int lane) {
-    constexpr int HD = KV::HD;
-    int g = lane / 4, t = lane % 4, first = index * ATTN_BLOCK;
+static __device__ __forceinline__ void weigh_page(attention_shared<KV, RT, TWO> *sh, const attention_params &p,
+                                                  int kv_head, const int32_t *pages, int page, int next_page, int index,
+                                                  int slot, uint32_t parity, int warp, int lane) {
     constexpr bool tall = RT > 8;
-    float s[4][4], m[2], l[2];
-    uint32_t pairs[2][4] = {};
-    bool asks = HOPPER && lane == 0, shares = sh->shares(warp);
-    int next_page = asks && next >= 0 ? __ldcg(pages + next) : 0;
+    int g = lane / 4, t = lane % 4, first = index * ATTN_BLOCK;
+    float s[4][4];
+    bool asks = HOPPER && lane == 0;
 #if HOPPER
     barrier_wait(&sh->k_arrived[warp], parity);
 #else
@@ -197,33 +214,109 @@ static __device__ __forceinline__ void one_page(attention_shared<KV, RT, TWO> *s
 #endif
     scores<KV, tall>(s, &sh->q, sh->k[warp], lane, &sh->fresh, slot);
     __syncwarp();
-    if (asks && shares) ask_for(sh, p, true, kv_head, page, warp);
-    else if (asks && next >= 0) ask_for(sh, p, false, kv_head, next_page, warp);
+    if (asks && sh->shares(warp)) ask_for(sh, p, true, kv_head, page, warp);
+    else if (asks && next_page >= 0) ask_for(sh, p, false, kv_head, next_page, warp);
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        int row = g + half * 8;
-        if (half == 1 && !tall) break;
-        softmax_row(pairs[half], m[half], l[half], s, half, sh->position[row] + 1 - first, t);
-        if (t == 0 && row < p.rows) {
-            sh->max[index % CHUNK_PAGES][row] = m[half];
-            sh->sum[index % CHUNK_PAGES][row] = l[half];
-        }
+    for (int half = 0; half < sh->HALVES; half++) {
+        uint32_t pairs[4];
+        float unit = row_unit(lift_row(s, half, sh->position[g + half * 8] + 1 - first, t));
+        row_weights(pairs, s, half, unit);
+        if (lane < sh->LANES) sh->pairs[warp][half][lane] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+        if (t == 0) sh->units[g + half * 8][warp] = unit;
     }
-    v_slots slots = slots_in_use(n, slot, t);
 #if HOPPER
     barrier_wait(&sh->v_arrived[warp], parity);
 #endif
-    float *o = sh->o + (size_t)warp * p.rows * HD;
-    auto put = [&](int i, const float(&d)[4]) {
-        if (g < p.rows) *reinterpret_cast<float2 *>(o + g * HD + i * 8 + 2 * t) = make_float2(d[0], d[1]);
-        if (tall && g + 8 < p.rows)
-            *reinterpret_cast<float2 *>(o + (g + 8) * HD + i * 8 + 2 * t) = make_float2(d[2], d[3]);
-    };
-    if (n < ATTN_BLOCK || slot >= 0) page_values<KV, true>(sh->v_page(warp), pairs, slots, &sh->fresh, lane, put);
-    else page_values<KV, false>(sh->v_page(warp), pairs, slots, &sh->fresh, lane, put);
-    __syncwarp();
-    if (asks && next >= 0) ask_for(sh, p, !shares, kv_head, next_page, warp);
-    page = next_page;
+}
+
+// Sums of rows g and g + 8, over a chunk or over all so far: of channels 16 warp + 2t, + 1 and 16 warp + 8 + 2t, + 1.
+struct row_sums {
+    float of[2][4];
+    chain of_row[2];
+};
+
+// One of a chunk's pages joins the chain. SPECIAL: some of its slots are not in use, or one is this step's.
+template <bool SPECIAL, typename KV, int RT, bool TWO, int HALVES>
+static __device__ __forceinline__ void chain_page(float (&of)[2][4], float (&l)[4], attention_shared<KV, RT, TWO> *sh,
+                                                  int k, const float (&unit)[HALVES], const v_slots &slots, int warp,
+                                                  int lane) {
+    int g = lane / 4;
+    uint32_t p[2][4] = {};
+    uint4 v[2];
+    page_reader<KV>::two(v[0], v[1], sh->v_page(k), warp, lane);
+    if (SPECIAL)
+#pragma unroll
+        for (int e = 0; e < 2; e++) v[e] = real_slots(v[e], slots, sh->fresh.v[16 * warp + 8 * e + g]);
+#pragma unroll
+    for (int half = 0; half < HALVES; half++) {
+        float factor = exp2_fast(sh->units[g + half * 8][k] - unit[half]);
+        uint32_t factors = pack_bf16(factor, factor);
+        uint4 pairs = lane < sh->LANES ? sh->pairs[k][half][lane] : make_uint4(0, 0, 0, 0);
+        p[half][0] = mul_bf16_pairs(pairs.x, factors);
+        p[half][1] = mul_bf16_pairs(pairs.y, factors);
+        p[half][2] = mul_bf16_pairs(pairs.z, factors);
+        p[half][3] = mul_bf16_pairs(pairs.w, factors);
+    }
+    chain_values(of[0], p[0], p[1], v[0]);
+    chain_values(of[1], p[0], p[1], v[1]);
+    chain_sum(l, p[0], p[1]);
+}
+
+// A chunk of n_pages, by each warp that has channels. Of the last page n slots are in use; `slot`: this step's.
+template <typename KV, int RT, bool TWO>
+static __device__ __forceinline__ void chain_chunk(row_sums &chunk, attention_shared<KV, RT, TWO> *sh, int n_pages,
+                                                   int n, int slot, int warp, int lane) {
+    constexpr int HALVES = attention_shared<KV, RT, TWO>::HALVES;
+    int g = lane / 4;
+    bool special = n < ATTN_BLOCK || slot >= 0;
+    float l[4] = {0, 0, 0, 0}, unit[HALVES];
+#pragma unroll
+    for (int half = 0; half < HALVES; half++) {
+        unit[half] = NO_UNIT;
+#pragma unroll
+        for (int k = 0; k < CHUNK_PAGES; k++) unit[half] = fmaxf(unit[half], sh->units[g + half * 8][k]);
+    }
+#pragma unroll
+    for (int j = 0; j < 2; j++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) chunk.of[j][e] = 0;
+    if (n_pages == CHUNK_PAGES && !special) {
+#pragma unroll
+        for (int k = 0; k < CHUNK_PAGES; k++) chain_page<false>(chunk.of, l, sh, k, unit, {}, warp, lane);
+    } else {
+#pragma unroll 1
+        for (int k = 0; k < n_pages - special; k++) chain_page<false>(chunk.of, l, sh, k, unit, {}, warp, lane);
+        if (special) chain_page<true>(chunk.of, l, sh, n_pages - 1, unit, slots_in_use(n, slot, lane % 4), warp, lane);
+    }
+#pragma unroll
+    for (int half = 0; half < HALVES; half++) chunk.of_row[half] = {unit[half], l[2 * half]};
+}
+
+// A chunk's part, to be combined with others.
+template <int HD, int HALVES>
+static __device__ __forceinline__ void put_part(float *to, const row_sums &chunk, int rows, int warp, int lane) {
+    int t = lane % 4;
+#pragma unroll
+    for (int half = 0; half < HALVES; half++) {
+        int row = lane / 4 + half * 8;
+        if (row >= rows) continue;
+#pragma unroll
+        for (int j = 0; j < 2; j++)
+            *reinterpret_cast<float2 *>(to + row * HD + 16 * warp + 8 * j + 2 * t) =
+                make_float2(chunk.of[j][2 * half], chunk.of[j][2 * half + 1]);
+        if (t > 0 || warp > 0) continue;
+        to[rows * HD + row] = chunk.of_row[half].m;
+        to[rows * (HD + 1) + row] = chunk.of_row[half].l;
+    }
+}
+
+static __device__ __forceinline__ void add_chunk(row_sums &sums, const row_sums &chunk, int half) {
+    float a, c;
+    chain_add(sums.of_row[half], chunk.of_row[half].m, chunk.of_row[half].l, a, c);
+#pragma unroll
+    for (int j = 0; j < 2; j++)
+#pragma unroll
+        for (int e = 2 * half; e < 2 * half + 2; e++) sums.of[j][e] = chain_value(sums.of[j][e], a, chunk.of[j][e], c);
 }
 
 // The channels of one row that a thread combines: THREADS_A_ROW apart.
@@ -235,47 +328,9 @@ template <typename KV, int RT> struct own_channels {
     float sum[N];
 
     __device__ __forceinline__ own_channels(int thread) : row(thread / THREADS_A_ROW), first(thread % THREADS_A_ROW) {
-    }
-
-    __device__ __forceinline__ void start() {
         state = CHAIN_START;
 #pragma unroll
         for (int i = 0; i < N; i++) sum[i] = 0;
-    }
-
-    // The row's n blocks of a chunk: their values in order; m and l are the chunk's.
-    template <typename SHARED>
-    __device__ __forceinline__ void chunk(float (&of)[N], chain &s, const SHARED *sh, int rows, int n) const {
-        s = CHAIN_START;
-#pragma unroll
-        for (int i = 0; i < N; i++) of[i] = 0;
-#pragma unroll
-        for (int k = 0; k < CHUNK_PAGES; k++) {
-            float a, c;
-            if (k >= n) break;
-            chain_add(s, sh->max[k][row], sh->sum[k][row], a, c);
-#pragma unroll
-            for (int i = 0; i < N; i++)
-                if (first + i * THREADS_A_ROW < HD)
-                    of[i] = chain_value(of[i], a, sh->o[((size_t)k * rows + row) * HD + first + i * THREADS_A_ROW], c);
-        }
-    }
-
-    // A chunk's part, to be combined with others.
-    __device__ __forceinline__ void put(float *to, const float (&of)[N], const chain &s, int rows) const {
-#pragma unroll
-        for (int i = 0; i < N; i++)
-            if (first + i * THREADS_A_ROW < HD) to[row * HD + first + i * THREADS_A_ROW] = of[i];
-        if (first > 0) return;
-        to[rows * HD + row] = s.m;
-        to[rows * (HD + 1) + row] = s.l;
-    }
-
-    __device__ __forceinline__ void add(const float (&of)[N], float m, float l) {
-        float a, c;
-        chain_add(state, m, l, a, c);
-#pragma unroll
-        for (int i = 0; i < N; i++) sum[i] = chain_value(sum[i], a, of[i], c);
     }
 };
 
@@ -333,9 +388,32 @@ static __device__ __forceinline__ void combine_split(attention_shared<KV, RT, TW
     }
 }
 
+// The results of a tile's rows, by each warp that has channels.
+template <typename KV, int HALVES>
+static __device__ __forceinline__ void put_rows(const attention_params &p, const row_sums &sums, const int *position,
+                                                int token, int kv_head, int warp, int lane) {
+    constexpr int HD = KV::HD;
+    int group = p.n_heads / p.kv.n_kv_heads;
+#pragma unroll
+    for (int half = 0; half < HALVES; half++) {
+        int row = lane / 4 + half * 8;
+        if (warp >= HD / 16 || row >= p.rows || position[row] < 0) continue;
+        int row_token = token + row / group, head = kv_head * group + row % group;
+        float l = sums.of_row[half].l;
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            int column = head * HD + 16 * warp + 8 * j + lane % 4 * 2;
+            float a = sums.of[j][2 * half] / l, b = sums.of[j][2 * half + 1] / l;
+            *reinterpret_cast<float2 *>(p.out + (size_t)row_token * p.n_heads * HD + column) = make_float2(a, b);
+            if (p.packed)
+                *reinterpret_cast<uint32_t *>(p.packed + packed_at(row_token, column, p.token_units)) = pack_bf16(a, b);
+        }
+    }
+}
+
 // RT: at least p.rows.
 template <typename KV, bool FUSED, int RT, bool TWO>
-static __global__ void __launch_bounds__(ATTN_THREADS, 1) k_attention(attention_params p) {
+static __global__ void __launch_bounds__(ATTN_THREADS, TWO ? 2 : 1) k_attention(attention_params p) {
     DYNAMIC_SHARED(raw);
     constexpr int HD = KV::HD;
     using shared = attention_shared<KV, RT, TWO>;
@@ -375,48 +453,61 @@ static __global__ void __launch_bounds__(ATTN_THREADS, 1) k_attention(attention_
     int slot_page = slot >= 0 ? __ldcg(pages + last_page) : 0;
     __syncthreads();
 
-    own mine(thread);
-    bool has_row = mine.row < p.rows;
+    constexpr int HALVES = shared::HALVES;
     size_t tile = (size_t)token * p.kv.n_kv_heads + kv_head, size = part_floats(p.rows, HD);
     if (FUSED) dependency_wait();
     prepare_rows<KV, FUSED, RT, TWO>(sh, p, token, kv_head, slot_page, slot, warp, lane);
     __syncthreads();
-    mine.start();
+    row_sums sums = {{}, {CHAIN_START, CHAIN_START}};
     for (uint32_t parity = 0; chunk < n_chunks; chunk += stride, parity ^= 1) {
-        int index = chunk * CHUNK_PAGES + warp, next = index + stride * CHUNK_PAGES;
+        int first = chunk * CHUNK_PAGES, index = first + warp, next = index + stride * CHUNK_PAGES, next_page = -1;
+        int n_pages = min(last_page - first + 1, (int)CHUNK_PAGES);
+        bool ends = first + n_pages > last_page;
+        if (HOPPER && lane == 0 && next <= last_page) next_page = __ldcg(pages + next);
         if (index <= last_page)
-            one_page<KV, RT>(sh, p, kv_head, pages, page, index, limit - index * ATTN_BLOCK,
-                             index == last_page ? slot : -1, next <= last_page ? next : -1, parity, warp, lane);
-        __syncthreads();
-        int n = has_row ? row_blocks(sh->position[mine.row], chunk) : 0;
-        if (n > 0) {
-            chain s;
-            float of[own::N];
-            mine.chunk(of, s, sh, p.rows, n);
-            if (apart) mine.put(p.partial + (tile * p.max_chunks + chunk) * size, of, s, p.rows);
-            else mine.add(of, s.m, s.l);
+            weigh_page(sh, p, kv_head, pages, page, next_page, index, index == last_page ? slot : -1, parity, warp,
+                       lane);
+        else if (lane < 8 * HALVES) sh->units[lane][warp] = NO_UNIT;
+        __syncthreads(); // p and V are there
+        if (warp < HD / 16) {
+            row_sums part;
+            chain_chunk(part, sh, n_pages, ends ? limit - last_page * ATTN_BLOCK : (int)ATTN_BLOCK, ends ? slot : -1,
+                        warp, lane);
+            if (apart) put_part<HD, HALVES>(p.partial + (tile * p.max_chunks + chunk) * size, part, p.rows, warp, lane);
+            else
+#pragma unroll
+                for (int half = 0; half < HALVES; half++)
+                    if (sh->position[lane / 4 + half * 8] >= first * ATTN_BLOCK) add_chunk(sums, part, half);
         }
-        if (apart || chunk + stride < n_chunks) __syncthreads();
+        if (chunk + stride < n_chunks) {
+            __syncthreads(); // they have been read
+            if (next_page >= 0) ask_for(sh, p, !sh->shares(warp), kv_head, next_page, warp);
+        }
+        page = next_page;
     }
 
-    if (apart) {
-        if (thread == 0) sh->last = count_arrival(p.arrivals + tile) == (unsigned)min(n_chunks, stride) - 1;
-        __syncthreads();
-        if (!sh->last) return;
-        if (thread == 0) p.arrivals[tile] = 0;
-        combine_split(sh, p, mine, p.partial + tile * p.max_chunks * size, n_chunks, thread);
+    if (!apart) {
+        put_rows<KV, HALVES>(p, sums, sh->position, token, kv_head, warp, lane);
+        return;
     }
-    if (!has_row || sh->position[mine.row] < 0) return;
-    float *out =
-        p.out + ((size_t)(token + mine.row / group) * p.n_heads + (size_t)kv_head * group + mine.row % group) * HD;
+    __syncthreads();
+    if (thread == 0) sh->last = count_arrival(p.arrivals + tile) == (unsigned)min(n_chunks, stride) - 1;
+    __syncthreads();
+    if (!sh->last) return;
+    if (thread == 0) p.arrivals[tile] = 0;
+    own mine(thread);
+    combine_split(sh, p, mine, p.partial + tile * p.max_chunks * size, n_chunks, thread);
+    if (mine.row >= p.rows || sh->position[mine.row] < 0) return;
 #pragma unroll
     for (int i = 0; i < own::N; i++) {
-        int c = mine.first + i * own::THREADS_A_ROW, column = (kv_head * group + mine.row % group) * HD + c;
+        int c = mine.first + i * own::THREADS_A_ROW;
         if (c >= HD) continue;
-        out[c] = mine.sum[i] / mine.state.l;
+        int row_token = token + mine.row / group, column = (kv_head * group + mine.row % group) * HD + c;
+        float result = mine.sum[i] / mine.state.l;
+        p.out[(size_t)row_token * p.n_heads * HD + column] = result;
         if (p.packed)
-            *reinterpret_cast<__nv_bfloat16 *>(p.packed + packed_at(token + mine.row / group, column, p.token_units)) =
-                __float2bfloat16_rn(mine.sum[i] / mine.state.l);
+            *reinterpret_cast<__nv_bfloat16 *>(p.packed + packed_at(row_token, column, p.token_units)) =
+                __float2bfloat16_rn(result);
     }
 }
 
@@ -433,7 +524,7 @@ static void attn_scores(const struct op_ctx *ctx, float *out, const float *q, co
 }
 
 static void attn_softmax(const struct op_ctx *ctx, float *scores, float *block_max, float *block_sum, size_t n_kv) {
-    launch_kernel(cuda_of(ctx), "attn_softmax", k_softmax, {grid_for((n_kv + ATTN_BLOCK - 1) / ATTN_BLOCK), 32, 0},
+    launch_kernel(cuda_of(ctx), "attn_softmax", k_softmax, {grid_for((n_kv + ATTN_CHUNK - 1) / ATTN_CHUNK), 32, 0},
                   scores, block_max, block_sum, (int)n_kv);
 }
 
@@ -441,7 +532,7 @@ static void attn_values(const struct op_ctx *ctx, float *o, const float *p, cons
                         const int32_t *pages, size_t n_kv) {
     struct cuda_state *s = cuda_of(ctx);
 #define VALUES(KV)                                                                                                     \
-    launch_kernel(s, "attn_values", k_values<KV>, {grid_for((n_kv + ATTN_BLOCK - 1) / ATTN_BLOCK), 32, 0}, o, p,       \
+    launch_kernel(s, "attn_values", k_values<KV>, {grid_for((n_kv + ATTN_CHUNK - 1) / ATTN_CHUNK), 32, 0}, o, p,       \
                   view(kv), (int)kv_head, pages, (int)n_kv)
     BY_KV(is_fp8(kv), kv->head_dim, VALUES);
 }
@@ -511,10 +602,6 @@ static attention_params params_for(const struct op_ctx *ctx, const struct attent
     return p;
 }
 
-template <typename KV, int RT, bool TWO> static size_t attention_bytes(int rows) {
-    return sizeof(attention_shared<KV, RT, TWO>) + CHUNK_PAGES * (size_t)rows * KV::HD * sizeof(float);
-}
-
 template <typename KV, bool FUSED>
 static void launch_attention(struct cuda_state *s, const attention_params &p, size_t n_tokens, size_t chunks) {
     // As many blocks as the SMs hold at once: each loads its next chunk while it works on one.
@@ -528,10 +615,10 @@ static void launch_attention(struct cuda_state *s, const attention_params &p, si
     };
     if constexpr (FUSED)
         if (HOPPER && tiles > (size_t)s->n_sms && p.rows <= 2)
-            return launch(k_attention<KV, FUSED, 2, true>, attention_bytes<KV, 2, true>(p.rows));
-    if (p.rows <= 2) launch(k_attention<KV, FUSED, 2, false>, attention_bytes<KV, 2, false>(p.rows));
-    else if (p.rows <= 8) launch(k_attention<KV, FUSED, 8, false>, attention_bytes<KV, 8, false>(p.rows));
-    else launch(k_attention<KV, FUSED, 16, false>, attention_bytes<KV, 16, false>(p.rows));
+            return launch(k_attention<KV, FUSED, 2, true>, sizeof(attention_shared<KV, 2, true>));
+    if (p.rows <= 2) launch(k_attention<KV, FUSED, 2, false>, sizeof(attention_shared<KV, 2, false>));
+    else if (p.rows <= 8) launch(k_attention<KV, FUSED, 8, false>, sizeof(attention_shared<KV, 8, false>));
+    else launch(k_attention<KV, FUSED, 16, false>, sizeof(attention_shared<KV, 16, false>));
 }
 
 // Of all sequences but the first `n_single`, or, where the kernels of prompts don't take them, of all.
@@ -654,13 +741,13 @@ size_t cuda_split_floats(const struct ops *ops, const struct ops_limits *l) {
 template <typename KV, bool FUSED, int RT, bool TWO> static void allow(struct cuda_state *s) {
     cuda_check(s,
                cudaFuncSetAttribute(k_attention<KV, FUSED, RT, TWO>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    (int)attention_bytes<KV, RT, TWO>(RT)),
+                                    (int)sizeof(attention_shared<KV, RT, TWO>)),
                "preparing attention");
 }
 
 template <typename KV> static void allow_shared(struct cuda_state *s) {
     static_assert(!HOPPER || attention_shared<KV, 2, true>::V_PAGES == ATTN_WARPS ||
-                      sizeof(attention_shared<KV, 2, true>) + CHUNK_PAGES * 2 * KV::HD * sizeof(float) <= HALF_SM,
+                      sizeof(attention_shared<KV, 2, true>) <= HALF_SM,
                   "two blocks an SM");
     allow<KV, false, 2, false>(s);
     allow<KV, false, 8, false>(s);

@@ -1,11 +1,12 @@
 // attention.cuh: what all attention kernels compute alike: one page for 16 rows, and the combination of pages.
 //
 // A tile is up to 16 rows: consecutive tokens of a sequence times the query heads of one KV head. q times the scale is
-// rounded to bf16, and so is p. Blocks of 32 positions (a page) are independent: own maximum, p, sum and values. The
-// blocks of a chunk of 256 positions are combined in ascending order (chain_add, chain_value), and so are the chunks.
-// Nothing depends on how rows, pages or chunks are spread over warps, blocks and launches. Scores are in units of log
-// 2, and a block's maximum is rounded up to a whole number: what is scaled from one maximum to another keeps its
-// digits, and most blocks scale nothing.
+// rounded to bf16, and so is p. Scores are in units of log 2 and lifted (below). A chunk is 256 absolute positions: its
+// values are one chain of matrix instructions of 16 positions each, in ascending order, from +0, and its sum is the same
+// chain with ones in V's place. Chunks join a row in ascending order (chain_add, chain_value). p is 2^(s - unit), the
+// unit a whole number not below any of the row's scores in the chunk. Which one it is, when it is raised, and whether
+// further positions with p = 0 follow, changes no bit: powers of two scale exactly, and a lifted score's difference to a
+// whole number is exact. So nothing depends on how rows, pages or chunks are spread over warps, blocks and launches.
 #ifndef TANDEM_OPS_CUDA_ATTENTION_CUH
 #define TANDEM_OPS_CUDA_ATTENTION_CUH
 
@@ -204,9 +205,68 @@ static __device__ __forceinline__ void page_values(const unsigned char *page, co
     }
 }
 
+// ---- A chunk's chain
+// -------------------------------------------------------------------------------------------------------
+// A score is lifted: LIFT is added, which rounds it to a multiple of 2^-15 (of its own last place, beyond 2^8 or so).
+// Then s - unit is exact wherever 2^(s - unit) is not zero, and exp2_fast of it is that of its fraction times a power of
+// two (seen for every fraction and exponent on an H200), as long as it is not positive: units are not below scores.
+static const float LIFT = 384.0f;
+static const float NO_UNIT = -1e30f; // below that of any score: finite, so that differences are numbers
+
+static const uint32_t ONES = 0x3F803F80u; // two of V's: with them the chain is the sum of p
+
+// Lifts the scores of a row (half 0: g, 1: g + 8) up to position n - 1 of the block; those beyond become -inf, whose p
+// is 0. Returns the highest that the lane has.
+static __device__ __forceinline__ float lift_row(float (&s)[4][4], int half, int n, int t) {
+    float m = NO_UNIT;
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            float &x = s[j][2 * half + e];
+            x = 8 * j + 2 * t + e < n ? x + LIFT : MINUS_INFINITY;
+            m = fmaxf(m, x);
+        }
+    return m;
+}
+
+// The least unit for a row whose highest lifted scores its four lanes have. Whole numbers are theirs, not rounded up
+// twice: ceilf of a maximum is the maximum of ceilf.
+static __device__ __forceinline__ float row_unit(float m) {
+    m = fmaxf(m, __shfl_xor_sync(~0u, m, 1));
+    return ceilf(fmaxf(m, __shfl_xor_sync(~0u, m, 2)));
+}
+
+// p of a row's lifted scores, in pairs, in units of `unit`.
+static __device__ __forceinline__ void row_weights(uint32_t (&p)[4], const float (&s)[4][4], int half, float unit) {
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+        p[j] = pack_bf16(exp2_fast(s[j][2 * half] - unit), exp2_fast(s[j][2 * half + 1] - unit));
+}
+
+// Raises a unit to `to` if that is higher. Returns what is in the old units is to be multiplied by.
+static __device__ __forceinline__ float raise_unit(float &unit, float to) {
+    float before = unit;
+    unit = fmaxf(unit, to);
+    return exp2_fast(before - unit);
+}
+
+// A page's p of rows g and g + 8 join their chunk's sums, l[0] and l[2] (all four lanes have them).
+static __device__ __forceinline__ void chain_sum(float (&l)[4], const uint32_t (&p)[4], const uint32_t (&p8)[4]) {
+    mma(l, p[0], p8[0], p[1], p8[1], ONES, ONES);
+    mma(l, p[2], p8[2], p[3], p8[3], ONES, ONES);
+}
+
+// A page's values of channels 8 i + 2t, + 1 of rows g, g + 8 join their chunk's. `v`: the lane's share of the page.
+static __device__ __forceinline__ void chain_values(float (&o)[4], const uint32_t (&p)[4], const uint32_t (&p8)[4],
+                                                    uint4 v) {
+    mma(o, p[0], p8[0], p[1], p8[1], v.x, v.y);
+    mma(o, p[2], p8[2], p[3], p8[3], v.z, v.w);
+}
+
 // ---- Combining
 // -------------------------------------------------------------------------------------------------------
-// A row's maximum and sum over the blocks of a chunk so far, and over the chunks so far: both are combined alike.
+// A row's unit (m) and sum over the chunks so far.
 struct chain {
     float m, l;
 };

@@ -398,7 +398,7 @@ const struct ops *ops_cuda_open(int index, struct error *err) {
                                 .variants = VARIANTS_PROVEN,
                                 .kv_types = 1u << DTYPE_BF16 | 1u << DTYPE_FP8};
     s->ops =
-        (struct ops){.name = s->short_name, .device = &s->device, .least_left_out = LEFT_OUT, .attn_block = ATTN_BLOCK};
+        (struct ops){.name = s->short_name, .device = &s->device, .least_left_out = LEFT_OUT, .attn_block = ATTN_CHUNK};
     cuda_fill_pointwise(&s->ops);
     cuda_fill_products(&s->ops);
     cuda_fill_attention(&s->ops);
