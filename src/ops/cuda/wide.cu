@@ -2,8 +2,9 @@
 // query heads share it), and every page that it loads serves all of them. The arithmetic is attention.cuh's: a row's
 // bits are those of the other kernels.
 //
-// A warp goes from page to page by itself: scores, softmax, values, and what it has so far is weighted anew only where
-// a row's maximum has grown. Pages come in groups; while one group is used, the next one is on its way.
+// A warp goes from page to page by itself: scores, softmax, values, and what its chunk has so far stays in the matrix
+// instructions' sums, which are scaled only where a row's unit is raised. Pages come in groups; while one group is
+// used, the next one is on its way.
 #include "ops/cuda/wide.cuh"
 
 enum {
@@ -55,36 +56,38 @@ static __device__ __forceinline__ void wide_scores(float (&s)[4][4], const wide_
     }
 }
 
+// A page's values join their chunk's. SPECIAL: some slots are not in use: a loop of its own, since a branch within would
+// keep the chip from overlapping the rounds.
+template <typename KV, bool SPECIAL>
+static __device__ __forceinline__ void wide_values(wide_sums<KV::HD> &sums, const uint32_t (&pairs)[2][4],
+                                                   const unsigned char *page, const v_slots &slots, int lane) {
+#pragma unroll
+    for (int i = 0; i < KV::HD / 8; i++) {
+        uint4 v = page_reader<KV>::v(page, i, lane);
+        if (SPECIAL) v = real_slots(v, slots, 0);
+        chain_values(sums.of[i], pairs[0], pairs[1], v);
+    }
+}
+
 // A warp's rows and one page, of which n slots are in use.
 template <typename KV>
 static __device__ __forceinline__ void wide_page(wide_sums<KV::HD> &sums, wide_shared<KV> *sh, const wide_q<KV::HD> &q,
                                                  const warp_rows &rows, int page, int n, int at, uint32_t parity,
                                                  int lane) {
-    constexpr int HD = KV::HD;
-    float s[4][4], a[2], c[2];
+    float s[4][4], m[2];
     uint32_t pairs[2][4];
     barrier_wait(&sh->k_arrived[at], parity);
     wide_scores<KV>(s, q, sh->k[at], lane);
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        float m, l;
-        softmax_row(pairs[half], m, l, s, half, rows.position[half] + 1 - page * ATTN_BLOCK, lane % 4);
-        chain_add(sums.chunk[half], m, l, a[half], c[half]);
-    }
-    if (a[0] != 1.0f || a[1] != 1.0f) {
+    for (int half = 0; half < 2; half++)
+        m[half] = row_unit(lift_row(s, half, rows.position[half] + 1 - page * ATTN_BLOCK, lane % 4));
+    sums.raise(m);
 #pragma unroll
-        for (int i = 0; i < HD / 8; i++)
-#pragma unroll
-            for (int e = 0; e < 4; e++) sums.of[i][e] *= a[e / 2];
-    }
-    __syncwarp();
+    for (int half = 0; half < 2; half++) row_weights(pairs[half], s, half, sums.unit[half]);
+    chain_sum(sums.l, pairs[0], pairs[1]);
     barrier_wait(&sh->v_arrived[at], parity);
-    auto add = [&](int i, const float(&d)[4]) {
-#pragma unroll
-        for (int e = 0; e < 4; e++) sums.of[i][e] = fmaf(d[e], c[e / 2], sums.of[i][e]); // chain_value
-    };
-    if (n < ATTN_BLOCK) page_values<KV, true>(sh->v[at], pairs, slots_in_use(n, -1, lane % 4), NULL, lane, add);
-    else page_values<KV, false>(sh->v[at], pairs, {}, NULL, lane, add);
+    if (n < ATTN_BLOCK) wide_values<KV, true>(sums, pairs, sh->v[at], slots_in_use(n, -1, lane % 4), lane);
+    else wide_values<KV, false>(sums, pairs, sh->v[at], {}, lane);
 }
 
 template <typename KV> static __global__ void __launch_bounds__(ATTN_THREADS, 1) k_wide_attention(attention_params p) {

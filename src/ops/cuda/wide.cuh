@@ -52,12 +52,14 @@ template <int HD> struct wide_q {
 // A warp's two rows a lane: what a chunk has so far, and, in shared memory, what the chunks before have: a float4 for
 // every 8 channels and lane.
 template <int HD> struct wide_sums {
-    chain chunk[2], all[2];
-    float of[HD / 8][4];
+    float unit[2], l[4], of[HD / 8][4]; // of the chunk: l[0] and l[2] are its rows' sums
+    chain all[2];
     float4 *sum; // [HD / 8][32], the lane's first
 
     __device__ __forceinline__ void next_chunk() {
-        chunk[0] = chunk[1] = CHAIN_START;
+        unit[0] = unit[1] = NO_UNIT;
+#pragma unroll
+        for (int e = 0; e < 4; e++) l[e] = 0;
 #pragma unroll
         for (int i = 0; i < HD / 8; i++)
 #pragma unroll
@@ -72,13 +74,25 @@ template <int HD> struct wide_sums {
         next_chunk();
     }
 
+    // Raises the chunk's units to `to` where that is higher; by the whole warp.
+    __device__ __forceinline__ void raise(const float (&to)[2]) {
+        if (__all_sync(~0u, to[0] <= unit[0] && to[1] <= unit[1])) return;
+        float a[2] = {raise_unit(unit[0], to[0]), raise_unit(unit[1], to[1])};
+#pragma unroll
+        for (int e = 0; e < 4; e++) l[e] *= a[e / 2];
+#pragma unroll
+        for (int i = 0; i < HD / 8; i++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) of[i][e] *= a[e / 2];
+    }
+
     // The chunk has ended: joins those before it, in the rows that see any of it.
     __device__ __forceinline__ void end_chunk(const int (&position)[2], int first) {
         float a[2] = {1, 1}, c[2];
         bool sees[2] = {position[0] >= first, position[1] >= first};
 #pragma unroll
         for (int half = 0; half < 2; half++)
-            if (sees[half]) chain_add(all[half], chunk[half].m, chunk[half].l, a[half], c[half]);
+            if (sees[half]) chain_add(all[half], unit[half], l[2 * half], a[half], c[half]);
 #pragma unroll
         for (int i = 0; i < HD / 8; i++) {
             float4 v = sum[i * 32];
