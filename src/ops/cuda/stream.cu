@@ -239,7 +239,7 @@ static __device__ __forceinline__ void prepare(columns<KV::HD, R> &q, stream_war
     }
 }
 
-// A lane's two rows of a chunk, or of chunks, so far.
+// A lane's two rows of a sequence's chunks so far.
 template <int HD> struct stream_sums {
     chain of_row[2];
     float of[HD / 16][4];
@@ -252,10 +252,10 @@ template <int HD> struct stream_sums {
             for (int e = 0; e < 4; e++) of[i][e] = 0;
     }
 
-    __device__ __forceinline__ void add(const stream_sums<HD> &chunk) {
+    __device__ __forceinline__ void add(const column_chain<HD> &chunk) {
         float a[2], c[2];
 #pragma unroll
-        for (int e = 0; e < 2; e++) chain_add(of_row[e], chunk.of_row[e].m, chunk.of_row[e].l, a[e], c[e]);
+        for (int e = 0; e < 2; e++) chain_add(of_row[e], chunk.unit[e], chunk.l[e], a[e], c[e]);
 #pragma unroll
         for (int i = 0; i < HD / 16; i++)
 #pragma unroll
@@ -263,10 +263,11 @@ template <int HD> struct stream_sums {
     }
 };
 
-// The rows' values to shared memory, divided by their sums where DIVIDE; then eight after the other to `take`.
+// The rows' values, `of` and where they belong as of column_chain's, to shared memory, divided by `by`; then eight
+// after the other to `take`.
 template <typename KV, int R, bool DIVIDE, typename TAKE>
-static __device__ __forceinline__ void put_rows(stream_warp<KV, R> *sh, const stream_sums<KV::HD> &sums, int n_rows,
-                                                int lane, const TAKE &take) {
+static __device__ __forceinline__ void put_rows(stream_warp<KV, R> *sh, const float (&of)[KV::HD / 16][4],
+                                                const float (&by)[2], int n_rows, int lane, const TAKE &take) {
     constexpr int HD = KV::HD;
     int g = lane / 4, t = lane % 4;
     float *rows = sh->rows;
@@ -277,8 +278,8 @@ static __device__ __forceinline__ void put_rows(stream_warp<KV, R> *sh, const st
         if (row >= n_rows) continue;
 #pragma unroll
         for (int i = 0; i < HD / 8; i++) {
-            float v = sums.of[i / 2][i % 2 * 2 + e];
-            rows[row * HD + 8 * i + g] = DIVIDE ? v / sums.of_row[e].l : v;
+            float v = of[i / 2][i % 2 * 2 + e];
+            rows[row * HD + 8 * i + g] = DIVIDE ? v / by[e] : v;
         }
     }
     __syncwarp();
@@ -295,11 +296,11 @@ static __device__ __forceinline__ float *part_of(const attention_params &p, int 
 
 template <typename KV, int R>
 static __device__ __forceinline__ void put_part(stream_warp<KV, R> *sh, const attention_params &p,
-                                                const stream_sums<KV::HD> &sums, const stream_place &at, int head,
+                                                const column_chain<KV::HD> &chunk, const stream_place &at, int head,
                                                 int lane) {
     constexpr int HD = KV::HD;
     float *part = part_of(p, at.token, at.chunk, head, HD);
-    put_rows<KV, R, false>(sh, sums, p.rows, lane, [&](int i, float4 a, float4 b) {
+    put_rows<KV, R, false>(sh, chunk.of, {1, 1}, p.rows, lane, [&](int i, float4 a, float4 b) {
         reinterpret_cast<float4 *>(part + i)[0] = a;
         reinterpret_cast<float4 *>(part + i)[1] = b;
     });
@@ -307,8 +308,8 @@ static __device__ __forceinline__ void put_part(stream_warp<KV, R> *sh, const at
     for (int e = 0; e < 2; e++) {
         int row = 2 * lane + e;
         if (row >= p.rows) continue;
-        part[p.rows * HD + row] = sums.of_row[e].m;
-        part[p.rows * (HD + 1) + row] = sums.of_row[e].l;
+        part[p.rows * HD + row] = chunk.unit[e];
+        part[p.rows * (HD + 1) + row] = chunk.l[e];
     }
 }
 
@@ -357,12 +358,13 @@ static __device__ __forceinline__ void combine_parts(const attention_params &p, 
 
 // A page of K and one of V, of which n slots are in use, one of them (slot, if not negative) this step's.
 template <typename KV, int R>
-static __device__ __forceinline__ void
-stream_page(stream_sums<KV::HD> &sums, const columns<KV::HD, R> &q, stream_shared<KV, R> *sh, const attention_params &p,
-            stream_source &source, int &stage, uint32_t &parity, int n, int slot, int warp, int lane) {
+static __device__ __forceinline__ void stream_page(column_chain<KV::HD> &chunk, const columns<KV::HD, R> &q,
+                                                   stream_shared<KV, R> *sh, const attention_params &p,
+                                                   stream_source &source, int &stage, uint32_t &parity, int n, int slot,
+                                                   int warp, int lane) {
     constexpr int HD = KV::HD;
     const fresh_row<HD> *fresh = &sh->warp[warp].fresh;
-    float s[4][2], m[2], l[2], a[2], c[2];
+    float s[4][2], m[2];
     uint32_t pairs[4];
     auto read = [&]() {
         __syncwarp();
@@ -372,25 +374,14 @@ stream_page(stream_sums<KV::HD> &sums, const columns<KV::HD, R> &q, stream_share
     barrier_wait(&sh->arrived[warp][stage], parity);
     column_scores<KV, R>(s, q, sh->page[warp][stage], lane, fresh, slot);
     read();
-    column_softmax(pairs, m, l, s, n, lane);
-#pragma unroll
-    for (int e = 0; e < 2; e++) chain_add(sums.of_row[e], m[e], l[e], a[e], c[e]);
-    if (a[0] != 1.0f || a[1] != 1.0f) {
-#pragma unroll
-        for (int i = 0; i < HD / 16; i++)
-#pragma unroll
-            for (int e = 0; e < 4; e++) sums.of[i][e] *= a[e % 2];
-    }
-    __syncwarp();
-    auto add = [&](int i, const float(&d)[4]) {
-#pragma unroll
-        for (int e = 0; e < 4; e++) sums.of[i][e] = fmaf(d[e], c[e % 2], sums.of[i][e]); // chain_value
-    };
+    column_lift(s, m, n, lane);
+    chunk.raise(m);
+    chunk.weigh(pairs, s);
     barrier_wait(&sh->arrived[warp][stage], parity);
     const unsigned char *page = sh->page[warp][stage];
     if (n < ATTN_BLOCK || slot >= 0)
-        column_values<KV, true>(page, pairs, slots_in_use(n, slot, lane % 4), fresh, lane, add);
-    else column_values<KV, false>(page, pairs, {}, fresh, lane, add);
+        chunk.template add<KV, true>(page, pairs, slots_in_use(n, slot, lane % 4), fresh, lane);
+    else chunk.template add<KV, false>(page, pairs, {}, fresh, lane);
     read();
 }
 
@@ -437,7 +428,8 @@ static __global__ void __launch_bounds__(ATTN_THREADS, 1) k_stream_attention(att
                        lane);
         stream_place following = {at.token + 1, 0};
         if (last == n_chunks && !following.is(end)) in.load(sh, p, at.token + 1, head, lane);
-        stream_sums<HD> sums, chunk;
+        stream_sums<HD> sums;
+        column_chain<HD> chunk;
         sums.start();
 #pragma unroll 1
         for (; at.chunk < last; at.chunk++) {
@@ -453,7 +445,8 @@ static __global__ void __launch_bounds__(ATTN_THREADS, 1) k_stream_attention(att
             else put_part<KV, R>(&sh->warp[warp], p, chunk, at, head, lane);
         }
         if (alone) {
-            put_rows<KV, R, true>(&sh->warp[warp], sums, p.rows, lane, [&](int i, float4 a, float4 b) {
+            const float l[2] = {sums.of_row[0].l, sums.of_row[1].l};
+            put_rows<KV, R, true>(&sh->warp[warp], sums.of, l, p.rows, lane, [&](int i, float4 a, float4 b) {
                 put_results(p, at.token, head * p.rows * HD + i, a, b);
             });
         } else {
