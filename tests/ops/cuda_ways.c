@@ -3,6 +3,7 @@
 
 #include "base/clock.h"
 #include "base/size.h"
+#include "format/fp8.h"
 #include "format/quantize.h"
 #include "model/oracle.h"
 #include "model/synthetic.h"
@@ -383,6 +384,27 @@ static void fill_randomly(struct kv_store *kv) {
     free(random);
 }
 
+// What a page has from a slot on becomes no number, of K and V in bf16; in eight bits the slots' scales do.
+static void spoil_slots(struct kv_store *kv, size_t page, size_t slot) {
+    for (size_t l = 0; l < 2 * kv->n_layers; l++) {
+        const struct kv_layer *layer = &kv->layers[l / 2];
+        bool fp8 = layer->type == DTYPE_FP8, of_v = l % 2;
+        size_t elements = layer->head_dim * KV_PAGE_TOKENS, blocks = layer->head_dim / FP8_BLOCK;
+        size_t bytes = fp8 ? elements / FP8_BLOCK * (FP8_BLOCK + 1) : 2 * elements;
+        for (size_t head = 0; head < layer->n_kv_heads; head++) {
+            unsigned char *at =
+                (unsigned char *)(of_v ? layer->v : layer->k) + (page * layer->n_kv_heads + head) * bytes;
+            for (size_t i = 0; i < blocks && !fp8; i++)
+                cuda->device->fill(cuda->device, at + (i * KV_PAGE_TOKENS + slot) * 64, 0xFF,
+                                   (KV_PAGE_TOKENS - slot) * 64);
+            for (size_t i = slot * blocks; i < KV_PAGE_TOKENS * blocks && fp8; i++) {
+                size_t s = i / blocks, v = i % blocks * KV_PAGE_TOKENS + s % 8 / 2 * 8 + s / 8 * 2 + s % 2;
+                cuda->device->fill(cuda->device, at + elements + (of_v ? v : i), 0xFF, 1);
+            }
+        }
+    }
+}
+
 static void run_at_depths(const struct subject *s, const size_t *depths, size_t n_depths, float *out) {
     const struct model_config *c = &s->model->config;
     struct error err = {0};
@@ -484,6 +506,8 @@ static void run_company(const struct subject *s, const size_t *depths, size_t n,
     if (!run || !kv_store_create_on(cuda->device, &kv, c, fp8 ? DTYPE_FP8 : DTYPE_BF16, n_pages, &err))
         fail_msg("%s", err.text);
     fill_randomly(&kv);
+    for (size_t i = 0; i < n; i++)
+        spoil_slots(&kv, (size_t)pages[(size_t)arrays[4][i + 1] - 1], depths[i] % KV_PAGE_TOKENS);
     const float *logits = model_forward(s->model, run, &kv, &b);
     if (!run_error(run, &err)) fail_msg("%zu sequences: %s", n, err.text);
     memcpy(out, logits, n * c->n_vocab * sizeof *out);
