@@ -161,6 +161,8 @@ MISTAKES = [
      ("stream.cu", "stage = 0, parity ^= 1;", "stage = 0, parity ^= !M;")),
     ("the first of a stream's pages' numbers taken for all", "COMPANY",
      ("stream.cu", "__shfl_sync(~0u, number, item / 2)", "__shfl_sync(~0u, number, M ? 0 : item / 2)")),
+    ("a stream's unused slots not cleared", "COMPANY",
+     ("columns.cuh", "if (slot + 16 * s >= n) instead", "if (slot + 16 * s >= n && !M) instead")),
     ("a stream's sums left behind by their unit", "COMPANY",
      ("columns.cuh", "l[e] *= a[e % 2];", "l[e] *= M ? 1.0f : a[e % 2];")),
 ]

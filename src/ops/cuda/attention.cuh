@@ -77,17 +77,17 @@ template <int HD> struct fresh_row {
     uint4 k[HD / 32][4]; // as a unit's row: lane t's share of each 32 columns
     uint32_t v[HD];      // in both halves
 
-    __device__ __forceinline__ void put_k(int c, __nv_bfloat16 value) {
-        reinterpret_cast<__nv_bfloat16 *>(k)[(c / 32 * 4 + c % 8 / 2) * 8 + c % 32 / 8 * 2 + c % 2] = value;
+    __device__ __forceinline__ void put(bool of_v, int c, __nv_bfloat16 value) {
+        if (of_v) v[c] = pack_bf16(__bfloat162float(value), __bfloat162float(value));
+        else reinterpret_cast<__nv_bfloat16 *>(k)[(c / 32 * 4 + c % 8 / 2) * 8 + c % 32 / 8 * 2 + c % 2] = value;
     }
 };
 
 // Rounds this step's k or v of a head, which a warp has in registers: beside, and into its page. `row`: room for HD
 // floats in shared memory.
-template <int HD>
-static __device__ __forceinline__ void store_fresh(fresh_row<HD> *f, float *row, const kv_view &kv, int page,
-                                                   int kv_head, int slot, bool of_v, const head_registers<HD> &x,
-                                                   int lane) {
+template <int HD, typename FRESH>
+static __device__ __forceinline__ void store_fresh(FRESH *f, float *row, const kv_view &kv, int page, int kv_head,
+                                                   int slot, bool of_v, const head_registers<HD> &x, int lane) {
     constexpr int PAIRS = head_registers<HD>::PAIRS, HALF = HD / 2;
 #pragma unroll
     for (int i = 0; i < PAIRS; i++) {
@@ -97,11 +97,7 @@ static __device__ __forceinline__ void store_fresh(fresh_row<HD> *f, float *row,
     }
     __syncwarp();
 #pragma unroll
-    for (int c = lane; c < HD; c += 32) {
-        __nv_bfloat16 rounded = kv_put(kv, of_v, page, kv_head, slot, c, row[c]);
-        if (of_v) f->v[c] = pack_bf16(__bfloat162float(rounded), __bfloat162float(rounded));
-        else f->put_k(c, rounded);
-    }
+    for (int c = lane; c < HD; c += 32) f->put(of_v, c, kv_put(kv, of_v, page, kv_head, slot, c, row[c]));
 }
 
 // Scores of rows g, g + 8 (TALL; otherwise of row g) at positions 8 j + 2t, 8 j + 2t + 1. `fresh`: the k of slot `slot`,

@@ -27,7 +27,7 @@ template <typename KV, int R> struct stream_warp {
         alignas(16) q_rows<KV::HD, R> q;
         float rows[(R > 2 ? R : 2) * KV::HD]; // later: k and v before they are rounded, results
     };
-    fresh_row<KV::HD> fresh;
+    fresh_words<KV::HD> fresh;
 };
 
 // R: at least the rows. K pages and V pages take stages in turns.
@@ -233,8 +233,8 @@ static __device__ __forceinline__ void prepare(columns<KV::HD, R> &q, stream_war
     if (slot >= 0) {
         if (p.k_norm) normalise_head<HD>(in.k, read_head<HD>(norms[1], lane), p.eps);
         rotate_head<HD>(in.k, in.cos_sin);
-        store_fresh(&sh->fresh, sh->rows, p.kv, in.page, head, slot, false, in.k, lane);
-        store_fresh(&sh->fresh, sh->rows + HD, p.kv, in.page, head, slot, true, in.v, lane);
+        store_fresh<HD>(&sh->fresh, sh->rows, p.kv, in.page, head, slot, false, in.k, lane);
+        store_fresh<HD>(&sh->fresh, sh->rows + HD, p.kv, in.page, head, slot, true, in.v, lane);
         __syncwarp();
     }
 }
@@ -362,8 +362,7 @@ static __device__ __forceinline__ void stream_page(column_chain<KV::HD> &chunk, 
                                                    stream_shared<KV, R> *sh, const attention_params &p,
                                                    stream_source &source, int &stage, uint32_t &parity, int n, int slot,
                                                    int warp, int lane) {
-    constexpr int HD = KV::HD;
-    const fresh_row<HD> *fresh = &sh->warp[warp].fresh;
+    column_page<KV> page;
     float s[4][2], m[2];
     uint32_t pairs[4];
     auto read = [&]() {
@@ -371,17 +370,18 @@ static __device__ __forceinline__ void stream_page(column_chain<KV::HD> &chunk, 
         source.ask<KV, R>(sh, p, warp, lane);
         if (++stage == stream_shared<KV, R>::STAGES) stage = 0, parity ^= 1;
     };
+    page.keys(sh->page[warp][stage], lane);
     barrier_wait(&sh->arrived[warp][stage], parity);
-    column_scores<KV, R>(s, q, sh->page[warp][stage], lane, fresh, slot);
+    column_scores<KV, R>(s, q, page);
     read();
+    if (slot >= 0) fresh_scores(s, q, &sh->warp[warp].fresh, slot, lane);
     column_lift(s, m, n, lane);
     chunk.raise(m);
     chunk.weigh(pairs, s);
+    page.values(sh->page[warp][stage], &sh->warp[warp].fresh, n, slot, lane);
     barrier_wait(&sh->arrived[warp][stage], parity);
-    const unsigned char *page = sh->page[warp][stage];
-    if (n < ATTN_BLOCK || slot >= 0)
-        chunk.template add<KV, true>(page, pairs, slots_in_use(n, slot, lane % 4), fresh, lane);
-    else chunk.template add<KV, false>(page, pairs, {}, fresh, lane);
+    if (column_page<KV>::MASKS && (n < ATTN_BLOCK || slot >= 0)) chunk.template add<true>(page, pairs);
+    else chunk.template add<false>(page, pairs);
     read();
 }
 
@@ -411,6 +411,7 @@ static __global__ void __launch_bounds__(ATTN_THREADS, 1) k_stream_attention(att
 #pragma unroll 1
     for (int i = 0; i < shared::STAGES; i++) source.ask<KV, R>(sh, p, warp, lane);
     if (thread < 2 * HD) sh->norms[thread / HD][thread % HD] = norm;
+    if (lane == 0) sh->warp[warp].fresh.zeros = make_uint4(0, 0, 0, 0);
     __syncthreads();
     source.ask_ahead<KV>(p, lane);
     dependency_wait();
