@@ -38,7 +38,7 @@ void emulated_cluster_sync(void);
 void emulated_push(void *at, const void *data, unsigned bytes, uint64_t *barrier, unsigned rank);
 uint32_t emulated_shared_address(const void *p);
 void emulated_group_fence(void);
-void emulated_group_mma(float *d, int n, const uint32_t a[4], uint64_t b, bool add);
+void emulated_group_mma(float *d, int n, const uint32_t a[4], uint64_t b, bool across, bool add);
 void emulated_load_staged(const void *at);
 void emulated_group_commit(void);
 void emulated_group_wait(int most);
@@ -80,7 +80,8 @@ struct fiber {
 struct share {
     uint32_t a[4], b[2];
     float d[4];
-    float *to; // of a group's instruction: its d
+    float *to;   // of a group's instruction: its d,
+    bool across; // and whether b's columns are beside each other
 };
 
 // Asynchronous matrix instructions of one warp on the same d, one after the other.
@@ -91,6 +92,7 @@ struct group_chain {
     struct {
         uint32_t a[WARP][4];
         uint64_t b;
+        bool across;
     } steps[MOST_STEPS];
     float sums[16][MOST_COLUMNS];
 };
@@ -479,16 +481,37 @@ static struct group_warp *my_group(void) {
     return &now->groups[now->current->number / WARP];
 }
 
+// Where b lies in shared memory: matrices of 8 columns by 8 k; or rows of 64 bytes whose 16-byte words are turned by
+// the row's address: 32 k of a column, or, `across`, 32 columns of a k.
+struct group_matrices {
+    size_t at, k_step, column_step;
+    bool rows_of_64, across;
+};
+
+static struct group_matrices group_matrices(uint64_t operand, bool across) {
+    struct group_matrices m = {(size_t)(operand & 0x3FFF) << 4, (size_t)(operand >> 16 & 0x3FFF) << 4,
+                               (size_t)(operand >> 32 & 0x3FFF) << 4, operand >> 62 == 2, across};
+    if ((operand & ~((uint64_t)2 << 62)) >> 46 || (across && !m.rows_of_64))
+        emulated_fail("a group's operand in another order than the emulator knows: %llx", (unsigned long long)operand);
+    return m;
+}
+
+static float group_element(const struct group_matrices *m, size_t column, size_t k) {
+    size_t at = m->at;
+    uint16_t v;
+    if (!m->rows_of_64) at += column / 8 * m->column_step + k / 8 * m->k_step + column % 8 * 16 + k % 8 * 2;
+    else if (m->across) at += column / 32 * m->k_step + k / 8 * m->column_step + k % 8 * 64 + column % 32 * 2;
+    else at += column / 8 * m->column_step + column % 8 * 64 + k * 2;
+    if (m->rows_of_64) at ^= (at >> 7 & 3) << 4;
+    if (at + sizeof v > now->kernel->shared) emulated_fail("a group's operand reaches beyond shared memory");
+    memcpy(&v, now->shared + at, sizeof v);
+    return low_half(v);
+}
+
 // One step of a chain: what shared memory holds now.
 static void group_step(struct group_chain *c, int step) {
-    uint64_t b = c->steps[step].b;
-    size_t at = (size_t)(b & 0x3FFF) << 4, k_step = (size_t)(b >> 16 & 0x3FFF) << 4,
-           column_step = (size_t)(b >> 32 & 0x3FFF) << 4;
+    struct group_matrices b = group_matrices(c->steps[step].b, c->steps[step].across);
     float x[16][16], y[16][8], d[16][8];
-    if (b >> 46)
-        emulated_fail("a group's operand in another order than the emulator knows: %llx", (unsigned long long)b);
-    if (at + k_step + (size_t)(c->n / 8 - 1) * column_step + 128 > now->kernel->shared)
-        emulated_fail("a group's operand reaches beyond shared memory");
     emulated_counts.matrix_steps += (size_t)c->n / 8;
     for (unsigned lane = 0; lane < WARP; lane++)
         for (unsigned i = 0; i < 4; i++) {
@@ -498,11 +521,7 @@ static void group_step(struct group_chain *c, int step) {
         }
     for (int j = 0; j < c->n / 8; j++) {
         for (size_t k = 0; k < 16; k++)
-            for (size_t column = 0; column < 8; column++) {
-                uint16_t v;
-                memcpy(&v, now->shared + at + (size_t)j * column_step + k / 8 * k_step + column * 16 + k % 8 * 2, 2);
-                y[k][column] = low_half(v);
-            }
+            for (size_t column = 0; column < 8; column++) y[k][column] = group_element(&b, (size_t)j * 8 + column, k);
         for (unsigned row = 0; row < 16; row++) memcpy(d[row], &c->sums[row][j * 8], sizeof d[row]);
         multiply_tiles(d, x, y);
         for (unsigned row = 0; row < 16; row++) memcpy(&c->sums[row][j * 8], d[row], sizeof d[row]);
@@ -544,6 +563,7 @@ static void group_issue(struct share shares[WARP]) {
     for (unsigned lane = 0; lane < WARP; lane++)
         memcpy(c->steps[c->n_steps].a[lane], shares[lane].a, sizeof shares[lane].a);
     memcpy(&c->steps[c->n_steps].b, shares[0].b, sizeof c->steps[0].b);
+    c->steps[c->n_steps].across = shares[0].across;
     if (c->at_once) group_step(c, c->n_steps);
     c->n_steps++;
     g->n_issued++;
@@ -587,7 +607,7 @@ static void end_loads(void) {
     l->n = 0;
 }
 
-void emulated_group_mma(float *d, int n, const uint32_t a[4], uint64_t b, bool add) {
+void emulated_group_mma(float *d, int n, const uint32_t a[4], uint64_t b, bool across, bool add) {
     end_loads();
     struct share *mine = my_share();
     memcpy(mine->a, a, sizeof mine->a);
@@ -595,6 +615,7 @@ void emulated_group_mma(float *d, int n, const uint32_t a[4], uint64_t b, bool a
     mine->d[0] = (float)n;
     mine->d[1] = add;
     mine->to = d;
+    mine->across = across;
     meet(GROUP_MATRIX);
 }
 

@@ -45,7 +45,7 @@ void emulated_bulk_copy(void *to, const void *from, uint32_t bytes, uint64_t *ba
 uint32_t emulated_shared_address(const void *p);
 // The asynchronous matrix instructions of a group of four warps (src/ops/cuda/groups.cuh): d [n / 2] of this lane.
 void emulated_group_fence(void);
-void emulated_group_mma(float *d, int n, const uint32_t a[4], uint64_t b, bool add);
+void emulated_group_mma(float *d, int n, const uint32_t a[4], uint64_t b, bool across, bool add);
 void emulated_load_staged(const void *at);
 void emulated_group_commit(void);
 void emulated_group_wait(int most);
@@ -212,6 +212,15 @@ template <typename T> static inline T __shfl_sync(unsigned all, T v, int lane) {
 static inline int __all_sync(unsigned, int p) {
     for (int o = 16; o; o >>= 1) p = __shfl_xor_sync(~0u, p, o) && p;
     return p;
+}
+
+static inline int __any_sync(unsigned all, int p) {
+    return !__all_sync(all, !p);
+}
+
+static inline int __vimax3_s32(int a, int b, int c) {
+    int m = a > b ? a : b;
+    return m > c ? m : c;
 }
 
 #endif

@@ -12,6 +12,10 @@ static inline uint64_t group_operand(const void *b, uint32_t k_step, uint32_t co
            (uint64_t)(column_step >> 4) << 32;
 }
 
+static inline uint64_t group_operand_64(const void *b, uint32_t across_step, uint32_t row_step) {
+    return group_operand(b, across_step, row_step) | (uint64_t)2 << 62;
+}
+
 static inline void group_fence() {
     emulated_group_fence();
 }
@@ -32,7 +36,14 @@ template <int N>
 static inline void group_mma(float (&d)[N], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b,
                              uint32_t add) {
     const uint32_t a[4] = {a0, a1, a2, a3};
-    emulated_group_mma(d, 2 * N, a, b, add != 0);
+    emulated_group_mma(d, 2 * N, a, b, false, add != 0);
+}
+
+template <int ACROSS, int N>
+static inline void group_mma_across(float (&d)[N], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b,
+                                    uint32_t add) {
+    const uint32_t a[4] = {a0, a1, a2, a3};
+    emulated_group_mma(d, 2 * N, a, b, ACROSS != 0, add != 0);
 }
 
 static inline int opaque(int v) {
