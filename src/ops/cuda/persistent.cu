@@ -75,10 +75,7 @@ struct fetcher {
         }
         last = cycles();
         uint64_t *full = &sh->full[at.slot];
-        if (lane == 0) {
-            barrier_expect(full, (uint32_t)n * bytes + beside);
-            *(volatile uint32_t *)&sh->laps[at.slot] = at.lap + 1;
-        }
+        if (lane == 0) barrier_expect(full, (uint32_t)n * bytes + beside);
         __syncwarp();
         if (lane < n) bulk_copy(sh->ring[at.slot] + (uint32_t)lane * bytes, from, bytes, full);
         at = at.ahead(1);
@@ -595,7 +592,6 @@ static __global__ void __launch_bounds__(PERSISTENT_THREADS, 1)
     if (thread == 0) {
         sh->share = share;
         for (int i = 0; i < N_SLOTS; i++) {
-            sh->laps[i] = 0;
             barrier_init_for(&sh->full[i], 1);
             barrier_init_for(&sh->empty[i], WORKER_WARPS);
         }
@@ -603,14 +599,8 @@ static __global__ void __launch_bounds__(PERSISTENT_THREADS, 1)
         barrier_init_for(&sh->qkv_arrived, 1);
         barrier_init_for(&sh->act_arrived, 1);
         barrier_init_for(&sh->chunks_arrived, 1);
-        for (int i = 0; i < 2; i++) {
-            barrier_init_for(&sh->o_full[i], WORKER_WARPS);
-            barrier_init_for(&sh->o_empty[i], WORKER_WARPS);
-        }
         barrier_fence();
     }
-    for (int i = thread; i < (int)(sizeof sh->q / sizeof(uint4)); i += PERSISTENT_THREADS)
-        reinterpret_cast<uint4 *>(sh->q)[i] = make_uint4(0, 0, 0, 0);
     // The pages of its chunks, in order.
     for (int i = thread; i < MOST_PAGES; i += PERSISTENT_THREADS) {
         int chunk = share.first + i / CHUNK_PAGES * share.step, index = chunk * CHUNK_PAGES + i % CHUNK_PAGES;

@@ -25,7 +25,7 @@ enum {
     MOST_CHUNKS = MOST_PAGES / (int)CHUNK_PAGES * CLUSTER, // of a context: 32,768 positions
     WINDOW = 72,                                           // chunks that are collected at once
     COLLECTED = 32,                                        // channels that a block collects of every chunk
-    CHUNK_NOTES = MOST_GROUP * (HEAD + 2),                 // what is noted of a chunk: o, maxima and sums
+    CHUNK_NOTES = MOST_GROUP * (HEAD + 2),                 // what is noted of a chunk: o, units and sums
     Q_NOTES = MOST_GROUP * HEAD / 2,                       // two values each
     HEAD_NOTES = Q_NOTES + MOST_CHUNKS * CHUNK_NOTES,      // of a KV head: q, the chunks
     LAYER_CYCLES = 13000,          // over which a block's copies of a layer's weights are spread
@@ -98,8 +98,8 @@ template <enum pace PACE> struct persistent_pages {
 
 // A chunk's result: attention.cuh's partial.
 struct chunk_result {
-    float o[MOST_GROUP * HEAD]; // in the order of quads
-    float4 state[MOST_GROUP];   // maximum, sum
+    float o[MOST_GROUP * HEAD]; // in the order of chain_chunks
+    float4 state[MOST_GROUP];   // unit, sum
 };
 
 // Some channels of many chunks.
@@ -128,32 +128,24 @@ struct persistent_shared {
     union {
         float sums[WATCHED * BOARD_ROWS][OWN_ROWS]; // from the board, between the products of two half-layers
         chunk_result chunk[CLUSTER];                // pushed
-        struct {
-            collection window;
-            alignas(16) float o[CHUNK_PAGES][MOST_GROUP * HEAD]; // of every second chunk
-        } deep;
+        collection window;
     };
     alignas(16) float norm[2][MOST_HIDDEN]; // the weights of half-layers in turns
     float head_norm[2][2][HEAD];            // of layers in turns; q's and k's
     unsigned char inputs[MOST_HIDDEN * 2];  // of a product, rounded, in put_inputs' order
     alignas(16) float own[OWN_ROWS];
-    // q's rows as the matrix instruction takes them, times attention's scale, rounded: of every 16 channels, lane t has
-    // 2t, 2t + 1, a zero of the row 8 further, 2t + 8, 2t + 9, and another zero. The zeros are written once.
-    uint4 q[MOST_GROUP][HEAD / 32][2][4];
-    union {
-        alignas(16) float o[CHUNK_PAGES][MOST_GROUP * HEAD];
-        float part[NORM_WARPS][MOST_SHARE * 32]; // sums of slices of inputs: no page is under way then
-    };
-    float2 state[2][CHUNK_PAGES][MOST_GROUP]; // maximum, sum
+    // As the matrix instruction takes them: q's rows, times attention's scale, rounded (of every 32 channels, lane t has
+    // 2t, 2t + 1, 2t + 8, 2t + 9, ...), and pages' weights (slots alike), those of chunks in turns.
+    uint4 q[MOST_GROUP][HEAD / 32][4], p[2][CHUNK_PAGES][MOST_GROUP][4];
+    alignas(16) float unit[2][MOST_GROUP][CHUNK_PAGES]; // of p; NO_UNIT: no such page
+    float part[NORM_WARPS][MOST_SHARE * 32];            // sums of slices of inputs
     alignas(16) float norm_sums[NORM_WARPS];  // pushed with x
     alignas(16) fetch_step steps[MOST_STEPS]; // of a layer
     int page[MOST_PAGES];                     // the ids of this rank's pages
     chunk_share share;
-    uint32_t first_number;  // of this launch's notes
-    uint32_t laps[N_SLOTS]; // how often each slot was asked for
+    uint32_t first_number; // of this launch's notes
     uint64_t full[N_SLOTS], empty[N_SLOTS];
     uint64_t x_arrived, qkv_arrived, chunks_arrived, act_arrived;
-    uint64_t o_full[2], o_empty[2];
 };
 
 static_assert(sizeof(persistent_shared) <= MAX_SHARED, "an SM's shared memory");

@@ -11,10 +11,13 @@
 // q's row or k, normed and rotated: kv.cuh's load_head of what was pushed.
 static __device__ __forceinline__ void load_rotated(float (&v)[4], const float *from, const float *norm,
                                                     const float (&cos_sin)[4], float eps, int lane) {
+    float w[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) v[i] = from[lane + 32 * i];
     if (norm) {
         float s = 0;
+#pragma unroll
+        for (int i = 0; i < 4; i++) w[i] = norm[lane + 32 * i];
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             s = fmaf(v[i], v[i], s);
@@ -22,7 +25,7 @@ static __device__ __forceinline__ void load_rotated(float (&v)[4], const float *
         }
         float r = 1.0f / sqrtf(warp_sum(s) / (float)HEAD + eps);
 #pragma unroll
-        for (int i = 0; i < 4; i++) v[i] = v[i] * r * norm[lane + 32 * i];
+        for (int i = 0; i < 4; i++) v[i] = v[i] * r * w[i];
     }
 #pragma unroll
     for (int i = 0; i < 2; i++) {
@@ -32,7 +35,10 @@ static __device__ __forceinline__ void load_rotated(float (&v)[4], const float *
     }
 }
 
-enum { KV_STEP = 32 * KV_PAGE_TOKENS }; // elements of a page from channel c to c + 32
+enum {
+    KV_STEP = 32 * KV_PAGE_TOKENS, // elements of a page from channel c to c + 32
+    HALF_STEP = KV_STEP,           // bytes from slot s to s + 16
+};
 
 // This token's k, by a warp: into its page, in memory and where it stands in the ring.
 static __device__ __forceinline__ void put_k(const float (&v)[4], unsigned char *here, unsigned char *there, int slot,
@@ -76,9 +82,9 @@ static __device__ __forceinline__ void prepare(const persistent_args &p, persist
         } else {
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                // Channel 8 e + 2 t + k of these 32: word 2 (e % 2) of the uint4.
-                __nv_bfloat16 *to = reinterpret_cast<__nv_bfloat16 *>(&sh->q[warp][i][lane / 16][lane % 8 / 2]);
-                to[lane / 8 % 2 * 4 + lane % 2] = __float2bfloat16_rn(v[i] * p.scale);
+                // Channel 8 e + 2 t + k of these 32.
+                __nv_bfloat16 *to = reinterpret_cast<__nv_bfloat16 *>(&sh->q[warp][i][lane % 8 / 2]);
+                to[lane / 8 * 2 + lane % 2] = __float2bfloat16_rn(v[i] * p.scale);
             }
         }
     } else if (own && warp >= 4) {
@@ -86,88 +92,160 @@ static __device__ __forceinline__ void prepare(const persistent_args &p, persist
     }
 }
 
-// A warp's page, of which n positions are seen: o, maximum and sum of each row. As attention.cuh's scores, with q in
-// the order in which the matrix instruction takes it.
+// ---- A chunk
+// --------------------------------------------------------------------------------------------------------
+// A warp finds the weights of a page; when all pages' are there, it takes sixteen channels of all of them. K's slots and
+// V's channels are the rows of the matrix instruction, and q's and p's rows its columns, as in columns.cuh: the
+// group's again and again, so that column c is row c % GROUP, and no lane is without.
+
+// Scores of row t % GROUP at slots 8 j + g.
 template <int GROUP>
-static __device__ __forceinline__ void attend_page(const persistent_args &p, persistent_shared *sh, ring_place at,
-                                                   unsigned turn, int n, int warp, int lane) {
-    using reader = page_reader<bf16_kv<HEAD>>;
-    const unsigned char *page = sh->ring[at.slot];
-    float s[4][4] = {}, m, l;
-    uint32_t pairs[4], none[4] = {0, 0, 0, 0};
-    bool real = lane < 4 * GROUP;
-    wait_for(p, &sh->full[at.slot], at.parity());
+static __device__ __forceinline__ void page_scores(float (&s)[4], const persistent_shared *sh,
+                                                   const unsigned char *page, int lane) {
+    // Four matrices at once: slots, the next eight, and both at the next eight channels.
+    int slot = lane / 8 % 2 * 8 + lane % 8, channel = lane / 16 * 8;
+    const unsigned char *low = page + kv_word(slot, channel) * 16, *high = page + kv_word(slot, channel + 16) * 16;
+    float d[2][4] = {};
 #pragma unroll
     for (int i = 0; i < HEAD / 32; i++) {
-        uint4 first = make_uint4(0, 0, 0, 0), second = first;
-        if (real) {
-            first = sh->q[lane / 4][i][0][lane % 4];
-            second = sh->q[lane / 4][i][1][lane % 4];
+        uint4 q = sh->q[lane / 4 % GROUP][i][lane % 4];
+        int here = i * KV_STEP * 2;
+#pragma unroll
+        for (int m = 0; m < 2; m++) {
+            uint4 k = load_matrices<false>(low + here + m * HALF_STEP);
+            mma(d[m], k.x, k.y, k.z, k.w, q.x, q.y);
         }
 #pragma unroll
-        for (int j = 0; j < 4; j++) {
-            uint4 x = reader::k(page, j, i, lane);
-            mma(s[j], first.x, first.y, first.z, first.w, x.x, x.y);
-            mma(s[j], second.x, second.y, second.z, second.w, x.z, x.w);
+        for (int m = 0; m < 2; m++) {
+            uint4 k = load_matrices<false>(high + here + m * HALF_STEP);
+            mma(d[m], k.x, k.y, k.z, k.w, q.z, q.w);
         }
     }
-    softmax_row(pairs, m, l, s, 0, n, lane % 4);
-    if (real && lane % 4 == 0) sh->state[turn][warp][lane / 4] = make_float2(m, l);
-    float *o = (turn ? sh->deep.o : sh->o)[warp] + lane / 4 * HEAD + 2 * (lane % 4);
+    bool second = lane % GROUP;
 #pragma unroll
-    for (int i = 0; i < HEAD / 8; i++) {
-        float d[4];
-        values(d, pairs, none, reader::v(page + SLOT_BYTES / 2, i, lane));
-        if (real) *reinterpret_cast<float2 *>(o + i * 8) = make_float2(d[0], d[1]);
-    }
+    for (int j = 0; j < 4; j++) s[j] = second ? d[j / 2][j % 2 * 2 + 1] : d[j / 2][j % 2 * 2];
 }
 
-// The channels of a row's `quad`, a quarter of an eighth: 16 h + 2 t, + 1, + 8, + 9 of 32, which are eight bytes of
-// inputs as put_inputs has them.
-static __device__ __forceinline__ int first_of_quad(int quad) {
-    return quad / 8 * 32 + quad / 4 % 2 * 16 + quad % 4 * 2;
-}
-
-static __device__ __forceinline__ int bytes_before_quad(int quad) {
-    return quad / 8 * 64 + quad % 4 * 16 + quad / 4 % 2 * 8;
-}
-
-// A chunk's n pages in order, to all blocks of the cluster; the only chunk as inputs of the next product.
+// A warp's page, of which n positions are seen: its weights and their unit.
 template <int GROUP>
-static __device__ __forceinline__ void push_chunk(persistent_shared *sh, int rank, int n, bool only, int thread) {
-    constexpr int QUADS = GROUP * HEAD / 4, AT_ONCE = WORKERS / QUADS; // blocks pushed to at once
-    int quad = thread % QUADS, row = quad / (HEAD / 4), from = first_of_quad(quad);
-    chain s = CHAIN_START;
-    float4 of = make_float4(0, 0, 0, 0);
+static __device__ __forceinline__ void weigh_page(persistent_shared *sh, const unsigned char *page, unsigned turn, int n,
+                                                  int warp, int lane) {
+    int g = lane / 4, half = lane % 4 / 2;
+    float s[4], m = NO_UNIT;
+    page_scores<GROUP>(s, sh, page, lane);
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        s[j] = 8 * j + g < n ? s[j] + LIFT : MINUS_INFINITY;
+        m = fmaxf(m, s[j]);
+    }
+#pragma unroll
+    for (int o = 4; o < 32; o *= 2) m = fmaxf(m, __shfl_xor_sync(~0u, m, o));
+    m = ceilf(m);
+    // Slots 16 half + g and the one 8 further, of those that the lane has.
+    uint32_t pair = pack_bf16(exp2_fast((half ? s[2] : s[0]) - m), exp2_fast((half ? s[3] : s[1]) - m));
+    uint16_t *to = reinterpret_cast<uint16_t *>(&sh->p[turn][warp][lane % GROUP][g / 2]) + 4 * half + g % 2;
+    to[0] = (uint16_t)pair;
+    to[2] = (uint16_t)(pair >> 16);
+    if (lane < GROUP) sh->unit[turn][lane][warp] = m;
+}
+
+// What a warp has of a chunk: of row i % GROUP channels 16 warp + g and, 2 further, + 8 + g, and the sum; the unit of
+// row g % GROUP.
+struct warp_share {
+    float o[4], l[4], unit;
+};
+
+// From n pages' weights, when all warps have written theirs.
+template <int GROUP>
+static __device__ __forceinline__ warp_share chain_pages(const persistent_shared *sh, ring_place at, unsigned turn, int n,
+                                                         int warp, int lane) {
+    int row = lane / 4 % GROUP;
+    // Four matrices at once: slots' channels, their next eight, and both of the next eight slots.
+    int here = SLOT_BYTES / 2 + kv_word(lane / 16 * 8 + lane % 8, 16 * warp + lane / 8 % 2 * 8) * 16;
+    const unsigned char *v = sh->ring[at.slot] + here;
+    warp_share c = {};
+    uint4 first = load_matrices<true>(v), second = load_matrices<true>(v + HALF_STEP);
+    sync_some(1, WORKERS); // weighed
+    float unit[CHUNK_PAGES];
+#pragma unroll
+    for (int i = 0; i < CHUNK_PAGES; i += 4) {
+        float4 four = *reinterpret_cast<const float4 *>(&sh->unit[turn][row][i]);
+        unit[i] = four.x, unit[i + 1] = four.y, unit[i + 2] = four.z, unit[i + 3] = four.w;
+    }
+    c.unit = fmaxf(fmaxf(fmaxf(unit[0], unit[1]), fmaxf(unit[2], unit[3])),
+                   fmaxf(fmaxf(unit[4], unit[5]), fmaxf(unit[6], unit[7])));
 #pragma unroll
     for (int i = 0; i < CHUNK_PAGES; i++) {
-        float a, c;
         if (i >= n) break;
-        float2 low = *reinterpret_cast<const float2 *>(sh->o[i] + from);
-        float2 high = *reinterpret_cast<const float2 *>(sh->o[i] + from + 8), state = sh->state[0][i][row];
-        chain_add(s, state.x, state.y, a, c);
-        of.x = chain_value(of.x, a, low.x, c);
-        of.y = chain_value(of.y, a, low.y, c);
-        of.z = chain_value(of.z, a, high.x, c);
-        of.w = chain_value(of.w, a, high.y, c);
+        uint4 p = sh->p[turn][i][row][lane % 4], next[2] = {};
+        float rate = exp2_fast(unit[i] - c.unit);
+        uint32_t rates = pack_bf16(rate, rate);
+        at = at.ahead(1);
+        v = sh->ring[at.slot] + here;
+        if (i + 1 < CHUNK_PAGES && i + 1 < n)
+            next[0] = load_matrices<true>(v), next[1] = load_matrices<true>(v + HALF_STEP);
+        p = make_uint4(mul_bf16_pairs(p.x, rates), mul_bf16_pairs(p.y, rates), mul_bf16_pairs(p.z, rates),
+                       mul_bf16_pairs(p.w, rates));
+        mma(c.l, ONES, ONES, ONES, ONES, p.x, p.y);
+        mma(c.o, first.x, first.y, first.z, first.w, p.x, p.y);
+        mma(c.l, ONES, ONES, ONES, ONES, p.z, p.w);
+        mma(c.o, second.x, second.y, second.z, second.w, p.z, p.w);
+        first = next[0], second = next[1];
     }
-    unsigned there = (unsigned)(thread / QUADS);
-    if (only) {
-        // What chaining one chunk does: -0 becomes +0.
-        float r = s.l;
-        uint2 rounded = make_uint2(pack_bf16((of.x + 0.0f) / r, (of.y + 0.0f) / r),
-                                   pack_bf16((of.z + 0.0f) / r, (of.w + 0.0f) / r));
+    return c;
+}
+
+// Where put_inputs has channel c.
+static __device__ __forceinline__ int bytes_before(int c) {
+    return c / 32 * 64 + c % 8 / 2 * 16 + c % 32 / 8 * 4 + c % 2 * 2;
+}
+
+// o / l.
+static __device__ __forceinline__ void divide(float (&r)[4], const warp_share &c) {
+    quotients by[2];
+    bool fast = true;
 #pragma unroll
-        for (unsigned i = 0; i < CLUSTER; i += AT_ONCE)
-            push8(sh->inputs + bytes_before_quad(quad), rounded, &sh->chunks_arrived, there + i);
+    for (int i = 0; i < 2; i++) {
+        by[i].start(c.l[i]);
+        fast &= by[i].takes();
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        fast &= quotients::takes(c.o[i]);
+        r[i] = by[i % 2].of(c.o[i]);
+    }
+    if (fast) return;
+#pragma unroll
+    for (int i = 0; i < 4; i++) r[i] = (c.o[i] + 0.0f) / c.l[i % 2]; // chaining one chunk makes +0 of -0
+}
+
+// A chunk, to all blocks of the cluster; the only chunk as inputs of the next product.
+template <int GROUP>
+static __device__ __forceinline__ void push_chunk(persistent_shared *sh, const warp_share &c, int rank, bool only,
+                                                  int warp, int lane) {
+    int g = lane / 4, t = lane % 4;
+    if (only) {
+        float r[4];
+        divide(r, c);
+        // Turned over: channels 2t, 2t + 1 of row g % GROUP; and the eight behind.
+        uint2 two = make_uint2(transpose(pack_bf16(r[0], r[1])), transpose(pack_bf16(r[2], r[3])));
+        unsigned char *to = sh->inputs + g % GROUP * HEAD * 2 + bytes_before(16 * warp + 2 * t);
+#pragma unroll
+        for (int i = 0; i < CLUSTER; i += 8 / GROUP)
+            push8(to, two, &sh->chunks_arrived, (unsigned)(g / GROUP + i));
         return;
     }
     chunk_result *to = &sh->chunk[rank];
 #pragma unroll
-    for (unsigned i = 0; i < CLUSTER; i += AT_ONCE) {
-        push16(to->o + 4 * quad, of, &sh->chunks_arrived, there + i);
-        if (quad % (HEAD / 4) == 0)
-            push16(&to->state[row], make_float4(s.m, s.l, 0, 0), &sh->chunks_arrived, there + i);
+    for (int i = 0; i < CLUSTER; i += 4) {
+        unsigned there = (unsigned)(t + i);
+        if (GROUP == 2)
+            push16(to->o + (8 * warp + g) * 4, make_float4(c.o[0], c.o[1], c.o[2], c.o[3]), &sh->chunks_arrived, there);
+        else
+            push8(to->o + (8 * warp + g) * 2, make_uint2(__float_as_uint(c.o[0]), __float_as_uint(c.o[2])),
+                  &sh->chunks_arrived, there);
+        if (warp == 0 && g < GROUP)
+            push16(&to->state[g], make_float4(c.unit, g ? c.l[1] : c.l[0], 0, 0), &sh->chunks_arrived, there);
     }
 }
 
@@ -184,29 +262,32 @@ static __device__ __forceinline__ void attend(const persistent_args &p, persiste
     wait_for(p, &sh->qkv_arrived, layer % 2);
     prepare<GROUP>(p, sh, me, w, cos_sin, layer, at, true, own, position, token_page, warp, lane);
     sync_some(1, WORKERS);
+    await_slots(p, sh, at, n, lane);
     if (warp < n)
-        attend_page<GROUP>(p, sh, at.ahead((unsigned)warp), 0,
-                           position + 1 - (me.rank * (int)CHUNK_PAGES + warp) * ATTN_BLOCK, warp, lane);
+        weigh_page<GROUP>(sh, sh->ring[at.ahead((unsigned)warp).slot], 0,
+                          position + 1 - (me.rank * (int)CHUNK_PAGES + warp) * ATTN_BLOCK, warp, lane);
+    else if (lane < GROUP) sh->unit[0][lane][warp] = NO_UNIT;
+    push_chunk<GROUP>(sh, chain_pages<GROUP>(sh, at, 0, n, warp, lane), me.rank, me.n_chunks == 1, warp, lane);
     if (own) stores_before_copies(); // prepare's
     pass(sh, at, n, lane);
-    sync_some(1, WORKERS);
-    push_chunk<GROUP>(sh, me.rank, n, me.n_chunks == 1, thread);
 }
 
 // The n chunks in ascending order, rounded, as inputs of the next product.
 template <int GROUP> static __device__ __forceinline__ void chain_chunks(persistent_shared *sh, int n, int thread) {
+    // As chunks were pushed: of a warp's channels g and g + 8, of all rows, one after the other.
+    int row = thread % GROUP, channel = thread / (16 * GROUP) * 16 + thread / GROUP % 2 * 8 + thread / (2 * GROUP) % 8;
     chain s = CHAIN_START;
     float sum = 0;
     if (thread < GROUP * HEAD) {
 #pragma unroll 2
         for (int i = 0; i < n; i++) {
             const chunk_result *next = &sh->chunk[i];
-            float2 state = *reinterpret_cast<const float2 *>(&next->state[thread / HEAD]);
+            float2 state = *reinterpret_cast<const float2 *>(&next->state[row]);
             float a, c;
             chain_add(s, state.x, state.y, a, c);
             sum = chain_value(sum, a, next->o[thread], c);
         }
-        *reinterpret_cast<__nv_bfloat16 *>(sh->inputs + bytes_before_quad(thread / 4) + thread % 4 * 2) =
+        *reinterpret_cast<__nv_bfloat16 *>(sh->inputs + row * HEAD * 2 + bytes_before(channel)) =
             __float2bfloat16_rn(sum / s.l);
     }
     sync_some(1, WORKERS);
@@ -214,9 +295,8 @@ template <int GROUP> static __device__ __forceinline__ void chain_chunks(persist
 
 // ---- At its own pace
 // ---------------------------------------------------------------------------------------------------
-// Every block runs through its chunks alone: a page's slot is filled again as soon as
-// its warp has read it, and a chunk's pages are combined while the next one's are multiplied. What becomes of a chunk
-// is noted in memory, where each block of the KV head's cluster collects some channels of all chunks.
+// Every block runs through its chunks alone, and pages' slots are filled again as soon as they have been read. What
+// becomes of a chunk is noted in memory, where each block of the KV head's cluster collects some channels of all chunks.
 
 // Two words that stand and fall together, past the SMs' caches.
 static __device__ __forceinline__ uint64_t look_at(const uint64_t *at) {
@@ -237,24 +317,15 @@ static __device__ __forceinline__ float await_note(const persistent_args &p, con
     }
 }
 
-// A chunk's n pages in order.
+// A chunk: of the lanes that have the same values each notes one.
 template <int GROUP>
-static __device__ __forceinline__ void note_chunk(const persistent_shared *sh, uint64_t *to, uint32_t number,
-                                                  unsigned turn, int n, int thread) {
-    if (thread >= GROUP * HEAD) return;
-    int row = thread / HEAD;
-    chain s = CHAIN_START;
-    float of = 0;
-#pragma unroll
-    for (int i = 0; i < CHUNK_PAGES; i++) {
-        float a, c;
-        if (i >= n) break;
-        float2 state = sh->state[turn][i][row];
-        chain_add(s, state.x, state.y, a, c);
-        of = chain_value(of, a, (turn ? sh->deep.o : sh->o)[i][thread], c);
-    }
-    put_note(to + thread, of, number);
-    if (thread % HEAD < 2) put_note(to + GROUP * HEAD + 2 * row + thread % 2, thread % 2 ? s.l : s.m, number);
+static __device__ __forceinline__ void note_chunk(uint64_t *to, const warp_share &c, uint32_t number, int warp,
+                                                  int lane) {
+    int g = lane / 4, t = lane % 4;
+    float value = t / 2 ? (t % 2 ? c.o[3] : c.o[2]) : t % 2 ? c.o[1] : c.o[0];
+    if (t % 2 < GROUP) put_note(to + t % 2 * HEAD + 16 * warp + t / 2 * 8 + g, value, number);
+    if (warp == 0 && g < GROUP && t < 2)
+        put_note(to + GROUP * HEAD + 2 * g + t, t == 0 ? c.unit : g ? c.l[1] : c.l[0], number);
 }
 
 // This block's chunks.
@@ -266,9 +337,8 @@ attend_deep(const persistent_args &p, persistent_shared *sh, const block_place &
     int warp = thread / 32, lane = thread % 32;
     const chunk_share &share = sh->share;
     uint32_t number = sh->first_number + (uint32_t)layer;
-    unsigned done = (unsigned)(layer * share.n); // so far
-    uint64_t *q = p.notes + (size_t)share.head * HEAD_NOTES, *chunks = q + Q_NOTES, *before = NULL;
-    float *q_here = reinterpret_cast<float *>(sh->q) + 2 * thread; // two values; a zero is next
+    uint64_t *q = p.notes + (size_t)share.head * HEAD_NOTES, *chunks = q + Q_NOTES;
+    float *q_here = reinterpret_cast<float *>(sh->q) + thread; // two values
     if (me.kv_head >= 0) {
         if (thread == 0) barrier_expect(&sh->qkv_arrived, (GROUP + 2) * HEAD * 4);
         wait_for(p, &sh->qkv_arrived, layer % 2);
@@ -279,42 +349,28 @@ attend_deep(const persistent_args &p, persistent_shared *sh, const block_place &
     sync_some(1, WORKERS);
     if (me.kv_head >= 0 && me.rank == 0 && share.helped > 0 && thread < GROUP * HEAD / 2)
         put_note(q + thread, *q_here, number);
+    unsigned turn = 0;
 #pragma unroll 1
-    for (int chunk = share.first, n_before = 0;; chunk += share.step, done++) {
-        bool more = chunk < share.end;
+    for (int chunk = share.first; chunk < share.end; chunk += share.step, turn ^= 1) {
         int n = pages_of(me, chunk);
-        unsigned turn = done % 2;
-        if (more) {
-            if (chunk == me.n_chunks - 1) {
-                sync_some(1, WORKERS); // nobody waits for a slot's last lap
-                prepare<GROUP>(p, sh, me, w, cos_sin, layer, at, false, true, position, token_page, warp, lane);
-                stores_before_copies();
-                sync_some(1, WORKERS);
-            }
-            if (done >= 2) wait_for(p, &sh->o_empty[turn], done / 2 % 2 ^ 1);
-            if (warp < n) {
-                ring_place mine = at.ahead((unsigned)warp);
-                await_lap(p, sh, mine);
-                attend_page<GROUP>(p, sh, mine, turn, position + 1 - (chunk * (int)CHUNK_PAGES + warp) * ATTN_BLOCK,
-                                   warp, lane);
-                __syncwarp();
-                if (lane < WORKER_WARPS) barrier_arrive(&sh->empty[mine.slot]); // for all warps: no other reads it
-            }
-            at = at.ahead((unsigned)n);
-            __syncwarp();
-            if (lane == 0) barrier_arrive(&sh->o_full[turn]);
+        if (chunk == me.n_chunks - 1) {
+            prepare<GROUP>(p, sh, me, w, cos_sin, layer, at, false, true, position, token_page, warp, lane);
+            stores_before_copies();
+            sync_some(1, WORKERS);
         }
-        if (before) {
-            wait_for(p, &sh->o_full[turn ^ 1], (done - 1) / 2 % 2);
-            note_chunk<GROUP>(sh, before, number, turn ^ 1, n_before, thread);
-            __syncwarp();
-            if (lane == 0) barrier_arrive(&sh->o_empty[turn ^ 1]);
+        if (warp < n) {
+            ring_place mine = at.ahead((unsigned)warp);
+            wait_for(p, &sh->full[mine.slot], mine.parity());
+            weigh_page<GROUP>(sh, sh->ring[mine.slot], turn,
+                              position + 1 - (chunk * (int)CHUNK_PAGES + warp) * ATTN_BLOCK, warp, lane);
+        } else if (lane < GROUP) {
+            sh->unit[turn][lane][warp] = NO_UNIT;
         }
-        if (!more) break;
-        before = chunks + (size_t)chunk * CHUNK_NOTES;
-        n_before = n;
+        await_slots(p, sh, at, n, lane);
+        warp_share c = chain_pages<GROUP>(sh, at, turn, n, warp, lane);
+        pass(sh, at, n, lane);
+        note_chunk<GROUP>(chunks + (size_t)chunk * CHUNK_NOTES, c, number, warp, lane);
     }
-    sync_some(1, WORKERS); // o has been read
 }
 
 // This block's channels of all chunks in ascending order, rounded, to all blocks of the cluster as inputs of the next
@@ -337,7 +393,7 @@ static __device__ __forceinline__ void collect_chunks(const persistent_args &p, 
         if (first > 0) sync_some(1, WORKERS); // the last window has been read
         // Looked at again and again until they are there; then the rest is, mostly.
         if (lane < 2 * SHARE && mine < n)
-            (lane % 2 ? sh->deep.window.state[mine].y : sh->deep.window.state[mine].x) = await_note(
+            (lane % 2 ? sh->window.state[mine].y : sh->window.state[mine].x) = await_note(
                 p, from + (size_t)(mine - warp) * CHUNK_NOTES + GROUP * HEAD + me.rank / BLOCKS_A_ROW * 2 + lane % 2,
                 number);
         __syncwarp();
@@ -360,15 +416,15 @@ static __device__ __forceinline__ void collect_chunks(const persistent_args &p, 
 #pragma unroll
         for (int i = 0; i < SHARE; i++)
             if (warp + i * WORKER_WARPS < n)
-                sh->deep.window.o[warp + i * WORKER_WARPS][lane] = __uint_as_float((uint32_t)v[i]);
+                sh->window.o[warp + i * WORKER_WARPS][lane] = __uint_as_float((uint32_t)v[i]);
         sync_some(1, WORKERS);
         if (warp > 0) continue;
 #pragma unroll 4
         for (int i = 0; i < n; i++) {
-            float2 state = sh->deep.window.state[i];
+            float2 state = sh->window.state[i];
             float a, c;
             chain_add(s, state.x, state.y, a, c);
-            sum = chain_value(sum, a, sh->deep.window.o[i][lane], c);
+            sum = chain_value(sum, a, sh->window.o[i][lane], c);
         }
     }
     if (warp > 0) return;

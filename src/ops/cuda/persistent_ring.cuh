@@ -76,16 +76,6 @@ static __device__ __forceinline__ void pass(persistent_shared *sh, ring_place &a
     at = at.ahead((unsigned)n);
 }
 
-// Of warps that do not wait for each other one may be so far ahead that a slot's last lap has not come yet: then the
-// barrier cannot tell it from the one before.
-static __device__ __forceinline__ void await_lap(const persistent_args &p, persistent_shared *sh, ring_place at) {
-    patience w = {};
-    while (*(volatile uint32_t *)&sh->laps[at.slot] <= at.lap) {
-        w.look(p);
-        poll_again();
-    }
-}
-
 // ---- Where everything is
 // ---------------------------------------------------------------------------------------------
 
