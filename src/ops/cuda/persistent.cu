@@ -412,17 +412,19 @@ static __device__ __forceinline__ void push_qkv(const persistent_args &p, persis
     if (thread < ROWS_HERE) {
         int part = thread < Q ? 0 : thread < Q + 16 ? 1 : 2, within = (thread - (part ? Q : 0)) % (part ? 16 : Q);
         float s = add_slices(p, sh, thread);
-        if (w.bias[part]) s += w.bias[part][(me.kv_head * CLUSTER + me.rank) * (part ? 16 : Q) + within];
+        if (p.is_biased && w.bias[part]) s += w.bias[part][(me.kv_head * CLUSTER + me.rank) * (part ? 16 : Q) + within];
         sh->own[thread] = s;
     }
     __syncwarp();
     // A warp's rows again, four a lane.
     int row = thread / 32 * 32 + lane % 8 * 4;
     if (row >= ROWS_HERE) return;
-    int part = row < Q ? 0 : row < Q + 16 ? 1 : 2;
-    int to = part == 0 ? me.rank * Q + row : (GROUP + part - 1) * HEAD + me.rank * 16 + (row - Q) % 16;
+    unsigned kv_row = (unsigned)(row - Q);
+    int to = row < Q ? me.rank * Q + row : GROUP * HEAD + me.rank * 16 + (int)(kv_row / 16 * HEAD + kv_row % 16);
     float4 v = *reinterpret_cast<const float4 *>(sh->own + row);
-    for (int i = lane / 8; i < n_blocks; i += 4) push16(sh->qkv + to, v, &sh->qkv_arrived, (unsigned)i);
+#pragma unroll
+    for (int i = 0; i < CLUSTER; i += 4)
+        if (i + lane / 8 < n_blocks) push16(sh->qkv + to, v, &sh->qkv_arrived, (unsigned)(i + lane / 8));
 }
 
 // ---- Gate and up
@@ -736,6 +738,7 @@ static bool layers(const struct op_ctx *ctx, const struct layers_args *a) {
     p.n_kv_heads = (int)a->shape.n_kv_heads;
     p.eps = a->eps;
     p.scale = a->scale * LOG2_E;
+    p.is_normed = true;
     for (size_t i = 0; i < a->shape.n_layers; i++) {
         const struct layer_refs *l = &a->layers[i];
         if (!is_plain(l, a->layers[0].wq->type)) return false;
@@ -744,6 +747,8 @@ static bool layers(const struct op_ctx *ctx, const struct layers_args *a) {
         p.layer[i].norm[0] = l->attn_norm, p.layer[i].norm[1] = l->mlp_norm;
         p.layer[i].head_norm[0] = l->q_norm, p.layer[i].head_norm[1] = l->k_norm;
         p.layer[i].bias[0] = l->bq, p.layer[i].bias[1] = l->bk, p.layer[i].bias[2] = l->bv;
+        p.is_normed &= l->q_norm != NULL;
+        p.is_biased |= l->bq || l->bk || l->bv;
         p.layer[i].kv[0] = (unsigned char *)l->kv->k, p.layer[i].kv[1] = (unsigned char *)l->kv->v;
     }
     if (o)

@@ -85,6 +85,7 @@ struct persistent_args {
     choice_work choice;                   // of the step before, to be made beside
     unsigned long long *best;             // of this step, to be set to 0 before its head; or NULL
     int n_helpers;                        // blocks of clusters without a KV head that attend, too, for each KV head
+    bool is_biased, is_normed;            // some layer of the former kind; all heads of all layers of the latter
     float eps, scale;                     // scale: times log2 e
     short first_slice[MOST_CLUSTERS + 1]; // of n_ff: each cluster's first; the next one's
     persistent_layer layer[MOST_LAYERS];

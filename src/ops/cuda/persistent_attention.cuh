@@ -70,15 +70,15 @@ static __device__ __forceinline__ void prepare(const persistent_args &p, persist
                                                ring_place at, bool first, bool own, int position, int page, int warp,
                                                int lane) {
     int slot = position % KV_PAGE_TOKENS;
-    size_t there = ((size_t)page * p.n_kv_heads + me.kv_head) * (SLOT_BYTES / 2);
+    auto in = [&](unsigned char *kv) { return kv + ((size_t)page * p.n_kv_heads + me.kv_head) * (SLOT_BYTES / 2); };
     at = at.ahead((unsigned)(me.last_page % CHUNK_PAGES));
     if (own && warp >= GROUP) wait_for(p, &sh->full[at.slot], at.parity());
     if (warp < GROUP ? first : own && warp == GROUP) {
         float v[4];
-        load_rotated(v, sh->qkv + warp * HEAD, w.head_norm[0] ? sh->head_norm[layer % 2][warp == GROUP] : NULL, cos_sin,
-                     p.eps, lane);
+        load_rotated(v, sh->qkv + warp * HEAD,
+                     p.is_normed || w.head_norm[0] ? sh->head_norm[layer % 2][warp == GROUP] : NULL, cos_sin, p.eps, lane);
         if (warp == GROUP) {
-            put_k(v, sh->ring[at.slot], w.kv[0] + there, slot, lane);
+            put_k(v, sh->ring[at.slot], in(w.kv[0]), slot, lane);
         } else {
 #pragma unroll
             for (int i = 0; i < 4; i++) {
@@ -88,7 +88,7 @@ static __device__ __forceinline__ void prepare(const persistent_args &p, persist
             }
         }
     } else if (own && warp >= 4) {
-        put_v(sh->qkv + (GROUP + 1) * HEAD, sh->ring[at.slot] + SLOT_BYTES / 2, w.kv[1] + there, slot, warp, lane);
+        put_v(sh->qkv + (GROUP + 1) * HEAD, sh->ring[at.slot] + SLOT_BYTES / 2, in(w.kv[1]), slot, warp, lane);
     }
 }
 
