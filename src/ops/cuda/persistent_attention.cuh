@@ -149,15 +149,30 @@ static __device__ __forceinline__ void weigh_page(persistent_shared *sh, const u
     if (lane < GROUP) sh->unit[turn][lane][warp] = m;
 }
 
+// The chunk's n pages, a page a warp; then this warp knows that all have come.
+template <int GROUP>
+static __device__ __forceinline__ void weigh_chunk(const persistent_args &p, persistent_shared *sh, ring_place at,
+                                                   unsigned turn, int chunk, int n, int position, int warp, int lane) {
+    if (warp < n) {
+        ring_place mine = at.ahead((unsigned)warp);
+        wait_for(p, &sh->full[mine.slot], mine.parity());
+        weigh_page<GROUP>(sh, sh->ring[mine.slot], turn,
+                          position + 1 - (chunk * (int)CHUNK_PAGES + warp) * ATTN_BLOCK, warp, lane);
+    } else if (lane < GROUP) {
+        sh->unit[turn][lane][warp] = NO_UNIT;
+    }
+    if (n > 1 || warp > 0) await_slots(p, sh, at, n, lane);
+}
+
 // What a warp has of a chunk: of row i % GROUP channels 16 warp + g and, 2 further, + 8 + g, and the sum; the unit of
 // row g % GROUP.
 struct warp_share {
     float o[4], l[4], unit;
 };
 
-// From n pages' weights, when all warps have written theirs.
+// From n pages' weights, when all warps have written theirs. All pages but the last are given back.
 template <int GROUP>
-static __device__ __forceinline__ warp_share chain_pages(const persistent_shared *sh, ring_place at, unsigned turn, int n,
+static __device__ __forceinline__ warp_share chain_pages(persistent_shared *sh, ring_place at, unsigned turn, int n,
                                                          int warp, int lane) {
     int row = lane / 4 % GROUP;
     // Four matrices at once: slots' channels, their next eight, and both of the next eight slots.
@@ -176,12 +191,11 @@ static __device__ __forceinline__ warp_share chain_pages(const persistent_shared
                    fmaxf(fmaxf(unit[4], unit[5]), fmaxf(unit[6], unit[7])));
 #pragma unroll
     for (int i = 0; i < CHUNK_PAGES; i++) {
-        if (i >= n) break;
         uint4 p = sh->p[turn][i][row][lane % 4], next[2] = {};
         float rate = exp2_fast(unit[i] - c.unit);
         uint32_t rates = pack_bf16(rate, rate);
-        at = at.ahead(1);
-        v = sh->ring[at.slot] + here;
+        ring_place then = at.ahead(1);
+        v = sh->ring[then.slot] + here;
         if (i + 1 < CHUNK_PAGES && i + 1 < n)
             next[0] = load_matrices<true>(v), next[1] = load_matrices<true>(v + HALF_STEP);
         p = make_uint4(mul_bf16_pairs(p.x, rates), mul_bf16_pairs(p.y, rates), mul_bf16_pairs(p.z, rates),
@@ -190,6 +204,9 @@ static __device__ __forceinline__ warp_share chain_pages(const persistent_shared
         mma(c.o, first.x, first.y, first.z, first.w, p.x, p.y);
         mma(c.l, ONES, ONES, ONES, ONES, p.z, p.w);
         mma(c.o, second.x, second.y, second.z, second.w, p.z, p.w);
+        if (i + 1 >= n) break;
+        give_back(sh, at, lane);
+        at = then;
         first = next[0], second = next[1];
     }
     return c;
@@ -262,14 +279,11 @@ static __device__ __forceinline__ void attend(const persistent_args &p, persiste
     wait_for(p, &sh->qkv_arrived, layer % 2);
     prepare<GROUP>(p, sh, me, w, cos_sin, layer, at, true, own, position, token_page, warp, lane);
     sync_some(1, WORKERS);
-    await_slots(p, sh, at, n, lane);
-    if (warp < n)
-        weigh_page<GROUP>(sh, sh->ring[at.ahead((unsigned)warp).slot], 0,
-                          position + 1 - (me.rank * (int)CHUNK_PAGES + warp) * ATTN_BLOCK, warp, lane);
-    else if (lane < GROUP) sh->unit[0][lane][warp] = NO_UNIT;
+    weigh_chunk<GROUP>(p, sh, at, 0, me.rank, n, position, warp, lane);
     push_chunk<GROUP>(sh, chain_pages<GROUP>(sh, at, 0, n, warp, lane), me.rank, me.n_chunks == 1, warp, lane);
+    at = at.ahead((unsigned)n - 1);
     if (own) stores_before_copies(); // prepare's
-    pass(sh, at, n, lane);
+    pass(sh, at, 1, lane);
 }
 
 // The n chunks in ascending order, rounded, as inputs of the next product.
@@ -358,17 +372,10 @@ attend_deep(const persistent_args &p, persistent_shared *sh, const block_place &
             stores_before_copies();
             sync_some(1, WORKERS);
         }
-        if (warp < n) {
-            ring_place mine = at.ahead((unsigned)warp);
-            wait_for(p, &sh->full[mine.slot], mine.parity());
-            weigh_page<GROUP>(sh, sh->ring[mine.slot], turn,
-                              position + 1 - (chunk * (int)CHUNK_PAGES + warp) * ATTN_BLOCK, warp, lane);
-        } else if (lane < GROUP) {
-            sh->unit[turn][lane][warp] = NO_UNIT;
-        }
-        await_slots(p, sh, at, n, lane);
+        weigh_chunk<GROUP>(p, sh, at, turn, chunk, n, position, warp, lane);
         warp_share c = chain_pages<GROUP>(sh, at, turn, n, warp, lane);
-        pass(sh, at, n, lane);
+        at = at.ahead((unsigned)n - 1);
+        pass(sh, at, 1, lane);
         note_chunk<GROUP>(chunks + (size_t)chunk * CHUNK_NOTES, c, number, warp, lane);
     }
 }

@@ -69,6 +69,12 @@ static __device__ __forceinline__ void await_slots(const persistent_args &p, per
     __syncwarp();
 }
 
+// This warp needs a slot no longer: what it read there has been used.
+static __device__ __forceinline__ void give_back(persistent_shared *sh, ring_place at, int lane) {
+    __syncwarp();
+    if (lane == 0) barrier_arrive(&sh->empty[at.slot]);
+}
+
 // This warp needs the next n slots no longer, or never did.
 static __device__ __forceinline__ void pass(persistent_shared *sh, ring_place &at, int n, int lane) {
     __syncwarp();
