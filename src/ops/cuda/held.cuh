@@ -1,5 +1,5 @@
 // held.cuh: products of one token with weights that a warp holds in registers, loaded while it waits for the token: the
-// sums of bf16_weights' and quantised_weights' slices, bit for bit.
+// sums of bf16_weights' and quantised_weights' slices, bit for bit. Their inputs are INPUTS times as large.
 #ifndef TANDEM_OPS_CUDA_HELD_CUH
 #define TANDEM_OPS_CUDA_HELD_CUH
 
@@ -18,6 +18,7 @@ template <typename W> struct held_units;
 
 template <> struct held_units<bf16_weights> {
     static constexpr int LANE = 16;
+    static constexpr float INPUTS = 1;
     uint4 w[4][4]; // [unit][32 columns]
 
     __device__ __forceinline__ void load(const unsigned char *const (&u)[4], int c, int) {
@@ -39,6 +40,8 @@ template <> struct held_units<bf16_weights> {
 template <typename Q> struct held_units<quantised_weights<Q>> {
     static_assert((Q::BITS == 8 || Q::BITS == 4) && Q::GROUP == 32 && !Q::HAS_MIN, "one scale for 32 columns");
     static constexpr int WORDS = Q::BITS / 4, LANE = WORDS * 4; // of a lane's 32 columns
+    // What inputs are multiplied by: integers stand as 64ths, and their scales as they are stored.
+    static constexpr float INPUTS = 64;
     uint32_t w[4][4][WORDS];
     typename Q::scales scales[4];
 
@@ -83,7 +86,7 @@ template <typename Q> struct held_units<quantised_weights<Q>> {
             mma(sum, a[0], b[0], a[1], b[1], x[i].x, x[i].y);
             mma(sum, a[2], b[2], a[3], b[3], x[i].z, x[i].w);
 #pragma unroll
-            for (int e = 0; e < 4; e++) d[i][e] = fmaf(scales[2 * i + e / 2].scale(c, 0), sum[e], d[i][e]);
+            for (int e = 0; e < 4; e++) d[i][e] = fmaf(scales[2 * i + e / 2].own(c), sum[e], d[i][e]);
         }
     }
 };

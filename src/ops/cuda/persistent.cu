@@ -251,11 +251,11 @@ static __device__ __forceinline__ float4 norm_weights(const persistent_args &p, 
 }
 
 // This warp's slice of x, when all of it has come, normed and rounded.
-static __device__ __forceinline__ void norm_inputs(const persistent_args &p, persistent_shared *sh, float4 w,
+template <typename W> static __device__ __forceinline__ void norm_inputs(const persistent_args &p, persistent_shared *sh, float4 w,
                                                    uint32_t turn, int warp, int lane) {
     wait_for(p, &sh->x_arrived, turn);
     float4 v = *reinterpret_cast<const float4 *>(sh->x + warp * SLICE + 4 * lane);
-    float r = norm_rate(sh->norm_sums, p.hidden, p.eps);
+    float r = norm_rate(sh->norm_sums, p.hidden, p.eps) * held_units<W>::INPUTS;
     put_inputs(sh->inputs, warp * SLICE + 4 * lane, 1, 0, scale4(v, r, w));
     __syncwarp();
 }
@@ -431,14 +431,14 @@ static __device__ __forceinline__ void push_qkv(const persistent_args &p, persis
 // -----------------------------------------------------------------------------------------------------
 
 // This block's 16 columns of each of its cluster's slices, to the cluster: a slice a warp.
-static __device__ __forceinline__ void push_act(const persistent_args &p, persistent_shared *sh, const block_place &me,
+template <typename W> static __device__ __forceinline__ void push_act(const persistent_args &p, persistent_shared *sh, const block_place &me,
                                                 int warp, int lane) {
     if (warp >= me.n_slices) return;
     int j = lane % 16;
     float *own = sh->own + warp * 16;
     // part's rows of a slice: 8 of gate, 8 of up, the next 8 of gate, of up.
     float s = add_slices(p, sh, warp * 32 + j / 8 * 16 + j % 8 + lane / 16 * 8), up = __shfl_xor_sync(~0u, s, 16);
-    if (lane < 16) own[j] = (me.slice + warp) * SLICE + me.rank * 16 + j < p.n_ff ? silu_mul(s, up) : 0.0f;
+    if (lane < 16) own[j] = (me.slice + warp) * SLICE + me.rank * 16 + j < p.n_ff ? silu_mul(s, up) * held_units<W>::INPUTS : 0.0f;
     __syncwarp();
     // Of the slice's 32 columns 16 h .. 16 h + 15: four places of eight bytes.
     int h = me.rank % 2, t = lane % 4;
@@ -500,9 +500,7 @@ static __device__ __forceinline__ void work(const persistent_args &p, persistent
     ring_place at = {0, 0};
     float x = !has_row ? 0.0f : p.open.table ? embedded<W>(p.open, row) : p.x[row];
     const float *turning = p.open.table ? p.open.rope + (size_t)position * HEAD : p.cos_sin;
-    float cos_sin[4]; // of channels lane, lane + 32: two cosines, two sines
-#pragma unroll
-    for (int i = 0; i < 4; i++) cos_sin[i] = turning[lane + 32 * i];
+    if (thread < HEAD) sh->cos_sin[thread] = turning[thread]; // read behind the first products' barrier
 #pragma unroll 1
     for (int i = 0;; i++) {
         thread = afresh(thread);
@@ -532,7 +530,7 @@ static __device__ __forceinline__ void work(const persistent_args &p, persistent
             if (thread == 0) barrier_expect(&sh->x_arrived, CLUSTER * (OWN_ROWS + 1) * 4);
             if (thread < OWN_ROWS) push_x(sh, me.rank, x, warp, lane);
             if (!passes_early<W>()) norm = norm_weights(p, sh, turn, warp, lane);
-            norm_inputs(p, sh, norm, turn, warp, lane);
+            norm_inputs<W>(p, sh, norm, turn, warp, lane);
             turn ^= 1;
             by_slices<W>(p, sh, held, at, n_pairs, warp, lane);
             sync_some(1, WORKERS);
@@ -540,20 +538,20 @@ static __device__ __forceinline__ void work(const persistent_args &p, persistent
         int n = mlp ? me.n_slices : GROUP, first = mlp ? me.slice : me.kv_head * GROUP;
         if (mlp) {
             if (thread == 0) barrier_expect(&sh->act_arrived, (uint32_t)n * SLICE * 2);
-            push_act(p, sh, me, warp, lane);
+            push_act<W>(p, sh, me, warp, lane);
         } else {
             const persistent_layer &w = p.layer[i / 2];
             if (takes_part && warp < (16 * GROUP + 32 + 31) / 32)
                 push_qkv<GROUP>(p, sh, me, w, min(me.n_chunks, (int)CLUSTER), thread);
             if constexpr (PACE == ONE_CHUNK)
-                attend<GROUP>(p, sh, me, w, at, cos_sin, i / 2, position, token_page, thread);
-            else attend_deep<GROUP>(p, sh, me, w, at, cos_sin, i / 2, position, token_page, thread);
+                attend<GROUP, W>(p, sh, me, w, at, i / 2, position, token_page, thread);
+            else attend_deep<GROUP>(p, sh, me, w, at, i / 2, position, token_page, thread);
             if (helps) continue;
         }
-        if (PACE == OWN_PACE && !mlp) collect_chunks<GROUP>(p, sh, me, i / 2, thread);
+        if (PACE == OWN_PACE && !mlp) collect_chunks<GROUP, W>(p, sh, me, i / 2, thread);
         hold_rows<W>(p, sh, held, at, n, n_rows, warp, lane);
         if (mlp) wait_for(p, &sh->act_arrived, i / 2 % 2);
-        else finish_attention<GROUP, PACE>(p, sh, me, i / 2, thread);
+        else finish_attention<GROUP, W, PACE>(p, sh, me, i / 2, thread);
         const unsigned char *inputs = mlp ? sh->act[0] : sh->inputs;
         by_rows<W>(p, sh, held, at, n, inputs, board + (size_t)first * MOST_HIDDEN, other_half, n_rows, warp, lane);
     }

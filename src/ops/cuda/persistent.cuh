@@ -134,6 +134,7 @@ struct persistent_shared {
     alignas(16) float norm[2][MOST_HIDDEN]; // the weights of half-layers in turns
     float head_norm[2][2][HEAD];            // of layers in turns; q's and k's
     unsigned char inputs[MOST_HIDDEN * 2];  // of a product, rounded, in put_inputs' order
+    float cos_sin[HEAD]; // of the token's position
     alignas(16) float own[OWN_ROWS];
     // As the matrix instruction takes them: q's rows, times attention's scale, rounded (of every 32 channels, lane t has
     // 2t, 2t + 1, 2t + 8, 2t + 9, ...), and pages' weights (slots alike), those of chunks in turns.

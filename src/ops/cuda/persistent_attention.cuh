@@ -3,6 +3,7 @@
 #ifndef TANDEM_OPS_CUDA_PERSISTENT_ATTENTION_CUH
 #define TANDEM_OPS_CUDA_PERSISTENT_ATTENTION_CUH
 
+#include "ops/cuda/held.cuh"
 #include "ops/cuda/persistent_ring.cuh"
 
 // ---- Attention
@@ -10,10 +11,12 @@
 
 // q's row or k, normed and rotated: kv.cuh's load_head of what was pushed.
 static __device__ __forceinline__ void load_rotated(float (&v)[4], const float *from, const float *norm,
-                                                    const float (&cos_sin)[4], float eps, int lane) {
-    float w[4];
+                                                    const float *cos_sin, float eps, int lane) {
+    float w[4], turn[4]; // all that is read is asked for at once
 #pragma unroll
     for (int i = 0; i < 4; i++) v[i] = from[lane + 32 * i];
+#pragma unroll
+    for (int i = 0; i < 4; i++) turn[i] = cos_sin[lane + 32 * i];
     if (norm) {
         float s = 0;
 #pragma unroll
@@ -29,7 +32,7 @@ static __device__ __forceinline__ void load_rotated(float (&v)[4], const float *
     }
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        float lo = v[i], hi = v[i + 2], cosine = cos_sin[i], sine = cos_sin[i + 2];
+        float lo = v[i], hi = v[i + 2], cosine = turn[i], sine = turn[i + 2];
         v[i] = fmaf(lo, cosine, -(hi * sine));
         v[i + 2] = fmaf(hi, cosine, lo * sine);
     }
@@ -66,7 +69,7 @@ static __device__ __forceinline__ void put_v(const float *v, unsigned char *here
 // round in which this block attends to them.
 template <int GROUP>
 static __device__ __forceinline__ void prepare(const persistent_args &p, persistent_shared *sh, const block_place &me,
-                                               const persistent_layer &w, const float (&cos_sin)[4], int layer,
+                                               const persistent_layer &w, int layer,
                                                ring_place at, bool first, bool own, int position, int page, int warp,
                                                int lane) {
     int slot = position % KV_PAGE_TOKENS;
@@ -76,7 +79,7 @@ static __device__ __forceinline__ void prepare(const persistent_args &p, persist
     if (warp < GROUP ? first : own && warp == GROUP) {
         float v[4];
         load_rotated(v, sh->qkv + warp * HEAD,
-                     p.is_normed || w.head_norm[0] ? sh->head_norm[layer % 2][warp == GROUP] : NULL, cos_sin, p.eps, lane);
+                     p.is_normed || w.head_norm[0] ? sh->head_norm[layer % 2][warp == GROUP] : NULL, sh->cos_sin, p.eps, lane);
         if (warp == GROUP) {
             put_k(v, sh->ring[at.slot], in(w.kv[0]), slot, lane);
         } else {
@@ -217,13 +220,13 @@ static __device__ __forceinline__ int bytes_before(int c) {
     return c / 32 * 64 + c % 8 / 2 * 16 + c % 32 / 8 * 4 + c % 2 * 2;
 }
 
-// o / l.
-static __device__ __forceinline__ void divide(float (&r)[4], const warp_share &c) {
+// o / l, times what inputs are multiplied by.
+template <typename W> static __device__ __forceinline__ void divide(float (&r)[4], const warp_share &c) {
     quotients by[2];
     bool fast = true;
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        by[i].start(c.l[i]);
+        by[i].start(c.l[i] / held_units<W>::INPUTS);
         fast &= by[i].takes();
     }
 #pragma unroll
@@ -233,17 +236,17 @@ static __device__ __forceinline__ void divide(float (&r)[4], const warp_share &c
     }
     if (fast) return;
 #pragma unroll
-    for (int i = 0; i < 4; i++) r[i] = (c.o[i] + 0.0f) / c.l[i % 2]; // chaining one chunk makes +0 of -0
+    for (int i = 0; i < 4; i++) r[i] = (c.o[i] + 0.0f) / by[i % 2].divisor; // chaining one chunk makes +0 of -0
 }
 
 // A chunk, to all blocks of the cluster; the only chunk as inputs of the next product.
-template <int GROUP>
+template <int GROUP, typename W>
 static __device__ __forceinline__ void push_chunk(persistent_shared *sh, const warp_share &c, int rank, bool only,
                                                   int warp, int lane) {
     int g = lane / 4, t = lane % 4;
     if (only) {
         float r[4];
-        divide(r, c);
+        divide<W>(r, c);
         // Turned over: channels 2t, 2t + 1 of row g % GROUP; and the eight behind.
         uint2 two = make_uint2(transpose(pack_bf16(r[0], r[1])), transpose(pack_bf16(r[2], r[3])));
         unsigned char *to = sh->inputs + g % GROUP * HEAD * 2 + bytes_before(16 * warp + 2 * t);
@@ -267,27 +270,27 @@ static __device__ __forceinline__ void push_chunk(persistent_shared *sh, const w
 }
 
 // Attention of the cluster's heads over up to eight chunks, one a block.
-template <int GROUP>
+template <int GROUP, typename W>
 static __device__ __forceinline__ void attend(const persistent_args &p, persistent_shared *sh, const block_place &me,
-                                              const persistent_layer &w, ring_place &at, const float (&cos_sin)[4],
-                                              int layer, int position, int token_page, int thread) {
+                                              const persistent_layer &w, ring_place &at, int layer, int position, int token_page, int thread) {
     thread = afresh(thread);
     int warp = thread / 32, lane = thread % 32, n = pages_of(me, me.rank);
     bool own = me.rank == me.n_chunks - 1;
     if (n <= 0) return;
     if (thread == 0) barrier_expect(&sh->qkv_arrived, (GROUP + 2) * HEAD * 4);
     wait_for(p, &sh->qkv_arrived, layer % 2);
-    prepare<GROUP>(p, sh, me, w, cos_sin, layer, at, true, own, position, token_page, warp, lane);
+    prepare<GROUP>(p, sh, me, w, layer, at, true, own, position, token_page, warp, lane);
     sync_some(1, WORKERS);
     weigh_chunk<GROUP>(p, sh, at, 0, me.rank, n, position, warp, lane);
-    push_chunk<GROUP>(sh, chain_pages<GROUP>(sh, at, 0, n, warp, lane), me.rank, me.n_chunks == 1, warp, lane);
+    push_chunk<GROUP, W>(sh, chain_pages<GROUP>(sh, at, 0, n, warp, lane), me.rank, me.n_chunks == 1, warp, lane);
     at = at.ahead((unsigned)n - 1);
     if (own) stores_before_copies(); // prepare's
     pass(sh, at, 1, lane);
 }
 
 // The n chunks in ascending order, rounded, as inputs of the next product.
-template <int GROUP> static __device__ __forceinline__ void chain_chunks(persistent_shared *sh, int n, int thread) {
+template <int GROUP, typename W>
+static __device__ __forceinline__ void chain_chunks(persistent_shared *sh, int n, int thread) {
     // As chunks were pushed: of a warp's channels g and g + 8, of all rows, one after the other.
     int row = thread % GROUP, channel = thread / (16 * GROUP) * 16 + thread / GROUP % 2 * 8 + thread / (2 * GROUP) % 8;
     chain s = CHAIN_START;
@@ -302,7 +305,7 @@ template <int GROUP> static __device__ __forceinline__ void chain_chunks(persist
             sum = chain_value(sum, a, next->o[thread], c);
         }
         *reinterpret_cast<__nv_bfloat16 *>(sh->inputs + row * HEAD * 2 + bytes_before(channel)) =
-            __float2bfloat16_rn(sum / s.l);
+            __float2bfloat16_rn(sum / (s.l / held_units<W>::INPUTS));
     }
     sync_some(1, WORKERS);
 }
@@ -346,7 +349,7 @@ static __device__ __forceinline__ void note_chunk(uint64_t *to, const warp_share
 template <int GROUP>
 static __device__ __forceinline__ void
 attend_deep(const persistent_args &p, persistent_shared *sh, const block_place &me, const persistent_layer &w,
-            ring_place &at, const float (&cos_sin)[4], int layer, int position, int token_page, int thread) {
+            ring_place &at, int layer, int position, int token_page, int thread) {
     thread = afresh(thread);
     int warp = thread / 32, lane = thread % 32;
     const chunk_share &share = sh->share;
@@ -356,7 +359,7 @@ attend_deep(const persistent_args &p, persistent_shared *sh, const block_place &
     if (me.kv_head >= 0) {
         if (thread == 0) barrier_expect(&sh->qkv_arrived, (GROUP + 2) * HEAD * 4);
         wait_for(p, &sh->qkv_arrived, layer % 2);
-        prepare<GROUP>(p, sh, me, w, cos_sin, layer, at, true, false, position, token_page, warp, lane);
+        prepare<GROUP>(p, sh, me, w, layer, at, true, false, position, token_page, warp, lane);
     } else if (thread < GROUP * HEAD / 2) {
         *q_here = await_note(p, q + thread, number);
     }
@@ -368,7 +371,7 @@ attend_deep(const persistent_args &p, persistent_shared *sh, const block_place &
     for (int chunk = share.first; chunk < share.end; chunk += share.step, turn ^= 1) {
         int n = pages_of(me, chunk);
         if (chunk == me.n_chunks - 1) {
-            prepare<GROUP>(p, sh, me, w, cos_sin, layer, at, false, true, position, token_page, warp, lane);
+            prepare<GROUP>(p, sh, me, w, layer, at, false, true, position, token_page, warp, lane);
             stores_before_copies();
             sync_some(1, WORKERS);
         }
@@ -382,7 +385,7 @@ attend_deep(const persistent_args &p, persistent_shared *sh, const block_place &
 
 // This block's channels of all chunks in ascending order, rounded, to all blocks of the cluster as inputs of the next
 // product.
-template <int GROUP>
+template <int GROUP, typename W>
 static __device__ __forceinline__ void collect_chunks(const persistent_args &p, persistent_shared *sh,
                                                       const block_place &me, int layer, int thread) {
     constexpr int BLOCKS_A_ROW = HEAD / COLLECTED, SHARE = WINDOW / WORKER_WARPS;
@@ -435,7 +438,7 @@ static __device__ __forceinline__ void collect_chunks(const persistent_args &p, 
         }
     }
     if (warp > 0) return;
-    sh->own[lane] = sum / s.l;
+    sh->own[lane] = sum / (s.l / held_units<W>::INPUTS);
     __syncwarp();
     // As put_inputs has 32 columns: a quarter of them to a block.
     const float *quarter = sh->own + lane % 4 * 2;
@@ -448,7 +451,7 @@ static __device__ __forceinline__ void collect_chunks(const persistent_args &p, 
 }
 
 // Its result, rounded, as inputs of the next product.
-template <int GROUP, enum pace PACE>
+template <int GROUP, typename W, enum pace PACE>
 static __device__ __forceinline__ void finish_attention(const persistent_args &p, persistent_shared *sh,
                                                         const block_place &me, int layer, int thread) {
     bool ready = PACE == OWN_PACE || me.n_chunks == 1; // rounded already
@@ -456,7 +459,7 @@ static __device__ __forceinline__ void finish_attention(const persistent_args &p
     if (thread == 0)
         barrier_expect(arrived, ready ? GROUP * HEAD * 2 : (uint32_t)me.n_chunks * GROUP * (HEAD * 4 + 16));
     wait_for(p, arrived, layer % 2);
-    if (!ready) chain_chunks<GROUP>(sh, me.n_chunks, thread);
+    if (!ready) chain_chunks<GROUP, W>(sh, me.n_chunks, thread);
 }
 
 #endif

@@ -43,6 +43,11 @@ struct half_scales {
         __device__ __forceinline__ float scale(int c, int) const {
             return half_64(c < 2 ? raw.x : raw.y, c % 2);
         }
+        // As it is stored.
+        __device__ __forceinline__ float own(int c) const {
+            uint32_t v = c < 2 ? raw.x : raw.y;
+            return half_to_float((uint16_t)(c % 2 ? v >> 16 : v));
+        }
         __device__ __forceinline__ float min(int, int) const {
             return 0;
         }
