@@ -251,7 +251,8 @@ static __device__ __forceinline__ float4 norm_weights(const persistent_args &p, 
 }
 
 // This warp's slice of x, when all of it has come, normed and rounded.
-template <typename W> static __device__ __forceinline__ void norm_inputs(const persistent_args &p, persistent_shared *sh, float4 w,
+template <typename W>
+static __device__ __forceinline__ void norm_inputs(const persistent_args &p, persistent_shared *sh, float4 w,
                                                    uint32_t turn, int warp, int lane) {
     wait_for(p, &sh->x_arrived, turn);
     float4 v = *reinterpret_cast<const float4 *>(sh->x + warp * SLICE + 4 * lane);
@@ -431,14 +432,16 @@ static __device__ __forceinline__ void push_qkv(const persistent_args &p, persis
 // -----------------------------------------------------------------------------------------------------
 
 // This block's 16 columns of each of its cluster's slices, to the cluster: a slice a warp.
-template <typename W> static __device__ __forceinline__ void push_act(const persistent_args &p, persistent_shared *sh, const block_place &me,
+template <typename W>
+static __device__ __forceinline__ void push_act(const persistent_args &p, persistent_shared *sh, const block_place &me,
                                                 int warp, int lane) {
     if (warp >= me.n_slices) return;
     int j = lane % 16;
     float *own = sh->own + warp * 16;
     // part's rows of a slice: 8 of gate, 8 of up, the next 8 of gate, of up.
     float s = add_slices(p, sh, warp * 32 + j / 8 * 16 + j % 8 + lane / 16 * 8), up = __shfl_xor_sync(~0u, s, 16);
-    if (lane < 16) own[j] = (me.slice + warp) * SLICE + me.rank * 16 + j < p.n_ff ? silu_mul(s, up) * held_units<W>::INPUTS : 0.0f;
+    if (lane < 16)
+        own[j] = (me.slice + warp) * SLICE + me.rank * 16 + j < p.n_ff ? silu_mul(s, up) * held_units<W>::INPUTS : 0.0f;
     __syncwarp();
     // Of the slice's 32 columns 16 h .. 16 h + 15: four places of eight bytes.
     int h = me.rank % 2, t = lane % 4;
@@ -543,8 +546,7 @@ static __device__ __forceinline__ void work(const persistent_args &p, persistent
             const persistent_layer &w = p.layer[i / 2];
             if (takes_part && warp < (16 * GROUP + 32 + 31) / 32)
                 push_qkv<GROUP>(p, sh, me, w, min(me.n_chunks, (int)CLUSTER), thread);
-            if constexpr (PACE == ONE_CHUNK)
-                attend<GROUP, W>(p, sh, me, w, at, i / 2, position, token_page, thread);
+            if constexpr (PACE == ONE_CHUNK) attend<GROUP, W>(p, sh, me, w, at, i / 2, position, token_page, thread);
             else attend_deep<GROUP>(p, sh, me, w, at, i / 2, position, token_page, thread);
             if (helps) continue;
         }

@@ -134,16 +134,16 @@ struct persistent_shared {
     alignas(16) float norm[2][MOST_HIDDEN]; // the weights of half-layers in turns
     float head_norm[2][2][HEAD];            // of layers in turns; q's and k's
     unsigned char inputs[MOST_HIDDEN * 2];  // of a product, rounded, in put_inputs' order
-    float cos_sin[HEAD]; // of the token's position
+    float cos_sin[HEAD];                    // of the token's position
     alignas(16) float own[OWN_ROWS];
-    // As the matrix instruction takes them: q's rows, times attention's scale, rounded (of every 32 channels, lane t has
-    // 2t, 2t + 1, 2t + 8, 2t + 9, ...), and pages' weights (slots alike), those of chunks in turns.
+    // As the matrix instruction takes them: q's rows, times attention's scale, rounded (of every 32 channels, lane t
+    // has 2t, 2t + 1, 2t + 8, 2t + 9, ...), and pages' weights (slots alike), those of chunks in turns.
     uint4 q[MOST_GROUP][HEAD / 32][4], p[2][CHUNK_PAGES][MOST_GROUP][4];
     alignas(16) float unit[2][MOST_GROUP][CHUNK_PAGES]; // of p; NO_UNIT: no such page
     float part[NORM_WARPS][MOST_SHARE * 32];            // sums of slices of inputs
-    alignas(16) float norm_sums[NORM_WARPS];  // pushed with x
-    alignas(16) fetch_step steps[MOST_STEPS]; // of a layer
-    int page[MOST_PAGES];                     // the ids of this rank's pages
+    alignas(16) float norm_sums[NORM_WARPS];            // pushed with x
+    alignas(16) fetch_step steps[MOST_STEPS];           // of a layer
+    int page[MOST_PAGES];                               // the ids of this rank's pages
     chunk_share share;
     uint32_t first_number; // of this launch's notes
     uint64_t full[N_SLOTS], empty[N_SLOTS];

@@ -39,8 +39,8 @@ static __device__ __forceinline__ void load_rotated(float (&v)[4], const float *
 }
 
 enum {
-    KV_STEP = 32 * KV_PAGE_TOKENS, // elements of a page from channel c to c + 32
-    HALF_STEP = KV_STEP,           // bytes from slot s to s + 16
+    KV_STEP = 32 * KV_PAGE_TOKENS,   // elements of a page from channel c to c + 32
+    HALF_STEP = KV_PAGE_TOKENS * 32, // bytes from slot s to s + 16
 };
 
 // This token's k, by a warp: into its page, in memory and where it stands in the ring.
@@ -69,17 +69,18 @@ static __device__ __forceinline__ void put_v(const float *v, unsigned char *here
 // round in which this block attends to them.
 template <int GROUP>
 static __device__ __forceinline__ void prepare(const persistent_args &p, persistent_shared *sh, const block_place &me,
-                                               const persistent_layer &w, int layer,
-                                               ring_place at, bool first, bool own, int position, int page, int warp,
-                                               int lane) {
-    int slot = position % KV_PAGE_TOKENS;
+                                               const persistent_layer &w, int layer, ring_place at, bool first,
+                                               bool own, int position, int page, int warp, int lane) {
+    position = unknown(position);
+    int slot = (int)((unsigned)position % KV_PAGE_TOKENS);
     auto in = [&](unsigned char *kv) { return kv + ((size_t)page * p.n_kv_heads + me.kv_head) * (SLOT_BYTES / 2); };
-    at = at.ahead((unsigned)(me.last_page % CHUNK_PAGES));
+    at = at.ahead((unsigned)position / KV_PAGE_TOKENS % CHUNK_PAGES);
     if (own && warp >= GROUP) wait_for(p, &sh->full[at.slot], at.parity());
     if (warp < GROUP ? first : own && warp == GROUP) {
         float v[4];
         load_rotated(v, sh->qkv + warp * HEAD,
-                     p.is_normed || w.head_norm[0] ? sh->head_norm[layer % 2][warp == GROUP] : NULL, sh->cos_sin, p.eps, lane);
+                     p.is_normed || w.head_norm[0] ? sh->head_norm[layer % 2][warp == GROUP] : NULL, sh->cos_sin, p.eps,
+                     lane);
         if (warp == GROUP) {
             put_k(v, sh->ring[at.slot], in(w.kv[0]), slot, lane);
         } else {
@@ -97,8 +98,8 @@ static __device__ __forceinline__ void prepare(const persistent_args &p, persist
 
 // ---- A chunk
 // --------------------------------------------------------------------------------------------------------
-// A warp finds the weights of a page; when all pages' are there, it takes sixteen channels of all of them. K's slots and
-// V's channels are the rows of the matrix instruction, and q's and p's rows its columns, as in columns.cuh: the
+// A warp finds the weights of a page; when all pages' are there, it takes sixteen channels of all of them. K's slots
+// and V's channels are the rows of the matrix instruction, and q's and p's rows its columns, as in columns.cuh: the
 // group's again and again, so that column c is row c % GROUP, and no lane is without.
 
 // Scores of row t % GROUP at slots 8 j + g.
@@ -131,8 +132,8 @@ static __device__ __forceinline__ void page_scores(float (&s)[4], const persiste
 
 // A warp's page, of which n positions are seen: its weights and their unit.
 template <int GROUP>
-static __device__ __forceinline__ void weigh_page(persistent_shared *sh, const unsigned char *page, unsigned turn, int n,
-                                                  int warp, int lane) {
+static __device__ __forceinline__ void weigh_page(persistent_shared *sh, const unsigned char *page, unsigned turn,
+                                                  int n, int warp, int lane) {
     int g = lane / 4, half = lane % 4 / 2;
     float s[4], m = NO_UNIT;
     page_scores<GROUP>(s, sh, page, lane);
@@ -159,16 +160,16 @@ static __device__ __forceinline__ void weigh_chunk(const persistent_args &p, per
     if (warp < n) {
         ring_place mine = at.ahead((unsigned)warp);
         wait_for(p, &sh->full[mine.slot], mine.parity());
-        weigh_page<GROUP>(sh, sh->ring[mine.slot], turn,
-                          position + 1 - (chunk * (int)CHUNK_PAGES + warp) * ATTN_BLOCK, warp, lane);
+        weigh_page<GROUP>(sh, sh->ring[mine.slot], turn, position + 1 - (chunk * (int)CHUNK_PAGES + warp) * ATTN_BLOCK,
+                          warp, lane);
     } else if (lane < GROUP) {
         sh->unit[turn][lane][warp] = NO_UNIT;
     }
     if (n > 1 || warp > 0) await_slots(p, sh, at, n, lane);
 }
 
-// What a warp has of a chunk: of row i % GROUP channels 16 warp + g and, 2 further, + 8 + g, and the sum; the unit of
-// row g % GROUP.
+// What a warp has of a chunk: o[i] of row i % GROUP and channel 16 warp + i / 2 * 8 + g, l[i] of row i % GROUP, the
+// unit of row g % GROUP.
 struct warp_share {
     float o[4], l[4], unit;
 };
@@ -251,8 +252,7 @@ static __device__ __forceinline__ void push_chunk(persistent_shared *sh, const w
         uint2 two = make_uint2(transpose(pack_bf16(r[0], r[1])), transpose(pack_bf16(r[2], r[3])));
         unsigned char *to = sh->inputs + g % GROUP * HEAD * 2 + bytes_before(16 * warp + 2 * t);
 #pragma unroll
-        for (int i = 0; i < CLUSTER; i += 8 / GROUP)
-            push8(to, two, &sh->chunks_arrived, (unsigned)(g / GROUP + i));
+        for (int i = 0; i < CLUSTER; i += 8 / GROUP) push8(to, two, &sh->chunks_arrived, (unsigned)(g / GROUP + i));
         return;
     }
     chunk_result *to = &sh->chunk[rank];
@@ -272,7 +272,8 @@ static __device__ __forceinline__ void push_chunk(persistent_shared *sh, const w
 // Attention of the cluster's heads over up to eight chunks, one a block.
 template <int GROUP, typename W>
 static __device__ __forceinline__ void attend(const persistent_args &p, persistent_shared *sh, const block_place &me,
-                                              const persistent_layer &w, ring_place &at, int layer, int position, int token_page, int thread) {
+                                              const persistent_layer &w, ring_place &at, int layer, int position,
+                                              int token_page, int thread) {
     thread = afresh(thread);
     int warp = thread / 32, lane = thread % 32, n = pages_of(me, me.rank);
     bool own = me.rank == me.n_chunks - 1;
@@ -288,24 +289,31 @@ static __device__ __forceinline__ void attend(const persistent_args &p, persiste
     pass(sh, at, 1, lane);
 }
 
-// The n chunks in ascending order, rounded, as inputs of the next product.
+// The n chunks in ascending order, in one unit, rounded, as inputs of the next product.
 template <int GROUP, typename W>
 static __device__ __forceinline__ void chain_chunks(persistent_shared *sh, int n, int thread) {
     // As chunks were pushed: of a warp's channels g and g + 8, of all rows, one after the other.
     int row = thread % GROUP, channel = thread / (16 * GROUP) * 16 + thread / GROUP % 2 * 8 + thread / (2 * GROUP) % 8;
-    chain s = CHAIN_START;
-    float sum = 0;
     if (thread < GROUP * HEAD) {
-#pragma unroll 2
-        for (int i = 0; i < n; i++) {
-            const chunk_result *next = &sh->chunk[i];
-            float2 state = *reinterpret_cast<const float2 *>(&next->state[row]);
-            float a, c;
-            chain_add(s, state.x, state.y, a, c);
-            sum = chain_value(sum, a, next->o[thread], c);
+        float most = MINUS_INFINITY, o = 0, l = 0, of[CLUSTER];
+        float2 state[CLUSTER];
+#pragma unroll
+        for (int i = 0; i < CLUSTER; i++) {
+            state[i] = make_float2(MINUS_INFINITY, 0);
+            if (i < n) state[i] = *reinterpret_cast<const float2 *>(&sh->chunk[i].state[row]);
+            of[i] = i < n ? sh->chunk[i].o[thread] : 0.0f;
+        }
+#pragma unroll
+        for (int i = 0; i < CLUSTER; i++) most = fmaxf(most, state[i].x);
+#pragma unroll
+        for (int i = 0; i < CLUSTER; i++) {
+            if (i >= n) break;
+            float rate = exp2_fast(state[i].x - most);
+            l = fmaf(state[i].y, rate, l);
+            o = fmaf(of[i], rate, o);
         }
         *reinterpret_cast<__nv_bfloat16 *>(sh->inputs + row * HEAD * 2 + bytes_before(channel)) =
-            __float2bfloat16_rn(sum / (s.l / held_units<W>::INPUTS));
+            __float2bfloat16_rn(o / (l / held_units<W>::INPUTS));
     }
     sync_some(1, WORKERS);
 }
@@ -313,7 +321,8 @@ static __device__ __forceinline__ void chain_chunks(persistent_shared *sh, int n
 // ---- At its own pace
 // ---------------------------------------------------------------------------------------------------
 // Every block runs through its chunks alone, and pages' slots are filled again as soon as they have been read. What
-// becomes of a chunk is noted in memory, where each block of the KV head's cluster collects some channels of all chunks.
+// becomes of a chunk is noted in memory, where each block of the KV head's cluster collects some channels of all
+// chunks.
 
 // Two words that stand and fall together, past the SMs' caches.
 static __device__ __forceinline__ uint64_t look_at(const uint64_t *at) {
@@ -347,9 +356,9 @@ static __device__ __forceinline__ void note_chunk(uint64_t *to, const warp_share
 
 // This block's chunks.
 template <int GROUP>
-static __device__ __forceinline__ void
-attend_deep(const persistent_args &p, persistent_shared *sh, const block_place &me, const persistent_layer &w,
-            ring_place &at, int layer, int position, int token_page, int thread) {
+static __device__ __forceinline__ void attend_deep(const persistent_args &p, persistent_shared *sh,
+                                                   const block_place &me, const persistent_layer &w, ring_place &at,
+                                                   int layer, int position, int token_page, int thread) {
     thread = afresh(thread);
     int warp = thread / 32, lane = thread % 32;
     const chunk_share &share = sh->share;

@@ -33,10 +33,15 @@ static __device__ __forceinline__ void wait_for(const persistent_args &p, uint64
 
 // The same number, of which the compiler knows nothing: what follows from it is computed where it is used, not kept in
 // registers from layer to layer, of which there are too few.
-static __device__ __forceinline__ int afresh(int v) {
+static __device__ __forceinline__ int unknown(int v) {
     asm volatile("" : "+r"(v));
+    return v;
+}
+
+// The same of a thread's number.
+static __device__ __forceinline__ int afresh(int thread) {
     static_assert(PERSISTENT_THREADS < 512, "the number of a thread");
-    return v & 511;
+    return unknown(thread) & 511;
 }
 
 // ---- The ring
