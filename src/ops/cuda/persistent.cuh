@@ -28,7 +28,7 @@ enum {
     CHUNK_NOTES = MOST_GROUP * (HEAD + 2),                 // what is noted of a chunk: o, units and sums
     Q_NOTES = MOST_GROUP * HEAD / 2,                       // two values each
     HEAD_NOTES = Q_NOTES + MOST_CHUNKS * CHUNK_NOTES,      // of a KV head: q, the chunks
-    LAYER_CYCLES = 13000,          // over which a block's copies of a layer's weights are spread
+    LAYER_CYCLES = 10000,          // over which a block's copies of a layer's weights are spread
     QUANTISED_LAYER_CYCLES = 8000, // the same where weights have fewer bytes
     MOST_SHARE = 4,                // slices of n_ff of one cluster
     SLOT_BYTES = 16 * 1024,
