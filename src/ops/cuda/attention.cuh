@@ -2,11 +2,12 @@
 //
 // A tile is up to 16 rows: consecutive tokens of a sequence times the query heads of one KV head. q times the scale is
 // rounded to bf16, and so is p. Scores are in units of log 2 and lifted (below). A chunk is 256 absolute positions: its
-// values are one chain of matrix instructions of 16 positions each, in ascending order, from +0, and its sum is the same
-// chain with ones in V's place. Chunks join a row in ascending order (chain_add, chain_value). p is 2^(s - unit), the
-// unit a whole number not below any of the row's scores in the chunk. Which one it is, when it is raised, and whether
-// further positions with p = 0 follow, changes no bit: powers of two scale exactly, and a lifted score's difference to a
-// whole number is exact. So nothing depends on how rows, pages or chunks are spread over warps, blocks and launches.
+// values are one chain of matrix instructions of 16 positions each, in ascending order, from +0, and its sum is the
+// same chain with ones in V's place. Chunks join a row in ascending order (chain_add, chain_value). p is 2^(s - unit),
+// the unit a whole number not below any of the row's scores in the chunk. Which one it is, when it is raised, and
+// whether further positions with p = 0 follow, changes no bit: powers of two scale exactly, and a lifted score's
+// difference to a whole number is exact. So nothing depends on how rows, pages or chunks are spread over warps, blocks
+// and launches.
 #ifndef TANDEM_OPS_CUDA_ATTENTION_CUH
 #define TANDEM_OPS_CUDA_ATTENTION_CUH
 
@@ -56,7 +57,7 @@ static __device__ __forceinline__ void put_results(const attention_params &p, in
             make_uint4(pack_bf16(a.x, a.y), pack_bf16(a.z, a.w), pack_bf16(b.x, b.y), pack_bf16(b.z, b.w));
 }
 
-// Blocks of a row's chunk that hold positions up to its own.
+// Pages of a row's chunk that hold positions up to its own.
 static __device__ __forceinline__ int row_blocks(int position, int chunk) {
     int n = position / ATTN_BLOCK + 1 - chunk * CHUNK_PAGES;
     return position < 0 || n < 0 ? 0 : min(n, (int)CHUNK_PAGES);
@@ -68,7 +69,8 @@ static __device__ __forceinline__ int row_blocks(int position, int chunk) {
 // q's rows, times attention's scale, rounded: [N][HD + 8]. Rows from N on are zero.
 template <int HD, int N = ROWS> struct q_rows { __nv_bfloat16 of[N][HD + 8]; };
 
-template <int HD, int N> static __device__ __forceinline__ void put_q(q_rows<HD, N> *q, int row, int c, float v, float scale) {
+template <int HD, int N>
+static __device__ __forceinline__ void put_q(q_rows<HD, N> *q, int row, int c, float v, float scale) {
     q->of[row][c] = __float2bfloat16_rn(v * scale);
 }
 
@@ -100,8 +102,8 @@ static __device__ __forceinline__ void store_fresh(FRESH *f, float *row, const k
     for (int c = lane; c < HD; c += 32) f->put(of_v, c, kv_put(kv, of_v, page, kv_head, slot, c, row[c]));
 }
 
-// Scores of rows g, g + 8 (TALL; otherwise of row g) at positions 8 j + 2t, 8 j + 2t + 1. `fresh`: the k of slot `slot`,
-// if that is not negative.
+// Scores of rows g, g + 8 (TALL; otherwise of row g) at positions 8 j + 2t, 8 j + 2t + 1. `fresh`: the k of slot
+// `slot`, if that is not negative.
 template <typename KV, bool TALL, int N>
 static __device__ __forceinline__ void scores(float (&s)[4][4], const q_rows<KV::HD, N> *q, const unsigned char *page,
                                               int lane, const fresh_row<KV::HD> *fresh = NULL, int slot = -1) {
@@ -130,31 +132,6 @@ static __device__ __forceinline__ void scores(float (&s)[4][4], const q_rows<KV:
     }
 }
 
-// The softmax of one row (half 0: g, 1: g + 8) up to position n - 1 of the block: scores become rounded p in pairs, 0
-// beyond; m and l are the row's maximum, rounded up (-inf: no position), and sum.
-static __device__ __forceinline__ void softmax_row(uint32_t (&p)[4], float &m, float &l, const float (&s)[4][4],
-                                                   int half, int n, int t) {
-    m = MINUS_INFINITY;
-#pragma unroll
-    for (int j = 0; j < 4; j++)
-#pragma unroll
-        for (int e = 0; e < 2; e++)
-            if (8 * j + 2 * t + e < n) m = fmaxf(m, s[j][2 * half + e]);
-    m = fmaxf(m, __shfl_xor_sync(~0u, m, 1));
-    m = ceilf(fmaxf(m, __shfl_xor_sync(~0u, m, 2)));
-    l = 0;
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-        float e0 = 8 * j + 2 * t < n ? exp2_fast(s[j][2 * half] - m) : 0.0f;
-        float e1 = 8 * j + 2 * t + 1 < n ? exp2_fast(s[j][2 * half + 1] - m) : 0.0f;
-        p[j] = pack_bf16(e0, e1);
-        l += bf16_low(p[j]);
-        l += bf16_high(p[j]);
-    }
-    l += __shfl_xor_sync(~0u, l, 1);
-    l += __shfl_xor_sync(~0u, l, 2);
-}
-
 // A lane's share of a V page is 16 bytes for every 8 channels: slots 2t and 2t + 1 of each 8. What of them is to be
 // read from the page, and where this step's own v belongs: what an unused slot holds may be no number.
 struct v_slots {
@@ -178,34 +155,12 @@ static __device__ __forceinline__ uint4 real_slots(uint4 v, const v_slots &s, ui
                       (v.z & s.keep[2]) | (fresh & s.put[2]), (v.w & s.keep[3]) | (fresh & s.put[3]));
 }
 
-// Values of channels 8 i + 2t, + 1 of rows g, g + 8. `v`: the lane's share of the page, [HD / 8][32 lanes].
-static __device__ __forceinline__ void values(float (&o)[4], const uint32_t (&p)[4], const uint32_t (&p8)[4], uint4 v) {
-    o[0] = o[1] = o[2] = o[3] = 0;
-    mma(o, p[0], p8[0], p[1], p8[1], v.x, v.y);
-    mma(o, p[2], p8[2], p[3], p8[3], v.z, v.w);
-}
-
-// The same of a whole page, each result with its i to `take`. SPECIAL: some slots are not in use, or one is this
-// step's: a loop of its own, since a branch within would keep the chip from overlapping the rounds.
-template <typename KV, bool SPECIAL, typename TAKE>
-static __device__ __forceinline__ void page_values(const unsigned char *page, const uint32_t (&pairs)[2][4],
-                                                   const v_slots &slots, const fresh_row<KV::HD> *fresh, int lane,
-                                                   const TAKE &take) {
-#pragma unroll
-    for (int i = 0; i < KV::HD / 8; i++) {
-        float d[4];
-        uint4 v = page_reader<KV>::v(page, i, lane);
-        if (SPECIAL) v = real_slots(v, slots, fresh ? fresh->v[8 * i + lane / 4] : 0);
-        values(d, pairs[0], pairs[1], v);
-        take(i, d);
-    }
-}
-
 // ---- A chunk's chain
 // -------------------------------------------------------------------------------------------------------
-// A score is lifted: LIFT is added, which rounds it to a multiple of 2^-15 (of its own last place, beyond 2^8 or so).
-// Then s - unit is exact wherever 2^(s - unit) is not zero, and exp2_fast of it is that of its fraction times a power of
-// two (seen for every fraction and exponent on an H200), as long as it is not positive: units are not below scores.
+// A score is lifted: LIFT is added, which rounds it to a multiple of 2^-15 (beyond -128 to 128, of the sum's last
+// place). Then s - unit is exact wherever 2^(s - unit) is not zero, and exp2_fast of it is that of its fraction times a
+// power of two (seen for every fraction and exponent on an H200), as long as it is not positive: units are not below
+// scores.
 static const float LIFT = 384.0f;
 static const float NO_UNIT = -1e30f; // below that of any score: finite, so that differences are numbers
 
@@ -226,8 +181,7 @@ static __device__ __forceinline__ float lift_row(float (&s)[4][4], int half, int
     return m;
 }
 
-// The least unit for a row whose highest lifted scores its four lanes have. Whole numbers are theirs, not rounded up
-// twice: ceilf of a maximum is the maximum of ceilf.
+// The least unit for a row of whose lifted scores its four lanes have the highest.
 static __device__ __forceinline__ float row_unit(float m) {
     m = fmaxf(m, __shfl_xor_sync(~0u, m, 1));
     return ceilf(fmaxf(m, __shfl_xor_sync(~0u, m, 2)));
@@ -240,7 +194,7 @@ static __device__ __forceinline__ void row_weights(uint32_t (&p)[4], const float
         p[j] = pack_bf16(exp2_fast(s[j][2 * half] - unit), exp2_fast(s[j][2 * half + 1] - unit));
 }
 
-// Raises a unit to `to` if that is higher. Returns what is in the old units is to be multiplied by.
+// Raises a unit to `to` if that is higher. Returns what those in the old one are to be multiplied by.
 static __device__ __forceinline__ float raise_unit(float &unit, float to) {
     float before = unit;
     unit = fmaxf(unit, to);
@@ -262,7 +216,7 @@ static __device__ __forceinline__ void chain_values(float (&o)[4], const uint32_
 
 // ---- Combining
 // -------------------------------------------------------------------------------------------------------
-// A row's unit (m) and sum over the chunks so far.
+// A row's unit (m) and sum (l) over the chunks so far.
 struct chain {
     float m, l;
 };
@@ -270,7 +224,7 @@ struct chain {
 #define CHAIN_START                                                                                                    \
     { MINUS_INFINITY, 0.0f }
 
-// Takes in the next block or chunk: its values are weighted with c, those so far with a (both powers of two).
+// Takes in the next chunk: its values are weighted with c, those so far with a (both powers of two).
 static __device__ __forceinline__ void chain_add(chain &s, float m, float l, float &a, float &c) {
     float m2 = fmaxf(s.m, m);
     a = exp2_fast(s.m - m2);
@@ -279,7 +233,7 @@ static __device__ __forceinline__ void chain_add(chain &s, float m, float l, flo
     s.m = m2;
 }
 
-// Values so far, with those of the next block or chunk. Where a is 1, fmaf(of, c, sum) is the same.
+// Values so far, with those of the next chunk. Where a is 1, fmaf(of, c, sum) is the same.
 static __device__ __forceinline__ float chain_value(float sum, float a, float of, float c) {
     return fmaf(of, c, sum * a);
 }
