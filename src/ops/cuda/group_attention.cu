@@ -511,12 +511,11 @@ template <int HD> static __device__ __forceinline__ void weigh_scores(float (&s)
     for (int i = 0; i < 32; i++) s[i] = exp2_fast(s[i] - sums.unit[i % 4 / 2]);
 }
 
-// Asks for a pair's p times its pages of V and the ones after them. `add`: to the chunk's values. `is_half`: the second
-// page is not there.
-template <typename KV>
+// Asks for a pair's p times its pages of V and the ones after them, from step FROM on to TO of four, two a page. `add`:
+// to the chunk's values.
+template <typename KV, int FROM, int TO>
 static __device__ __forceinline__ void ask_values(float (&of)[KV::HD / 2 + 4], const uint32_t (&p)[16],
-                                                  group_attention_shared<KV::HD> *sh, int stage, bool add,
-                                                  bool is_half = false) {
+                                                  group_attention_shared<KV::HD> *sh, int stage, bool add) {
     constexpr int PAGE = (int)sizeof sh->v[0];
     uint64_t v = TURNED<KV> ? group_operand(sh->v[stage].of, 128, 512)
                             : group_operand_64(sh->v[stage].of, PAGE_BLOCK, 512);
@@ -524,11 +523,8 @@ static __device__ __forceinline__ void ask_values(float (&of)[KV::HD / 2 + 4], c
         uint64_t at = v + (uint64_t)((i / 2 * PAGE + i % 2 * (TURNED<KV> ? 256 : 16 * 64)) >> 4);
         group_mma_across<!TURNED<KV>>(of, p[4 * i], p[4 * i + 1], p[4 * i + 2], p[4 * i + 3], at, adds);
     };
-    step(0, add);
-    step(1, 1);
-    if (is_half) return;
-    step(2, 1);
-    step(3, 1);
+#pragma unroll
+    for (int i = FROM; i < TO; i++) step(i, i > 0 || add);
 }
 
 // Which pair of stages is next.
@@ -698,7 +694,7 @@ template <typename KV> struct pair_loop {
             group_fence();
             ask_scores<KV>(s, q, sh->k[k]);
             group_commit();
-            ask_values<KV>(sums.of, p, sh, v, pair % CHUNK_PAIRS > 0);
+            ask_values<KV, 0, 4>(sums.of, p, sh, v, pair % CHUNK_PAIRS > 0);
             group_commit();
             if (pair + 2 < n_pairs) k = wait_for(sh, OF_K, at.of[OF_K].next());
             v = wait_for(sh, OF_V, at.of[OF_V].next());
@@ -712,7 +708,11 @@ template <typename KV> struct pair_loop {
             round(p, s);
         }
         group_fence();
-        ask_values<KV>(sums.of, p, sh, v, (n_pairs - 1) % CHUNK_PAIRS > 0, PAIR * n_pairs - 1 > r.last_page);
+        ask_values<KV, 0, 2>(sums.of, p, sh, v, (n_pairs - 1) % CHUNK_PAIRS > 0);
+        if (PAIR * n_pairs - 1 <= r.last_page) { // the second page is there
+            group_fence();
+            ask_values<KV, 2, 4>(sums.of, p, sh, v, true);
+        }
         group_commit();
         group_wait<0>(sums.of);
         give_back(sh, OF_V, at.of[OF_V], lane);
