@@ -40,8 +40,9 @@ template <> struct held_units<bf16_weights> {
 template <typename Q> struct held_units<quantised_weights<Q>> {
     static_assert((Q::BITS == 8 || Q::BITS == 4) && Q::GROUP == 32 && !Q::HAS_MIN, "one scale for 32 columns");
     static constexpr int WORDS = Q::BITS / 4, LANE = WORDS * 4; // of a lane's 32 columns
-    // What inputs are multiplied by: integers stand as 64ths, and their scales as they are stored.
-    static constexpr float INPUTS = 64;
+    // What inputs are multiplied by. Integers stand as 64ths: where inputs are 64 times as large, scales are taken as
+    // they are stored, else 64 times as large. What is faster was measured (docs/SPEED.md).
+    static constexpr float INPUTS = Q::BITS == 8 ? 64 : 1;
     uint32_t w[4][4][WORDS];
     typename Q::scales scales[4];
 
@@ -86,7 +87,10 @@ template <typename Q> struct held_units<quantised_weights<Q>> {
             mma(sum, a[0], b[0], a[1], b[1], x[i].x, x[i].y);
             mma(sum, a[2], b[2], a[3], b[3], x[i].z, x[i].w);
 #pragma unroll
-            for (int e = 0; e < 4; e++) d[i][e] = fmaf(scales[2 * i + e / 2].own(c), sum[e], d[i][e]);
+            for (int e = 0; e < 4; e++) {
+                const typename Q::scales &its = scales[2 * i + e / 2];
+                d[i][e] = fmaf(INPUTS == 1 ? its.scale(c, 0) : its.own(c), sum[e], d[i][e]);
+            }
         }
     }
 };
