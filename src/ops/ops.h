@@ -66,7 +66,7 @@ struct matrix {
 struct batch {
     size_t n_tokens, n_seqs, n_logit_rows;
     const int32_t *token;      // [n_tokens] ids; on a device also ~r: what the step before chose for its row r
-    const int32_t *position;   // [n_tokens] each token's position in its sequence
+    const int32_t *position;   // [n_tokens] each token's position in its sequence; a sequence's follow each other
     const int32_t *seq;        // [n_tokens] index of each token's sequence
     const int32_t *seq_start;  // [n_seqs + 1] the tokens of sequence s are seq_start[s] .. seq_start[s+1]
     const int32_t *page_start; // [n_seqs + 1] its KV pages are pages[page_start[s]] .. pages[page_start[s+1]], in order
