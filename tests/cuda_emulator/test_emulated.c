@@ -87,6 +87,18 @@ static void test_split(void **state) {
         13, 1);
 }
 
+// Scores far apart.
+static void test_loud(void **state) {
+    (void)state;
+    static const struct plan plan = {.length = 262, .lead = 252, .standard_chunk = 131};
+    struct subject s;
+    open_gpu(3, 8);
+    open_loud(&s, "synthetic:tiny-qwen3", &(struct part){.n_layers = 1, .n_vocab = 64, .n_ff = 64}, 24);
+    assert_int_equal(compare_ways(&s, "loud", &plan, NULL), 0);
+    close_subject(&s);
+    ops_close(cuda);
+}
+
 // Prompts deep enough for every stage of attention's ring to be used again; in chunks that leave half of the last
 // tile's rows empty, too. K and V in 16 bits and in eight; groups of 1, 2 and 4 query heads.
 static void test_prompts(void **state) {
@@ -549,6 +561,7 @@ int main(int argc, char **argv) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_qwen3),           cmocka_unit_test(test_company),
         cmocka_unit_test(test_prompts),         cmocka_unit_test(test_split),
+        cmocka_unit_test(test_loud),
         cmocka_unit_test(test_tiles),           cmocka_unit_test(test_heads),
         cmocka_unit_test(test_persistent),      cmocka_unit_test(test_chain),
         cmocka_unit_test(test_choices),         cmocka_unit_test(test_oracle),

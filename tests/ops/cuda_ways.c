@@ -722,6 +722,21 @@ void open_part_as(struct subject *s, const char *model, const struct part *part,
     upload_subject(s);
 }
 
+void open_loud(struct subject *s, const char *model, const struct part *part, float by) {
+    load_subject(s, model);
+    struct model *m = s->model;
+    cut(m, part);
+    size_t n = m->config.head_dim;
+    for (size_t i = 0; i < m->config.n_layers; i++) {
+        float *norm = arena_alloc(&m->arena, n, sizeof *norm);
+        assert_non_null(norm);
+        assert_non_null(m->layers[i].q_norm);
+        for (size_t c = 0; c < n; c++) norm[c] = m->layers[i].q_norm[c] * by;
+        m->layers[i].q_norm = norm;
+    }
+    upload_subject(s);
+}
+
 void close_subject(struct subject *s) {
     weights_free(s->weights);
     model_free(s->model);

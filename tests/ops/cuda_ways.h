@@ -26,6 +26,8 @@ struct part {
 void open_part(struct subject *s, const char *model, const struct part *part);
 void open_part_as(struct subject *s, const char *model, const struct part *part,
                   enum dtype type); // its matrices converted to a type
+// The norms' weights of q's heads `by` times as large, so that scores are as far apart.
+void open_loud(struct subject *s, const char *model, const struct part *part, float by);
 void close_subject(struct subject *s);
 
 // What is run: `length` positions of a sequence, the first `lead` of them in one chunk and the rest in the way's.
