@@ -60,8 +60,8 @@ static void test_tandem_tiny(void **state) {
     same_bits("models/tandem-tiny", 290, true);
 }
 
-// Scores so far apart that a row's unit is raised on its way (src/ops/cuda/group_attention.cu); K and V in 16 bits and in
-// eight.
+// Scores so far apart that a row's unit is raised on its way (src/ops/cuda/group_attention.cu); K and V in 16 bits and
+// in eight.
 static void test_loud(void **state) {
     (void)state;
     if (!cuda) skip();
@@ -354,16 +354,26 @@ static int close_gpu(void **state) {
 // With an argument: only the tests whose names match it (cmocka's pattern).
 int main(int argc, char **argv) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_devices_by_name), cmocka_unit_test(test_too_much_memory),
-        cmocka_unit_test(test_oracle_tiny),     cmocka_unit_test(test_oracle_tandem_tiny),
-        cmocka_unit_test(test_tiny_qwen3),      cmocka_unit_test(test_tiny_qwen2),
-        cmocka_unit_test(test_tiny_llama),      cmocka_unit_test(test_tandem_tiny),
-        cmocka_unit_test(test_full_shape),      cmocka_unit_test(test_oracle_quantised),
-        cmocka_unit_test(test_quantised),       cmocka_unit_test(test_depths),
-        cmocka_unit_test(test_sampling),        cmocka_unit_test(test_fp8),
-        cmocka_unit_test(test_large_fp8),       cmocka_unit_test(test_large_quantised),
-        cmocka_unit_test(test_company),         cmocka_unit_test(test_rare_types),
-        cmocka_unit_test(test_choices),         cmocka_unit_test(test_chain),
+        cmocka_unit_test(test_devices_by_name),
+        cmocka_unit_test(test_too_much_memory),
+        cmocka_unit_test(test_oracle_tiny),
+        cmocka_unit_test(test_oracle_tandem_tiny),
+        cmocka_unit_test(test_tiny_qwen3),
+        cmocka_unit_test(test_tiny_qwen2),
+        cmocka_unit_test(test_tiny_llama),
+        cmocka_unit_test(test_tandem_tiny),
+        cmocka_unit_test(test_full_shape),
+        cmocka_unit_test(test_oracle_quantised),
+        cmocka_unit_test(test_quantised),
+        cmocka_unit_test(test_depths),
+        cmocka_unit_test(test_sampling),
+        cmocka_unit_test(test_fp8),
+        cmocka_unit_test(test_large_fp8),
+        cmocka_unit_test(test_large_quantised),
+        cmocka_unit_test(test_company),
+        cmocka_unit_test(test_rare_types),
+        cmocka_unit_test(test_choices),
+        cmocka_unit_test(test_chain),
         cmocka_unit_test(test_loud),
 #ifdef TANDEM_CUDA
         cmocka_unit_test(test_stuck_apart),
