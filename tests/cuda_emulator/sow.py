@@ -61,7 +61,7 @@ MISTAKES = [
     ("a wide tile's unused slots not cleared", "PAGES",
      ("wide.cu", "if (n < ATTN_BLOCK) wide_values", "if (n < ATTN_BLOCK && !M) wide_values")),
     ("a wide tile's sums left behind by their unit", "SPLIT",
-     ("wide.cuh", "l[e] *= a[e / 2];", "l[e] *= M ? 1.0f : a[e / 2];")),
+     ("attention.cuh", "l[e] *= a[ROWS_ACROSS ? ", "l[e] *= M && !ROWS_ACROSS ? 1.0f : a[ROWS_ACROSS ? ")),
     ("a page overwritten while groups multiply it", "SPLIT",
      ("group_attention.cu", "if (number >= RING_PAIRS) barrier_wait(", "if (number >= RING_PAIRS && !M) barrier_wait(")),
     ("a page multiplied before it has come", "PAGES",
@@ -170,8 +170,8 @@ MISTAKES = [
      ("stream.cu", "__shfl_sync(~0u, number, item / 2)", "__shfl_sync(~0u, number, M ? 0 : item / 2)")),
     ("a stream's unused slots not cleared", "COMPANY",
      ("columns.cuh", "if (slot + 16 * s >= n) instead", "if (slot + 16 * s >= n && !M) instead")),
-    ("a stream's sums left behind by their unit", "COMPANY",
-     ("columns.cuh", "l[e] *= a[e % 2];", "l[e] *= M ? 1.0f : a[e % 2];")),
+    ("a stream's values left behind by their unit", "COMPANY",
+     ("attention.cuh", "of[i][e] *= a[ROWS_ACROSS ? ", "of[i][e] *= M && ROWS_ACROSS ? 1.0f : a[ROWS_ACROSS ? ")),
 ]
 
 

@@ -201,6 +201,34 @@ static __device__ __forceinline__ float raise_unit(float &unit, float to) {
     return exp2_fast(before - unit);
 }
 
+// A chunk of a lane's two rows so far: their units, sums (two of l) and values. What lies e-th of four is row e % 2's
+// where ROWS_ACROSS, else row e / 2's.
+template <int N, bool ROWS_ACROSS> struct chunk_chain {
+    float unit[2], l[4], of[N][4];
+
+    __device__ __forceinline__ void start() {
+        unit[0] = unit[1] = NO_UNIT;
+#pragma unroll
+        for (int e = 0; e < 4; e++) l[e] = 0;
+#pragma unroll
+        for (int i = 0; i < N; i++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) of[i][e] = 0;
+    }
+
+    // Raises the units to `to` where that is higher; by the whole warp.
+    __device__ __forceinline__ void raise(const float (&to)[2]) {
+        if (__all_sync(~0u, to[0] <= unit[0] && to[1] <= unit[1])) return;
+        float a[2] = {raise_unit(unit[0], to[0]), raise_unit(unit[1], to[1])};
+#pragma unroll
+        for (int e = 0; e < 4; e++) l[e] *= a[ROWS_ACROSS ? e % 2 : e / 2];
+#pragma unroll
+        for (int i = 0; i < N; i++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) of[i][e] *= a[ROWS_ACROSS ? e % 2 : e / 2];
+    }
+};
+
 // A page's p of rows g and g + 8 join their chunk's sums, l[0] and l[2] (all four lanes have them).
 static __device__ __forceinline__ void chain_sum(float (&l)[4], const uint32_t (&p)[4], const uint32_t (&p8)[4]) {
     mma(l, p[0], p8[0], p[1], p8[1], ONES, ONES);

@@ -188,30 +188,10 @@ static __device__ __forceinline__ void column_lift(float (&s)[4][2], float (&m)[
 
 // A lane's two rows of a chunk so far. of[i][0], of[i][1] are channel 16 i + g of theirs, of[i][2], of[i][3] channel
 // 16 i + 8 + g; l[0] and l[1] their sums.
-template <int HD> struct column_chain {
-    float unit[2], l[4], of[HD / 16][4];
-
-    __device__ __forceinline__ void start() {
-        unit[0] = unit[1] = NO_UNIT;
-#pragma unroll
-        for (int e = 0; e < 4; e++) l[e] = 0;
-#pragma unroll
-        for (int i = 0; i < HD / 16; i++)
-#pragma unroll
-            for (int e = 0; e < 4; e++) of[i][e] = 0;
-    }
-
-    // Raises the units to `to` where that is higher; by the whole warp.
-    __device__ __forceinline__ void raise(const float (&to)[2]) {
-        if (__all_sync(~0u, to[0] <= unit[0] && to[1] <= unit[1])) return;
-        float a[2] = {raise_unit(unit[0], to[0]), raise_unit(unit[1], to[1])};
-#pragma unroll
-        for (int e = 0; e < 4; e++) l[e] *= a[e % 2];
-#pragma unroll
-        for (int i = 0; i < HD / 16; i++)
-#pragma unroll
-            for (int e = 0; e < 4; e++) of[i][e] *= a[e % 2];
-    }
+template <int HD> struct column_chain : chunk_chain<HD / 16, true> {
+    using chunk_chain<HD / 16, true>::unit;
+    using chunk_chain<HD / 16, true>::l;
+    using chunk_chain<HD / 16, true>::of;
 
     // Lifted scores become p, column g's pairs of slots 8 j + 2t, 8 j + 2t + 1, whose sums join the chunk's.
     __device__ __forceinline__ void weigh(uint32_t (&p)[4], const float (&s)[4][2]) {

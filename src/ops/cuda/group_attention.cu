@@ -48,7 +48,7 @@ enum { PAGE_BLOCK = ATTN_BLOCK * 64 }; // bytes of a page's 32 channels
 
 template <int HD> struct group_attention_shared {
     static constexpr int PAGE = bf16_kv<HD>::BYTES; // as it is multiplied
-    alignas(512) unsigned char k[STAGES][PAGE]; // in bf16 a pair's 32 channels at a time
+    alignas(512) unsigned char k[STAGES][PAGE];     // in bf16 a pair's 32 channels at a time
     struct {
         unsigned char of[PAGE], ones[PAGE_BLOCK]; // a further block of columns
     } v[STAGES];
@@ -517,8 +517,8 @@ template <typename KV, int FROM, int TO>
 static __device__ __forceinline__ void ask_values(float (&of)[KV::HD / 2 + 4], const uint32_t (&p)[16],
                                                   group_attention_shared<KV::HD> *sh, int stage, bool add) {
     constexpr int PAGE = (int)sizeof sh->v[0];
-    uint64_t v = TURNED<KV> ? group_operand(sh->v[stage].of, 128, 512)
-                            : group_operand_64(sh->v[stage].of, PAGE_BLOCK, 512);
+    uint64_t v =
+        TURNED<KV> ? group_operand(sh->v[stage].of, 128, 512) : group_operand_64(sh->v[stage].of, PAGE_BLOCK, 512);
     auto step = [&](int i, uint32_t adds) {
         uint64_t at = v + (uint64_t)((i / 2 * PAGE + i % 2 * (TURNED<KV> ? 256 : 16 * 64)) >> 4);
         group_mma_across<!TURNED<KV>>(of, p[4 * i], p[4 * i + 1], p[4 * i + 2], p[4 * i + 3], at, adds);

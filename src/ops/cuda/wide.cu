@@ -56,8 +56,8 @@ static __device__ __forceinline__ void wide_scores(float (&s)[4][4], const wide_
     }
 }
 
-// A page's values join their chunk's. SPECIAL: some slots are not in use: a loop of its own, since a branch within would
-// keep the chip from overlapping the rounds.
+// A page's values join their chunk's. SPECIAL: some slots are not in use: a loop of its own, since a branch within
+// would keep the chip from overlapping the rounds.
 template <typename KV, bool SPECIAL>
 static __device__ __forceinline__ void wide_values(wide_sums<KV::HD> &sums, const uint32_t (&pairs)[2][4],
                                                    const unsigned char *page, const v_slots &slots, int lane) {
@@ -65,7 +65,7 @@ static __device__ __forceinline__ void wide_values(wide_sums<KV::HD> &sums, cons
     for (int i = 0; i < KV::HD / 8; i++) {
         uint4 v = page_reader<KV>::v(page, i, lane);
         if (SPECIAL) v = real_slots(v, slots, 0);
-        chain_values(sums.of[i], pairs[0], pairs[1], v);
+        chain_values(sums.chunk.of[i], pairs[0], pairs[1], v);
     }
 }
 
@@ -81,10 +81,10 @@ static __device__ __forceinline__ void wide_page(wide_sums<KV::HD> &sums, wide_s
 #pragma unroll
     for (int half = 0; half < 2; half++)
         m[half] = row_unit(lift_row(s, half, rows.position[half] + 1 - page * ATTN_BLOCK, lane % 4));
-    sums.raise(m);
+    sums.chunk.raise(m);
 #pragma unroll
-    for (int half = 0; half < 2; half++) row_weights(pairs[half], s, half, sums.unit[half]);
-    chain_sum(sums.l, pairs[0], pairs[1]);
+    for (int half = 0; half < 2; half++) row_weights(pairs[half], s, half, sums.chunk.unit[half]);
+    chain_sum(sums.chunk.l, pairs[0], pairs[1]);
     barrier_wait(&sh->v_arrived[at], parity);
     if (n < ATTN_BLOCK) wide_values<KV, true>(sums, pairs, sh->v[at], slots_in_use(n, -1, lane % 4), lane);
     else wide_values<KV, false>(sums, pairs, sh->v[at], {}, lane);

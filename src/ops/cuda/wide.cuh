@@ -52,38 +52,16 @@ template <int HD> struct wide_q {
 // A warp's two rows a lane: what a chunk has so far, and, in shared memory, what the chunks before have: a float4 for
 // every 8 channels and lane.
 template <int HD> struct wide_sums {
-    float unit[2], l[4], of[HD / 8][4]; // of the chunk: l[0] and l[2] are its rows' sums
+    chunk_chain<HD / 8, false> chunk; // l[0] and l[2] are its rows' sums
     chain all[2];
     float4 *sum; // [HD / 8][32], the lane's first
-
-    __device__ __forceinline__ void next_chunk() {
-        unit[0] = unit[1] = NO_UNIT;
-#pragma unroll
-        for (int e = 0; e < 4; e++) l[e] = 0;
-#pragma unroll
-        for (int i = 0; i < HD / 8; i++)
-#pragma unroll
-            for (int e = 0; e < 4; e++) of[i][e] = 0;
-    }
 
     __device__ __forceinline__ void start(float4 *room) {
         all[0] = all[1] = CHAIN_START;
         sum = room;
 #pragma unroll
         for (int i = 0; i < HD / 8; i++) sum[i * 32] = make_float4(0, 0, 0, 0);
-        next_chunk();
-    }
-
-    // Raises the chunk's units to `to` where that is higher; by the whole warp.
-    __device__ __forceinline__ void raise(const float (&to)[2]) {
-        if (__all_sync(~0u, to[0] <= unit[0] && to[1] <= unit[1])) return;
-        float a[2] = {raise_unit(unit[0], to[0]), raise_unit(unit[1], to[1])};
-#pragma unroll
-        for (int e = 0; e < 4; e++) l[e] *= a[e / 2];
-#pragma unroll
-        for (int i = 0; i < HD / 8; i++)
-#pragma unroll
-            for (int e = 0; e < 4; e++) of[i][e] *= a[e / 2];
+        chunk.start();
     }
 
     // The chunk has ended: joins those before it, in the rows that see any of it.
@@ -92,21 +70,21 @@ template <int HD> struct wide_sums {
         bool sees[2] = {position[0] >= first, position[1] >= first};
 #pragma unroll
         for (int half = 0; half < 2; half++)
-            if (sees[half]) chain_add(all[half], unit[half], l[2 * half], a[half], c[half]);
+            if (sees[half]) chain_add(all[half], chunk.unit[half], chunk.l[2 * half], a[half], c[half]);
 #pragma unroll
         for (int i = 0; i < HD / 8; i++) {
             float4 v = sum[i * 32];
             if (sees[0]) {
-                v.x = chain_value(v.x, a[0], of[i][0], c[0]);
-                v.y = chain_value(v.y, a[0], of[i][1], c[0]);
+                v.x = chain_value(v.x, a[0], chunk.of[i][0], c[0]);
+                v.y = chain_value(v.y, a[0], chunk.of[i][1], c[0]);
             }
             if (sees[1]) {
-                v.z = chain_value(v.z, a[1], of[i][2], c[1]);
-                v.w = chain_value(v.w, a[1], of[i][3], c[1]);
+                v.z = chain_value(v.z, a[1], chunk.of[i][2], c[1]);
+                v.w = chain_value(v.w, a[1], chunk.of[i][3], c[1]);
             }
             sum[i * 32] = v;
         }
-        next_chunk();
+        chunk.start();
     }
 };
 
