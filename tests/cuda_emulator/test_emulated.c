@@ -387,9 +387,10 @@ static void test_quantised_values(void **state) {
     ops_close(cuda);
 }
 
-// All layers in one kernel, whose blocks run side by side: two clusters, each with a KV head; three, one without;
-// across the ends of a page and of chunks, beyond one and two chunks for every block of a cluster, and beyond those
-// that are collected at once, some of them others' than the cluster's with the KV head.
+// All layers in one kernel, whose blocks run side by side: two clusters, each with a KV head; three, one without; two,
+// one with the KV head and the other with all columns of n_ff; across the ends of a page and of chunks, beyond one and
+// two chunks for every block of a cluster, and beyond those that are collected at once, some of them others' than the
+// cluster's with the KV head.
 static void test_persistent(void **state) {
     (void)state;
     static const struct {
@@ -403,11 +404,12 @@ static void test_persistent(void **state) {
         {8, {.n_layers = 1, .n_vocab = 96, .n_ff = 128, .n_heads = 1, .n_kv_heads = 1, .head_dim = 128}},
         {16, {.n_layers = 1, .n_vocab = 96, .n_ff = 256, .n_heads = 1, .n_kv_heads = 1, .head_dim = 128}},
         {24, {.n_layers = 2, .n_vocab = 96, .n_ff = 416}},
+        {16, {.n_layers = 2, .n_vocab = 96, .n_ff = 128, .n_heads = 2, .n_kv_heads = 1, .head_dim = 128}},
     };
     static const enum dtype types[] = {DTYPE_BF16, DTYPE_BF16, DTYPE_BF16, DTYPE_Q8_0,
-                                       DTYPE_Q4_0, DTYPE_BF16, DTYPE_Q8_0};
+                                       DTYPE_Q4_0, DTYPE_BF16, DTYPE_Q8_0, DTYPE_Q8_0};
     static const size_t depths[] = {0, 30, 254, 510, 2046, 2303, 4094, 16638};
-    static const struct { size_t first, n; } range[] = {{0, 7}, {0, 5}, {0, 7}, {0, 3}, {0, 3}, {7, 1}, {6, 1}};
+    static const struct { size_t first, n; } range[] = {{0, 7}, {0, 5}, {0, 7}, {0, 3}, {0, 3}, {7, 1}, {6, 1}, {0, 7}};
     for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; i++) {
         double start = clock_seconds();
         struct subject s;
