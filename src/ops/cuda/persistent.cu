@@ -26,8 +26,20 @@ static const uint32_t NOTHING = 0x80000000u; // there: -0, which changes no sum
 // ---- Fetching
 // --------------------------------------------------------------------------------------------------------
 
+// Whether slots are given back as soon as registers hold what is in them. The bytes of bf16 weights are too many: what
+// is asked for so early stands in the way of what clusters tell each other.
+template <typename W> static __device__ constexpr bool passes_early() {
+    return W::RECORD < bf16_weights::RECORD;
+}
+
+// Whether out's weights are held before attention, while q, k and v are awaited: what a block does after it has
+// attended, everybody's x waits for.
+template <typename W, enum pace PACE> static __device__ constexpr bool holds_out_early() {
+    return passes_early<W>() && PACE == ONE_CHUNK;
+}
+
 // Step i of a layer: whole units of q, k and v, then out's columns of the heads, slice by slice; then gate's and up's
-// units, then down's columns, slice by slice.
+// units, then down's columns, slice by slice. The pages come before or behind out's columns, as they are used.
 template <typename W, int GROUP>
 static __device__ __forceinline__ fetch_step plan_step(const persistent_args &p, const block_place &me, int i) {
     constexpr int Q = 2 * GROUP;
@@ -84,31 +96,37 @@ struct fetcher {
     }
 };
 
-template <typename W, int GROUP>
+// The pages of the block's chunks.
+static __device__ __forceinline__ void fetch_pages(fetcher &f, const block_place &me, const persistent_layer &w,
+                                                   int lane) {
+    const chunk_share &share = f.sh->share;
+    size_t page_bytes = SLOT_BYTES / 2, stride = f.p.n_kv_heads * page_bytes;
+    const unsigned char *kv = w.kv[lane % 2] + (size_t)share.head * page_bytes;
+    const int *page = f.sh->page;
+#pragma unroll 1
+    for (int chunk = share.first; chunk < share.end; chunk += share.step, page += CHUNK_PAGES) {
+        int n = pages_of(me, chunk);
+#pragma unroll 1
+        for (int k = 0; k < n; k++) f.fill(kv + (size_t)page[k] * stride, 2, SLOT_BYTES / 2, 0, 0, lane);
+    }
+}
+
+template <typename W, int GROUP, enum pace PACE>
 static __device__ __forceinline__ void fetch_all(const persistent_args &p, persistent_shared *sh, const block_place &me,
                                                  int lane) {
     fetcher f = {p, sh, {0, 0}, false, cycles()};
-    int before_pages = me.kv_head >= 0 ? 2 * GROUP + 4 : 0;
+    int before_pages = me.kv_head >= 0 ? (holds_out_early<W, PACE>() ? 4 : 2) * GROUP + 4 : 0;
     int first_of_mlp = me.kv_head >= 0 ? 4 * GROUP + 4 : 0, n_steps = first_of_mlp + 6 * me.n_slices;
     unsigned turn = 0;
     constexpr uint32_t CYCLES = W::RECORD < bf16_weights::RECORD ? QUANTISED_LAYER_CYCLES : LAYER_CYCLES;
     uint32_t pace = CYCLES / (uint32_t)max(1, n_steps);
-    size_t page_bytes = SLOT_BYTES / 2, head = (size_t)sh->share.head * page_bytes, stride = p.n_kv_heads * page_bytes;
 #pragma unroll 1
     for (int l = 0; l < p.n_layers; l++) {
         const persistent_layer &w = p.layer[l];
 #pragma unroll 1
-        for (int i = 0; i < n_steps; i++) {
-            if (i == before_pages) {
-                const unsigned char *kv = w.kv[lane % 2] + head;
-                const int *page = sh->page;
-#pragma unroll 1
-                for (int chunk = sh->share.first; chunk < sh->share.end; chunk += sh->share.step, page += CHUNK_PAGES) {
-                    int n = pages_of(me, chunk);
-#pragma unroll 1
-                    for (int k = 0; k < n; k++) f.fill(kv + (size_t)page[k] * stride, 2, SLOT_BYTES / 2, 0, 0, lane);
-                }
-            }
+        for (int i = 0;; i++) {
+            if (i == before_pages) fetch_pages(f, me, w, lane); // behind all if no step of the MLP is its
+            if (i == n_steps) break;
             fetch_step s = sh->steps[i];
             const unsigned char *from = w.w[s.weight] + s.from + (uint32_t)lane * s.stride;
             bool attention = i == 0 && me.kv_head >= 0;
@@ -275,12 +293,6 @@ static __device__ __forceinline__ void point_to_pairs(const unsigned char *(&u)[
 
 static __device__ __forceinline__ int slots_of_two(int n) {
     return n > 1 ? 4 : 2;
-}
-
-// Whether slots are given back as soon as registers hold what is in them. The bytes of bf16 weights are too many: what
-// is asked for so early stands in the way of what clusters tell each other.
-template <typename W> static __device__ constexpr bool passes_early() {
-    return W::RECORD < bf16_weights::RECORD;
 }
 
 // The norm's weights come with the first slot, and stay as long as that: they are held, too, where slots are given
@@ -546,12 +558,13 @@ static __device__ __forceinline__ void work(const persistent_args &p, persistent
             const persistent_layer &w = p.layer[i / 2];
             if (takes_part && warp < (16 * GROUP + 32 + 31) / 32)
                 push_qkv<GROUP>(p, sh, me, w, min(me.n_chunks, (int)CLUSTER), thread);
+            if (holds_out_early<W, PACE>()) hold_rows<W>(p, sh, held, at, n, n_rows, warp, lane);
             if constexpr (PACE == ONE_CHUNK) attend<GROUP, W>(p, sh, me, w, at, i / 2, position, token_page, thread);
             else attend_deep<GROUP>(p, sh, me, w, at, i / 2, position, token_page, thread);
             if (helps) continue;
         }
         if (PACE == OWN_PACE && !mlp) collect_chunks<GROUP, W>(p, sh, me, i / 2, thread);
-        hold_rows<W>(p, sh, held, at, n, n_rows, warp, lane);
+        if (mlp || !holds_out_early<W, PACE>()) hold_rows<W>(p, sh, held, at, n, n_rows, warp, lane);
         if (mlp) wait_for(p, &sh->act_arrived, i / 2 % 2);
         else finish_attention<GROUP, W, PACE>(p, sh, me, i / 2, thread);
         const unsigned char *inputs = mlp ? sh->act[0] : sh->inputs;
@@ -614,7 +627,7 @@ static __global__ void __launch_bounds__(PERSISTENT_THREADS, 1)
     bool idle = me.kv_head < 0 && me.n_slices == 0 && me.cluster != 0;
     if (thread >= WORKERS) {
         if (PACE == OWN_PACE) registers_down<FETCHER_REGISTERS>();
-        if (!idle && thread < WORKERS + 32) fetch_all<W, GROUP>(p, sh, me, thread % 32);
+        if (!idle && thread < WORKERS + 32) fetch_all<W, GROUP, PACE>(p, sh, me, thread % 32);
         dependency_wait();
         if (thread >= WORKERS + 32) work_beside(p, thread - WORKERS - 32);
     } else if (!idle) {
