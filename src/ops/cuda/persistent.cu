@@ -551,20 +551,21 @@ static __device__ __forceinline__ void work(const persistent_args &p, persistent
             sync_some(1, WORKERS);
         }
         int n = mlp ? me.n_slices : GROUP, first = mlp ? me.slice : me.kv_head * GROUP;
+        const persistent_layer &w = p.layer[i / 2];
         if (mlp) {
             if (thread == 0) barrier_expect(&sh->act_arrived, (uint32_t)n * SLICE * 2);
             push_act<W>(p, sh, me, warp, lane);
-        } else {
-            const persistent_layer &w = p.layer[i / 2];
-            if (takes_part && warp < (16 * GROUP + 32 + 31) / 32)
-                push_qkv<GROUP>(p, sh, me, w, min(me.n_chunks, (int)CLUSTER), thread);
-            if (holds_out_early<W, PACE>()) hold_rows<W>(p, sh, held, at, n, n_rows, warp, lane);
+        } else if (takes_part && warp < (16 * GROUP + 32 + 31) / 32) {
+            push_qkv<GROUP>(p, sh, me, w, min(me.n_chunks, (int)CLUSTER), thread);
+        }
+        if (holds_out_early<W, PACE>()) hold_rows<W>(p, sh, held, at, n, n_rows, warp, lane);
+        if (!mlp) {
             if constexpr (PACE == ONE_CHUNK) attend<GROUP, W>(p, sh, me, w, at, i / 2, position, token_page, thread);
             else attend_deep<GROUP>(p, sh, me, w, at, i / 2, position, token_page, thread);
             if (helps) continue;
+            if (PACE == OWN_PACE) collect_chunks<GROUP, W>(p, sh, me, i / 2, thread);
         }
-        if (PACE == OWN_PACE && !mlp) collect_chunks<GROUP, W>(p, sh, me, i / 2, thread);
-        if (mlp || !holds_out_early<W, PACE>()) hold_rows<W>(p, sh, held, at, n, n_rows, warp, lane);
+        if (!holds_out_early<W, PACE>()) hold_rows<W>(p, sh, held, at, n, n_rows, warp, lane);
         if (mlp) wait_for(p, &sh->act_arrived, i / 2 % 2);
         else finish_attention<GROUP, W, PACE>(p, sh, me, i / 2, thread);
         const unsigned char *inputs = mlp ? sh->act[0] : sh->inputs;
