@@ -26,16 +26,22 @@ static const uint32_t NOTHING = 0x80000000u; // there: -0, which changes no sum
 // ---- Fetching
 // --------------------------------------------------------------------------------------------------------
 
-// Whether slots are given back as soon as registers hold what is in them. The bytes of bf16 weights are too many: what
-// is asked for so early stands in the way of what clusters tell each other.
+// Whether slots are given back as soon as registers hold what is in them, those of all weights. The bytes of bf16
+// weights are too many: what is asked for so early stands in the way of what clusters tell each other.
 template <typename W> static __device__ constexpr bool passes_early() {
     return W::RECORD < bf16_weights::RECORD;
 }
 
 // Whether out's weights are held before attention, while q, k and v are awaited: what a block does after it has
-// attended, everybody's x waits for.
-template <typename W, enum pace PACE> static __device__ constexpr bool holds_out_early() {
-    return passes_early<W>() && PACE == ONE_CHUNK;
+// attended, everybody's x waits for. Their slots are given back as soon as they are held: the ring has no room for them
+// and a chunk's pages.
+template <enum pace PACE> static __device__ constexpr bool holds_out_early() {
+    return PACE == ONE_CHUNK;
+}
+
+// Whether workers take registers from the fetcher's warps: 168 do not suffice.
+template <typename W, enum pace PACE> static __device__ constexpr bool takes_registers() {
+    return PACE == OWN_PACE || !passes_early<W>();
 }
 
 // Step i of a layer: whole units of q, k and v, then out's columns of the heads, slice by slice; then gate's and up's
@@ -115,7 +121,7 @@ template <typename W, int GROUP, enum pace PACE>
 static __device__ __forceinline__ void fetch_all(const persistent_args &p, persistent_shared *sh, const block_place &me,
                                                  int lane) {
     fetcher f = {p, sh, {0, 0}, false, cycles()};
-    int before_pages = me.kv_head >= 0 ? (holds_out_early<W, PACE>() ? 4 : 2) * GROUP + 4 : 0;
+    int before_pages = me.kv_head >= 0 ? (holds_out_early<PACE>() ? 4 : 2) * GROUP + 4 : 0;
     int first_of_mlp = me.kv_head >= 0 ? 4 * GROUP + 4 : 0, n_steps = first_of_mlp + 6 * me.n_slices;
     unsigned turn = 0;
     constexpr uint32_t CYCLES = W::RECORD < bf16_weights::RECORD ? QUANTISED_LAYER_CYCLES : LAYER_CYCLES;
@@ -365,23 +371,24 @@ static __device__ __forceinline__ void point_to_rows(const unsigned char *(&u)[4
     }
 }
 
+// passes: their slots are given back at once.
 template <typename W>
 static __device__ __forceinline__ void hold_rows(const persistent_args &p, persistent_shared *sh, held_units<W> &h,
-                                                 ring_place &at, int n, int n_rows, int warp, int lane) {
+                                                 ring_place &at, int n, int n_rows, bool passes, int warp, int lane) {
     const unsigned char *u[4];
     await_slots(p, sh, at, slots_of_two(n), lane);
     point_to_rows<W>(u, sh, at, slots_of_two(n), n_rows, warp, lane);
     hold(h, u, lane);
-    if (passes_early<W>()) pass(sh, at, slots_of_two(n), lane);
+    if (passes) pass(sh, at, slots_of_two(n), lane);
 }
 
 // The block's rows, 16 a warp, times n slices of inputs, each of which has two slots, and a sum of its own on the
 // board, from `row` on. What the last launch wrote there, in the board's other half, is emptied. The first two slices
-// are held.
+// are held; passed: their slots have been given back, and so are the next ones' when they are held.
 template <typename W>
 static __device__ __forceinline__ void by_rows(const persistent_args &p, persistent_shared *sh, held_units<W> &h,
                                                ring_place &at, int n, const unsigned char *inputs, uint32_t *row,
-                                               ptrdiff_t other_half, int n_rows, int warp, int lane) {
+                                               ptrdiff_t other_half, int n_rows, bool passed, int warp, int lane) {
     const unsigned char *next[4] = {};
     row += warp * 16 + lane / 4;
 #pragma unroll 1
@@ -389,7 +396,7 @@ static __device__ __forceinline__ void by_rows(const persistent_args &p, persist
         int n_slots = slots_of_two(n), n_next = slots_of_two(n - 2), second = n > 1;
         more = n > 2;
         if (more) {
-            ring_place then = passes_early<W>() ? at : at.ahead((unsigned)n_slots);
+            ring_place then = passed ? at : at.ahead((unsigned)n_slots);
             await_slots(p, sh, then, n_next, lane);
             point_to_rows<W>(next, sh, then, n_next, n_rows, warp, lane);
         }
@@ -408,7 +415,7 @@ static __device__ __forceinline__ void by_rows(const persistent_args &p, persist
                 for (int k = 0; k < 2; k++)
                     if (k * 8 + lane / 4 < n_rows) row[other_half + i * second * MOST_HIDDEN + k * 8] = EMPTY;
         }
-        if (!passes_early<W>()) pass(sh, at, n_slots, lane);
+        if (!passed) pass(sh, at, n_slots, lane);
         else if (more) pass(sh, at, n_next, lane);
     }
 }
@@ -552,24 +559,26 @@ static __device__ __forceinline__ void work(const persistent_args &p, persistent
         }
         int n = mlp ? me.n_slices : GROUP, first = mlp ? me.slice : me.kv_head * GROUP;
         const persistent_layer &w = p.layer[i / 2];
+        bool passes = passes_early<W>() || (holds_out_early<PACE>() && !mlp);
         if (mlp) {
             if (thread == 0) barrier_expect(&sh->act_arrived, (uint32_t)n * SLICE * 2);
             push_act<W>(p, sh, me, warp, lane);
         } else if (takes_part && warp < (16 * GROUP + 32 + 31) / 32) {
             push_qkv<GROUP>(p, sh, me, w, min(me.n_chunks, (int)CLUSTER), thread);
         }
-        if (holds_out_early<W, PACE>()) hold_rows<W>(p, sh, held, at, n, n_rows, warp, lane);
+        if (holds_out_early<PACE>()) hold_rows<W>(p, sh, held, at, n, n_rows, passes, warp, lane);
         if (!mlp) {
             if constexpr (PACE == ONE_CHUNK) attend<GROUP, W>(p, sh, me, w, at, i / 2, position, token_page, thread);
             else attend_deep<GROUP>(p, sh, me, w, at, i / 2, position, token_page, thread);
             if (helps) continue;
             if (PACE == OWN_PACE) collect_chunks<GROUP, W>(p, sh, me, i / 2, thread);
         }
-        if (!holds_out_early<W, PACE>()) hold_rows<W>(p, sh, held, at, n, n_rows, warp, lane);
+        if (!holds_out_early<PACE>()) hold_rows<W>(p, sh, held, at, n, n_rows, passes, warp, lane);
         if (mlp) wait_for(p, &sh->act_arrived, i / 2 % 2);
         else finish_attention<GROUP, W, PACE>(p, sh, me, i / 2, thread);
         const unsigned char *inputs = mlp ? sh->act[0] : sh->inputs;
-        by_rows<W>(p, sh, held, at, n, inputs, board + (size_t)first * MOST_HIDDEN, other_half, n_rows, warp, lane);
+        by_rows<W>(p, sh, held, at, n, inputs, board + (size_t)first * MOST_HIDDEN, other_half, n_rows, passes, warp,
+                   lane);
     }
     if (has_row) p.x[row] = x;
     // All that is on the board has come from blocks that know which half it is.
@@ -627,12 +636,12 @@ static __global__ void __launch_bounds__(PERSISTENT_THREADS, 1)
     int token_page = page_at(me.last_page);
     bool idle = me.kv_head < 0 && me.n_slices == 0 && me.cluster != 0;
     if (thread >= WORKERS) {
-        if (PACE == OWN_PACE) registers_down<FETCHER_REGISTERS>();
+        if (takes_registers<W, PACE>()) registers_down<FETCHER_REGISTERS>();
         if (!idle && thread < WORKERS + 32) fetch_all<W, GROUP, PACE>(p, sh, me, thread % 32);
         dependency_wait();
         if (thread >= WORKERS + 32) work_beside(p, thread - WORKERS - 32);
     } else if (!idle) {
-        if (PACE == OWN_PACE) registers_up<WORKER_REGISTERS>();
+        if (takes_registers<W, PACE>()) registers_up<WORKER_REGISTERS>();
         dependency_wait();
         work<W, GROUP, PACE>(p, sh, me, position, token_page, thread);
     } else {
