@@ -32,20 +32,14 @@ template <typename W> static __device__ constexpr bool passes_early() {
     return W::RECORD < bf16_weights::RECORD;
 }
 
-// Whether out's weights are held before attention, while q, k and v are awaited: what a block does after it has
-// attended, everybody's x waits for. Their slots are given back as soon as they are held: the ring has no room for them
-// and a chunk's pages.
-template <enum pace PACE> static __device__ constexpr bool holds_out_early() {
-    return PACE == ONE_CHUNK;
-}
-
 // Whether workers take registers from the fetcher's warps: 168 do not suffice.
 template <typename W, enum pace PACE> static __device__ constexpr bool takes_registers() {
     return PACE == OWN_PACE || !passes_early<W>();
 }
 
 // Step i of a layer: whole units of q, k and v, then out's columns of the heads, slice by slice; then gate's and up's
-// units, then down's columns, slice by slice. The pages come before or behind out's columns, as they are used.
+// units, then down's columns, slice by slice. The pages come behind out's columns: those are held before attention,
+// while q, k and v are awaited, for everybody's x waits for what a block does after it has attended.
 template <typename W, int GROUP>
 static __device__ __forceinline__ fetch_step plan_step(const persistent_args &p, const block_place &me, int i) {
     constexpr int Q = 2 * GROUP;
@@ -117,11 +111,10 @@ static __device__ __forceinline__ void fetch_pages(fetcher &f, const block_place
     }
 }
 
-template <typename W, int GROUP, enum pace PACE>
+template <typename W, int GROUP>
 static __device__ __forceinline__ void fetch_all(const persistent_args &p, persistent_shared *sh, const block_place &me,
                                                  int lane) {
     fetcher f = {p, sh, {0, 0}, false, cycles()};
-    int before_pages = me.kv_head >= 0 ? (holds_out_early<PACE>() ? 4 : 2) * GROUP + 4 : 0;
     int first_of_mlp = me.kv_head >= 0 ? 4 * GROUP + 4 : 0, n_steps = first_of_mlp + 6 * me.n_slices;
     unsigned turn = 0;
     constexpr uint32_t CYCLES = W::RECORD < bf16_weights::RECORD ? QUANTISED_LAYER_CYCLES : LAYER_CYCLES;
@@ -131,7 +124,7 @@ static __device__ __forceinline__ void fetch_all(const persistent_args &p, persi
         const persistent_layer &w = p.layer[l];
 #pragma unroll 1
         for (int i = 0;; i++) {
-            if (i == before_pages) fetch_pages(f, me, w, lane); // behind all if no step of the MLP is its
+            if (i == first_of_mlp) fetch_pages(f, me, w, lane); // behind all if no step of the MLP is its
             if (i == n_steps) break;
             fetch_step s = sh->steps[i];
             const unsigned char *from = w.w[s.weight] + s.from + (uint32_t)lane * s.stride;
@@ -559,21 +552,21 @@ static __device__ __forceinline__ void work(const persistent_args &p, persistent
         }
         int n = mlp ? me.n_slices : GROUP, first = mlp ? me.slice : me.kv_head * GROUP;
         const persistent_layer &w = p.layer[i / 2];
-        bool passes = passes_early<W>() || (holds_out_early<PACE>() && !mlp);
+        // The ring has no room for out's slots and a chunk's pages.
+        bool passes = passes_early<W>() || !mlp;
         if (mlp) {
             if (thread == 0) barrier_expect(&sh->act_arrived, (uint32_t)n * SLICE * 2);
             push_act<W>(p, sh, me, warp, lane);
         } else if (takes_part && warp < (16 * GROUP + 32 + 31) / 32) {
             push_qkv<GROUP>(p, sh, me, w, min(me.n_chunks, (int)CLUSTER), thread);
         }
-        if (holds_out_early<PACE>()) hold_rows<W>(p, sh, held, at, n, n_rows, passes, warp, lane);
+        if (takes_part) hold_rows<W>(p, sh, held, at, n, n_rows, passes, warp, lane);
         if (!mlp) {
             if constexpr (PACE == ONE_CHUNK) attend<GROUP, W>(p, sh, me, w, at, i / 2, position, token_page, thread);
             else attend_deep<GROUP>(p, sh, me, w, at, i / 2, position, token_page, thread);
             if (helps) continue;
             if (PACE == OWN_PACE) collect_chunks<GROUP, W>(p, sh, me, i / 2, thread);
         }
-        if (!holds_out_early<PACE>()) hold_rows<W>(p, sh, held, at, n, n_rows, passes, warp, lane);
         if (mlp) wait_for(p, &sh->act_arrived, i / 2 % 2);
         else finish_attention<GROUP, W, PACE>(p, sh, me, i / 2, thread);
         const unsigned char *inputs = mlp ? sh->act[0] : sh->inputs;
@@ -637,7 +630,7 @@ static __global__ void __launch_bounds__(PERSISTENT_THREADS, 1)
     bool idle = me.kv_head < 0 && me.n_slices == 0 && me.cluster != 0;
     if (thread >= WORKERS) {
         if (takes_registers<W, PACE>()) registers_down<FETCHER_REGISTERS>();
-        if (!idle && thread < WORKERS + 32) fetch_all<W, GROUP, PACE>(p, sh, me, thread % 32);
+        if (!idle && thread < WORKERS + 32) fetch_all<W, GROUP>(p, sh, me, thread % 32);
         dependency_wait();
         if (thread >= WORKERS + 32) work_beside(p, thread - WORKERS - 32);
     } else if (!idle) {
