@@ -369,8 +369,8 @@ static __device__ __forceinline__ void raise_alarm(unsigned *alarm) {
     asm volatile("trap;");
 }
 
-// Before shared memory that ordinary stores wrote is the target of a bulk copy.
-static __device__ __forceinline__ void stores_before_copies() {
+// Before shared memory that ordinary instructions have read or written is the target of a bulk copy.
+static __device__ __forceinline__ void before_copies() {
 #if HOPPER
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif

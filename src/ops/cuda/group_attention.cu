@@ -219,7 +219,7 @@ static __device__ __forceinline__ void turn_pair(group_attention_shared<KV::HD> 
         barrier_wait(&sh->arrived[KIND][stage], (uint32_t)(number / RING_PAIRS) & 1);
         if (n > 0) {
             turn_page<KV, KIND == OF_V>(sh->page(KIND, stage), KIND == OF_V ? n : ATTN_BLOCK, lane);
-            stores_before_copies();
+            before_copies();
         }
         __syncwarp();
         if (lane == 0) barrier_arrive(&sh->ready[KIND][place]);
@@ -259,7 +259,7 @@ static __device__ __forceinline__ void turn_pages(group_attention_shared<KV::HD>
         barrier_wait(&sh->cut[place], parities >> place & 1);
         parities ^= 1u << place;
         clear_slots<KV::HD>(sh->v[place * PAIR + last].of, w.limit % ATTN_BLOCK, lane);
-        stores_before_copies();
+        before_copies();
         __syncwarp();
         if (lane == 0) barrier_arrive(&sh->ready[OF_V][place]);
     }
@@ -327,7 +327,7 @@ static __device__ __forceinline__ void ask_rows(float *room, uint64_t *bar, cons
                                                 int warp, int lane) {
     warp_rows rows = tokens_of(p, w, warp);
     int group = heads_of<GROUP>(p), n = max(rows.n_tokens, 1), bytes = group * HD * 4;
-    stores_before_copies();
+    before_copies();
     if (lane == 0) barrier_expect(bar, (uint32_t)(n * bytes));
     __syncwarp();
     if (lane >= n) return;
@@ -789,7 +789,7 @@ static __global__ void __launch_bounds__(GROUP_ATTENTION_THREADS, 1) k_group_att
     for (int i = thread; i < STAGES * PAGE_BLOCK / 16; i += GROUP_ATTENTION_THREADS)
         reinterpret_cast<uint4 *>(sh->v[i / (PAGE_BLOCK / 16)].ones)[i % (PAGE_BLOCK / 16)] =
             make_uint4(ONES, ONES, ONES, ONES);
-    stores_before_copies();
+    before_copies();
     __syncthreads();
     dependency_wait();
     if (warp >= ATTN_WARPS) {

@@ -25,6 +25,15 @@ template <> struct held_units<bf16_weights> {
 #pragma unroll
         for (int i = 0; i < 4; i++) w[i][c] = *reinterpret_cast<const uint4 *>(u[i] + c * CHUNK_LANES * LANE);
     }
+    // All that is held, in one word.
+    __device__ __forceinline__ uint32_t all_words() const {
+        uint32_t all = 0;
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+#pragma unroll
+            for (int c = 0; c < 4; c++) all ^= w[i][c].x ^ w[i][c].y ^ w[i][c].z ^ w[i][c].w;
+        return all;
+    }
     // As bf16_weights' slice.
     __device__ __forceinline__ void multiply(float (&d)[2][4], int c, const uint4 (&x)[2]) {
 #pragma unroll
@@ -61,6 +70,19 @@ template <typename Q> struct held_units<quantised_weights<Q>> {
             if (c == 3)
                 scales[i] = Q::load(u[i] + (quantised_weights<Q>::INTEGERS + lane / 4 * Q::SCALE_BYTES - lane * LANE));
         }
+    }
+    // As above.
+    __device__ __forceinline__ uint32_t all_words() const {
+        uint32_t all = 0;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            all ^= scales[i].raw.x ^ scales[i].raw.y;
+#pragma unroll
+            for (int c = 0; c < 4; c++)
+#pragma unroll
+                for (int k = 0; k < WORDS; k++) all ^= w[i][c][k];
+        }
+        return all;
     }
     // As quantised_weights' fragment.
     static __device__ __forceinline__ void unpack(uint32_t (&f)[4], const uint32_t (&v)[WORDS]) {

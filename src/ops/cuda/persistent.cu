@@ -8,7 +8,8 @@
 // 128, gate, up and down alike. So a layer has two exchanges between clusters, of the sums of slices of out and of
 // down; all others stay inside a cluster, whose blocks push into each other's shared memory. A block's last warp
 // fetches all that the block will need of weights and pages, in the order of use, as far ahead as the ring in shared
-// memory allows.
+// memory allows; but while clusters tell each other sums, no more is asked of the memory, which would stand in their
+// way: slots whose weights are in registers are kept until x has come.
 //
 // Each instruction runs a few times a layer at most, and comes from far if the loop is long: a layer's two halves
 // (attention, MLP) share all of their code but what lies between their two products.
@@ -26,15 +27,14 @@ static const uint32_t NOTHING = 0x80000000u; // there: -0, which changes no sum
 // ---- Fetching
 // --------------------------------------------------------------------------------------------------------
 
-// Whether slots are given back as soon as registers hold what is in them, those of all weights. The bytes of bf16
-// weights are too many: what is asked for so early stands in the way of what clusters tell each other.
-template <typename W> static __device__ constexpr bool passes_early() {
-    return W::RECORD < bf16_weights::RECORD;
+// Whether weights have a bf16's bytes, or fewer.
+template <typename W> static __device__ constexpr bool is_wide() {
+    return W::RECORD == bf16_weights::RECORD;
 }
 
-// Whether workers take registers from the fetcher's warps: 168 do not suffice.
+// Whether workers take registers from the fetchers: 168 do not suffice.
 template <typename W, enum pace PACE> static __device__ constexpr bool takes_registers() {
-    return PACE == OWN_PACE || !passes_early<W>();
+    return PACE == OWN_PACE || is_wide<W>();
 }
 
 // Step i of a layer: whole units of q, k and v, then out's columns of the heads, slice by slice; then gate's and up's
@@ -116,8 +116,8 @@ static __device__ __forceinline__ void fetch_all(const persistent_args &p, persi
                                                  int lane) {
     fetcher f = {p, sh, {0, 0}, false, cycles()};
     int first_of_mlp = me.kv_head >= 0 ? 4 * GROUP + 4 : 0, n_steps = first_of_mlp + 6 * me.n_slices;
-    unsigned turn = 0;
-    constexpr uint32_t CYCLES = W::RECORD < bf16_weights::RECORD ? QUANTISED_LAYER_CYCLES : LAYER_CYCLES;
+    unsigned turn = 1;
+    constexpr uint32_t CYCLES = is_wide<W>() ? LAYER_CYCLES : QUANTISED_LAYER_CYCLES;
     uint32_t pace = CYCLES / (uint32_t)max(1, n_steps);
 #pragma unroll 1
     for (int l = 0; l < p.n_layers; l++) {
@@ -126,10 +126,11 @@ static __device__ __forceinline__ void fetch_all(const persistent_args &p, persi
         for (int i = 0;; i++) {
             if (i == first_of_mlp) fetch_pages(f, me, w, lane); // behind all if no step of the MLP is its
             if (i == n_steps) break;
+            bool attention = i == 0 && me.kv_head >= 0, first = attention || i == first_of_mlp;
+            turn ^= first;
             fetch_step s = sh->steps[i];
             const unsigned char *from = w.w[s.weight] + s.from + (uint32_t)lane * s.stride;
-            bool attention = i == 0 && me.kv_head >= 0;
-            if (!attention && i != first_of_mlp) {
+            if (!first) {
                 f.fill(from, s.n, s.bytes, 0, pace, lane);
                 continue;
             }
@@ -139,7 +140,6 @@ static __device__ __forceinline__ void fetch_all(const persistent_args &p, persi
             uint64_t *full = f.fill(from, s.n, s.bytes, x_bytes + 2 * head_bytes, pace, lane);
             if (lane == 2) bulk_copy(sh->norm[turn], w.norm[!attention], x_bytes, full);
             else if (head_norm) bulk_copy(sh->head_norm[l % 2][lane], head_norm, HEAD * 4, full);
-            turn ^= 1;
         }
     }
 }
@@ -294,33 +294,33 @@ static __device__ __forceinline__ int slots_of_two(int n) {
     return n > 1 ? 4 : 2;
 }
 
-// The norm's weights come with the first slot, and stay as long as that: they are held, too, where slots are given
-// back.
+// The norm's weights come with the first slot, and stay as long as that: they are held, too.
 template <typename W>
 static __device__ __forceinline__ void hold_pairs(const persistent_args &p, persistent_shared *sh, held_units<W> &h,
-                                                  float4 &norm, ring_place &at, uint32_t turn, int n_pairs, int warp,
-                                                  int lane) {
+                                                  float4 &norm, ring_place &at, kept_slots &kept, uint32_t turn,
+                                                  int n_pairs, int warp, int lane) {
     const unsigned char *u[4];
     await_slots(p, sh, at, slots_of_two(n_pairs), lane);
     point_to_pairs<W>(u, sh, at, slots_of_two(n_pairs), warp, lane);
     hold(h, u, lane);
-    if (!passes_early<W>()) return;
     norm = norm_weights(p, sh, turn, warp, lane);
-    pass(sh, at, slots_of_two(n_pairs), lane);
+    keep(kept, at, slots_of_two(n_pairs));
 }
 
-// n_pairs pairs of whole units, a slice of x a warp: sums to part[slice]. The first two are held.
+// n_pairs pairs of whole units, a slice of x a warp: sums to part[slice]. The first two are held, and their slots lie
+// behind `at`.
 template <typename W>
 static __device__ __forceinline__ void by_slices(const persistent_args &p, persistent_shared *sh, held_units<W> &h,
                                                  ring_place &at, int n_pairs, int warp, int lane) {
     const unsigned char *x = sh->inputs + warp * SLICE * 2, *next[4] = {};
     float *to = sh->part[warp] + lane / 4;
+    int n = 0; // slots from `at` on of those that are held
 #pragma unroll 1
     for (bool more = true; more; n_pairs -= 2, to += 32) {
-        int n = slots_of_two(n_pairs), n_next = slots_of_two(n_pairs - 2);
+        int n_next = slots_of_two(n_pairs - 2);
         more = n_pairs > 2;
         if (more) {
-            ring_place then = passes_early<W>() ? at : at.ahead((unsigned)n);
+            ring_place then = at.ahead((unsigned)n);
             await_slots(p, sh, then, n_next, lane);
             point_to_pairs<W>(next, sh, then, n_next, warp, lane);
         }
@@ -333,8 +333,8 @@ static __device__ __forceinline__ void by_slices(const persistent_args &p, persi
                 to[16 * i + 8] = d[i][2];
             }
         }
-        if (!passes_early<W>()) pass(sh, at, n, lane);
-        else if (more) pass(sh, at, n_next, lane);
+        pass(sh, at, n, lane);
+        n = n_next;
     }
 }
 
@@ -364,34 +364,40 @@ static __device__ __forceinline__ void point_to_rows(const unsigned char *(&u)[4
     }
 }
 
-// passes: their slots are given back at once.
+// Waits until all is in registers: an arrival does not wait for loads, and the copy that it lets in may overtake them.
+template <typename W>
+static __device__ __forceinline__ void settle(persistent_shared *sh, const held_units<W> &h) {
+    if (h.all_words() == 0x7FC0FFEE) sh->settled = 1;
+}
+
 template <typename W>
 static __device__ __forceinline__ void hold_rows(const persistent_args &p, persistent_shared *sh, held_units<W> &h,
-                                                 ring_place &at, int n, int n_rows, bool passes, int warp, int lane) {
+                                                 ring_place &at, kept_slots &kept, int n, int n_rows, int warp,
+                                                 int lane) {
     const unsigned char *u[4];
     await_slots(p, sh, at, slots_of_two(n), lane);
     point_to_rows<W>(u, sh, at, slots_of_two(n), n_rows, warp, lane);
     hold(h, u, lane);
-    if (passes) pass(sh, at, slots_of_two(n), lane);
+    keep(kept, at, slots_of_two(n));
 }
 
 // The block's rows, 16 a warp, times n slices of inputs, each of which has two slots, and a sum of its own on the
 // board, from `row` on. What the last launch wrote there, in the board's other half, is emptied. The first two slices
-// are held; passed: their slots have been given back, and so are the next ones' when they are held.
+// are held; the slots of the last ones are kept.
 template <typename W>
 static __device__ __forceinline__ void by_rows(const persistent_args &p, persistent_shared *sh, held_units<W> &h,
-                                               ring_place &at, int n, const unsigned char *inputs, uint32_t *row,
-                                               ptrdiff_t other_half, int n_rows, bool passed, int warp, int lane) {
+                                               ring_place &at, kept_slots &kept, int n, const unsigned char *inputs,
+                                               uint32_t *row, ptrdiff_t other_half, int n_rows, int warp, int lane) {
     const unsigned char *next[4] = {};
     row += warp * 16 + lane / 4;
 #pragma unroll 1
     for (bool more = true; more; n -= 2, row += 2 * MOST_HIDDEN, inputs += 2 * SLICE * 2) {
-        int n_slots = slots_of_two(n), n_next = slots_of_two(n - 2), second = n > 1;
+        int n_next = slots_of_two(n - 2), second = n > 1;
         more = n > 2;
         if (more) {
-            ring_place then = passed ? at : at.ahead((unsigned)n_slots);
-            await_slots(p, sh, then, n_next, lane);
-            point_to_rows<W>(next, sh, then, n_next, n_rows, warp, lane);
+            give_all_back(sh, kept, lane);
+            await_slots(p, sh, at, n_next, lane);
+            point_to_rows<W>(next, sh, at, n_next, n_rows, warp, lane);
         }
         float d[2][4];
         multiply_held<false>(h, d, {inputs, inputs + second * SLICE * 2}, more, next, lane);
@@ -408,8 +414,7 @@ static __device__ __forceinline__ void by_rows(const persistent_args &p, persist
                 for (int k = 0; k < 2; k++)
                     if (k * 8 + lane / 4 < n_rows) row[other_half + i * second * MOST_HIDDEN + k * 8] = EMPTY;
         }
-        if (!passed) pass(sh, at, n_slots, lane);
-        else if (more) pass(sh, at, n_next, lane);
+        if (more) keep(kept, at, n_next);
     }
 }
 
@@ -513,6 +518,7 @@ static __device__ __forceinline__ void work(const persistent_args &p, persistent
         }
     uint32_t turn = 0; // of the half-layers in which this block takes part
     ring_place at = {0, 0};
+    kept_slots kept = {at, 0};
     float x = !has_row ? 0.0f : p.open.table ? embedded<W>(p.open, row) : p.x[row];
     const float *turning = p.open.table ? p.open.rope + (size_t)position * HEAD : p.cos_sin;
     if (thread < HEAD) sh->cos_sin[thread] = turning[thread]; // read behind the first products' barrier
@@ -527,7 +533,7 @@ static __device__ __forceinline__ void work(const persistent_args &p, persistent
         held_units<W> held;
         if (i == 2 * p.n_layers && me.cluster != 0) return;
         float4 norm;
-        if (takes_part) hold_pairs<W>(p, sh, held, norm, at, turn, n_pairs, warp, lane);
+        if (takes_part) hold_pairs<W>(p, sh, held, norm, at, kept, turn, n_pairs, warp, lane);
         if (i > 0) {
             float sum = 0;
             if constexpr (PACE == OWN_PACE) sum = collect_all(p, sh, board, rows_before, n_columns, thread);
@@ -535,7 +541,10 @@ static __device__ __forceinline__ void work(const persistent_args &p, persistent
             if (has_row) x += sum;
             board += (size_t)rows_before * MOST_HIDDEN;
             if (i == 2 * p.n_layers) break;
+        } else {
+            before_copies(); // the loads of what is held may be under way
         }
+        give_all_back(sh, kept, lane);
         bool helps = PACE == OWN_PACE && !mlp && me.kv_head < 0 && sh->share.n > 0;
         if (!takes_part && !helps) {
             if (PACE == OWN_PACE) sync_some(1, WORKERS); // sums have been read
@@ -544,7 +553,6 @@ static __device__ __forceinline__ void work(const persistent_args &p, persistent
         if (takes_part) {
             if (thread == 0) barrier_expect(&sh->x_arrived, CLUSTER * (OWN_ROWS + 1) * 4);
             if (thread < OWN_ROWS) push_x(sh, me.rank, x, warp, lane);
-            if (!passes_early<W>()) norm = norm_weights(p, sh, turn, warp, lane);
             norm_inputs<W>(p, sh, norm, turn, warp, lane);
             turn ^= 1;
             by_slices<W>(p, sh, held, at, n_pairs, warp, lane);
@@ -552,25 +560,26 @@ static __device__ __forceinline__ void work(const persistent_args &p, persistent
         }
         int n = mlp ? me.n_slices : GROUP, first = mlp ? me.slice : me.kv_head * GROUP;
         const persistent_layer &w = p.layer[i / 2];
-        // The ring has no room for out's slots and a chunk's pages.
-        bool passes = passes_early<W>() || !mlp;
         if (mlp) {
             if (thread == 0) barrier_expect(&sh->act_arrived, (uint32_t)n * SLICE * 2);
             push_act<W>(p, sh, me, warp, lane);
         } else if (takes_part && warp < (16 * GROUP + 32 + 31) / 32) {
             push_qkv<GROUP>(p, sh, me, w, min(me.n_chunks, (int)CLUSTER), thread);
         }
-        if (takes_part) hold_rows<W>(p, sh, held, at, n, n_rows, passes, warp, lane);
+        if (takes_part) hold_rows<W>(p, sh, held, at, kept, n, n_rows, warp, lane);
         if (!mlp) {
-            if constexpr (PACE == ONE_CHUNK) attend<GROUP, W>(p, sh, me, w, at, i / 2, position, token_page, thread);
-            else attend_deep<GROUP>(p, sh, me, w, at, i / 2, position, token_page, thread);
+            if (takes_part) settle(sh, held);
+            if constexpr (PACE == ONE_CHUNK)
+                attend<GROUP, W>(p, sh, me, w, at, kept, i / 2, position, token_page, thread);
+            else
+                attend_deep<GROUP>(p, sh, me, w, at, kept, i / 2, position, token_page, thread);
             if (helps) continue;
             if (PACE == OWN_PACE) collect_chunks<GROUP, W>(p, sh, me, i / 2, thread);
         }
         if (mlp) wait_for(p, &sh->act_arrived, i / 2 % 2);
         else finish_attention<GROUP, W, PACE>(p, sh, me, i / 2, thread);
         const unsigned char *inputs = mlp ? sh->act[0] : sh->inputs;
-        by_rows<W>(p, sh, held, at, n, inputs, board + (size_t)first * MOST_HIDDEN, other_half, n_rows, passes, warp,
+        by_rows<W>(p, sh, held, at, kept, n, inputs, board + (size_t)first * MOST_HIDDEN, other_half, n_rows, warp,
                    lane);
     }
     if (has_row) p.x[row] = x;

@@ -146,6 +146,7 @@ struct persistent_shared {
     int page[MOST_PAGES];                               // the ids of this rank's pages
     chunk_share share;
     uint32_t first_number; // of this launch's notes
+    uint32_t settled;      // never read (settle)
     uint64_t full[N_SLOTS], empty[N_SLOTS];
     uint64_t x_arrived, qkv_arrived, chunks_arrived, act_arrived;
 };

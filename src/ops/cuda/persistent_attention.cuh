@@ -272,20 +272,23 @@ static __device__ __forceinline__ void push_chunk(persistent_shared *sh, const w
 // Attention of the cluster's heads over up to eight chunks, one a block.
 template <int GROUP, typename W>
 static __device__ __forceinline__ void attend(const persistent_args &p, persistent_shared *sh, const block_place &me,
-                                              const persistent_layer &w, ring_place &at, int layer, int position,
-                                              int token_page, int thread) {
+                                              const persistent_layer &w, ring_place &at, kept_slots &kept, int layer,
+                                              int position, int token_page, int thread) {
     thread = afresh(thread);
     int warp = thread / 32, lane = thread % 32, n = pages_of(me, me.rank);
     bool own = me.rank == me.n_chunks - 1;
+    if (n > 0) {
+        if (thread == 0) barrier_expect(&sh->qkv_arrived, (GROUP + 2) * HEAD * 4);
+        wait_for(p, &sh->qkv_arrived, layer % 2);
+    }
+    give_all_back(sh, kept, lane); // there is no room for out's slots and a chunk's pages
     if (n <= 0) return;
-    if (thread == 0) barrier_expect(&sh->qkv_arrived, (GROUP + 2) * HEAD * 4);
-    wait_for(p, &sh->qkv_arrived, layer % 2);
     prepare<GROUP>(p, sh, me, w, layer, at, true, own, position, token_page, warp, lane);
     sync_some(1, WORKERS);
     weigh_chunk<GROUP>(p, sh, at, 0, me.rank, n, position, warp, lane);
     push_chunk<GROUP, W>(sh, chain_pages<GROUP>(sh, at, 0, n, warp, lane), me.rank, me.n_chunks == 1, warp, lane);
     at = at.ahead((unsigned)n - 1);
-    if (own) stores_before_copies(); // prepare's
+    if (own) before_copies(); // prepare's
     pass(sh, at, 1, lane);
 }
 
@@ -358,7 +361,8 @@ static __device__ __forceinline__ void note_chunk(uint64_t *to, const warp_share
 template <int GROUP>
 static __device__ __forceinline__ void attend_deep(const persistent_args &p, persistent_shared *sh,
                                                    const block_place &me, const persistent_layer &w, ring_place &at,
-                                                   int layer, int position, int token_page, int thread) {
+                                                   kept_slots &kept, int layer, int position, int token_page,
+                                                   int thread) {
     thread = afresh(thread);
     int warp = thread / 32, lane = thread % 32;
     const chunk_share &share = sh->share;
@@ -368,6 +372,7 @@ static __device__ __forceinline__ void attend_deep(const persistent_args &p, per
     if (me.kv_head >= 0) {
         if (thread == 0) barrier_expect(&sh->qkv_arrived, (GROUP + 2) * HEAD * 4);
         wait_for(p, &sh->qkv_arrived, layer % 2);
+        give_all_back(sh, kept, lane); // out's
         prepare<GROUP>(p, sh, me, w, layer, at, true, false, position, token_page, warp, lane);
     } else if (thread < GROUP * HEAD / 2) {
         *q_here = await_note(p, q + thread, number);
@@ -381,7 +386,7 @@ static __device__ __forceinline__ void attend_deep(const persistent_args &p, per
         int n = pages_of(me, chunk);
         if (chunk == me.n_chunks - 1) {
             prepare<GROUP>(p, sh, me, w, layer, at, false, true, position, token_page, warp, lane);
-            stores_before_copies();
+            before_copies();
             sync_some(1, WORKERS);
         }
         weigh_chunk<GROUP>(p, sh, at, turn, chunk, n, position, warp, lane);

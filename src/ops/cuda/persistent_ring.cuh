@@ -87,6 +87,24 @@ static __device__ __forceinline__ void pass(persistent_shared *sh, ring_place &a
     at = at.ahead((unsigned)n);
 }
 
+// The n slots from `first` on whose weights this warp holds, but which it gives back later.
+struct kept_slots {
+    ring_place first;
+    int n;
+};
+
+// The next n slots join those that are kept, which they follow.
+static __device__ __forceinline__ void keep(kept_slots &kept, ring_place &at, int n) {
+    if (kept.n == 0) kept.first = at;
+    kept.n += n;
+    at = at.ahead((unsigned)n);
+}
+
+static __device__ __forceinline__ void give_all_back(persistent_shared *sh, kept_slots &kept, int lane) {
+    pass(sh, kept.first, kept.n, lane);
+    kept.n = 0;
+}
+
 // ---- Where everything is
 // ---------------------------------------------------------------------------------------------
 

@@ -250,7 +250,7 @@ static inline void raise_alarm(unsigned *alarm) {
     *alarm = 1;
 }
 
-static inline void stores_before_copies() {
+static inline void before_copies() {
 }
 
 static inline void barrier_fence() {
