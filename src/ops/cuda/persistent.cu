@@ -6,8 +6,8 @@
 // the columns of the out product that its heads make; of a deep context the blocks of other clusters take some chunks.
 // The columns of n_ff are dealt out to the clusters by slices of
 // 128, gate, up and down alike. So a layer has two exchanges between clusters, of the sums of slices of out and of
-// down; all others stay inside a cluster, whose blocks push into each other's shared memory. A block's last warp
-// fetches all that the block will need of weights and pages, in the order of use, as far ahead as the ring in shared
+// down; all others stay inside a cluster, whose blocks push into each other's shared memory. Three of a block's warps
+// fetch all that the block will need of weights and pages, in the order of use, as far ahead as the ring in shared
 // memory allows; but while clusters tell each other sums, no more is asked of the memory, which would stand in their
 // way: slots whose weights are in registers are kept until x has come.
 //
@@ -70,12 +70,27 @@ static __device__ __forceinline__ fetch_step plan_step(const persistent_args &p,
     return {(uint32_t)begin * stride + (uint32_t)slice * W::RECORD, stride, W::RECORD, (uint16_t)n, (uint16_t)weight};
 }
 
+// One of the warps that fill the ring's slots in turns.
 struct fetcher {
     const persistent_args &p;
     persistent_shared *sh;
-    ring_place at;
+    ring_place at; // the next slot
     bool wrapped;
-    uint32_t last; // when the last slot was filled
+    int others;    // whose turn it is before this one's
+    uint32_t last; // when it filled its last slot
+
+    __device__ __forceinline__ void go_on() {
+        at = at.ahead(1);
+        wrapped |= at.slot == 0;
+    }
+
+    // Whether the next slot is its own; it goes on past another's.
+    __device__ __forceinline__ bool has_turn() {
+        bool has = others == 0;
+        others = has ? FETCHERS - 1 : others - 1;
+        if (!has) go_on();
+        return has;
+    }
 
     // Into the next slot, when it is free: lane i < n brings `bytes` from `from`. The slot has come when `beside` more
     // bytes have come, too. Returns where they are to be counted.
@@ -90,8 +105,7 @@ struct fetcher {
         if (lane == 0) barrier_expect(full, (uint32_t)n * bytes + beside);
         __syncwarp();
         if (lane < n) bulk_copy(sh->ring[at.slot] + (uint32_t)lane * bytes, from, bytes, full);
-        at = at.ahead(1);
-        wrapped |= at.slot == 0;
+        go_on();
         return full;
     }
 };
@@ -107,18 +121,18 @@ static __device__ __forceinline__ void fetch_pages(fetcher &f, const block_place
     for (int chunk = share.first; chunk < share.end; chunk += share.step, page += CHUNK_PAGES) {
         int n = pages_of(me, chunk);
 #pragma unroll 1
-        for (int k = 0; k < n; k++) f.fill(kv + (size_t)page[k] * stride, 2, SLOT_BYTES / 2, 0, 0, lane);
+        for (int k = 0; k < n; k++)
+            if (f.has_turn()) f.fill(kv + (size_t)page[k] * stride, 2, SLOT_BYTES / 2, 0, 0, lane);
     }
 }
 
 template <typename W, int GROUP>
 static __device__ __forceinline__ void fetch_all(const persistent_args &p, persistent_shared *sh, const block_place &me,
-                                                 int lane) {
-    fetcher f = {p, sh, {0, 0}, false, cycles()};
+                                                 int which, int lane) {
+    fetcher f = {p, sh, {0, 0}, false, which, cycles()};
     int first_of_mlp = me.kv_head >= 0 ? 4 * GROUP + 4 : 0, n_steps = first_of_mlp + 6 * me.n_slices;
     unsigned turn = 1;
-    constexpr uint32_t CYCLES = is_wide<W>() ? LAYER_CYCLES : QUANTISED_LAYER_CYCLES;
-    uint32_t pace = CYCLES / (uint32_t)max(1, n_steps);
+    uint32_t pace = is_wide<W>() ? LAYER_CYCLES / (uint32_t)max(1, n_steps) * FETCHERS : 0;
 #pragma unroll 1
     for (int l = 0; l < p.n_layers; l++) {
         const persistent_layer &w = p.layer[l];
@@ -128,6 +142,7 @@ static __device__ __forceinline__ void fetch_all(const persistent_args &p, persi
             if (i == n_steps) break;
             bool attention = i == 0 && me.kv_head >= 0, first = attention || i == first_of_mlp;
             turn ^= first;
+            if (!f.has_turn()) continue;
             fetch_step s = sh->steps[i];
             const unsigned char *from = w.w[s.weight] + s.from + (uint32_t)lane * s.stride;
             if (!first) {
@@ -587,15 +602,14 @@ static __device__ __forceinline__ void work(const persistent_args &p, persistent
     if (me.rank == 0 && thread == 0) *p.launches += 1;
 }
 
-// By the threads that neither multiply nor fetch, 96 a block: the batch's arrays, whose place nothing reads any more,
-// and the choice of the step before.
-static __device__ __forceinline__ void work_beside(const persistent_args &p, int thread) {
-    enum { THREADS = PERSISTENT_THREADS - WORKERS - 32 };
+// By the warp that neither multiplies nor fetches: the batch's arrays, whose place nothing reads any more, and the
+// choice of the step before.
+static __device__ __forceinline__ void work_beside(const persistent_args &p, int lane) {
     if (blockIdx.x == 0 && p.open.table)
-        for (int i = thread; i < p.open.n_words; i += THREADS) p.open.arrays[i] = __ldcg(p.open.staged + i);
-    if (blockIdx.x == 0 && thread == 0 && p.best) *p.best = 0;
-    if (!p.choice.out || thread >= 32) return;
-    for (int part = (int)blockIdx.x; part < CHOICE_PARTS; part += (int)gridDim.x) choose_beside(p.choice, part, thread);
+        for (int i = lane; i < p.open.n_words; i += 32) p.open.arrays[i] = __ldcg(p.open.staged + i);
+    if (blockIdx.x == 0 && lane == 0 && p.best) *p.best = 0;
+    if (!p.choice.out) return;
+    for (int part = (int)blockIdx.x; part < CHOICE_PARTS; part += (int)gridDim.x) choose_beside(p.choice, part, lane);
 }
 
 template <typename W, int GROUP, enum pace PACE>
@@ -639,9 +653,10 @@ static __global__ void __launch_bounds__(PERSISTENT_THREADS, 1)
     bool idle = me.kv_head < 0 && me.n_slices == 0 && me.cluster != 0;
     if (thread >= WORKERS) {
         if (takes_registers<W, PACE>()) registers_down<FETCHER_REGISTERS>();
-        if (!idle && thread < WORKERS + 32) fetch_all<W, GROUP>(p, sh, me, thread % 32);
+        int which = thread / 32 - WORKER_WARPS;
+        if (!idle && which < FETCHERS) fetch_all<W, GROUP>(p, sh, me, which, thread % 32);
         dependency_wait();
-        if (thread >= WORKERS + 32) work_beside(p, thread - WORKERS - 32);
+        if (which == FETCHERS) work_beside(p, thread % 32);
     } else if (!idle) {
         if (takes_registers<W, PACE>()) registers_up<WORKER_REGISTERS>();
         dependency_wait();

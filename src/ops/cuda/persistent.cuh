@@ -12,7 +12,8 @@ enum {
     MOST_CLUSTERS = 16, // the first n_kv_heads of them have a KV head each
     WORKERS = 256,
     WORKER_WARPS = WORKERS / 32,
-    PERSISTENT_THREADS = WORKERS + 128, // and a warp that fetches; registers go by groups of four warps
+    PERSISTENT_THREADS = WORKERS + 128, // and four warps that fetch or work beside; registers go by such groups
+    FETCHERS = 3,                       // of these: to ask for one slot's bytes takes a warp 400 to 800 cycles
     WORKER_REGISTERS = 184,             // where 168 do not suffice
     FETCHER_REGISTERS = 136,
     OWN_ROWS = 128,
@@ -28,9 +29,8 @@ enum {
     CHUNK_NOTES = MOST_GROUP * (HEAD + 2),                 // what is noted of a chunk: o, units and sums
     Q_NOTES = MOST_GROUP * HEAD / 2,                       // two values each
     HEAD_NOTES = Q_NOTES + MOST_CHUNKS * CHUNK_NOTES,      // of a KV head: q, the chunks
-    LAYER_CYCLES = 10000,          // over which a block's copies of a layer's weights are spread
-    QUANTISED_LAYER_CYCLES = 8000, // the same where weights have fewer bytes
-    MOST_SHARE = 4,                // slices of n_ff of one cluster
+    LAYER_CYCLES = 12000, // over which a block's copies of a layer's bf16 weights are spread
+    MOST_SHARE = 4,       // slices of n_ff of one cluster
     SLOT_BYTES = 16 * 1024,
     N_SLOTS = 11,
     MOST_STEPS = 2 * MOST_GROUP + 4 + 2 * MOST_GROUP + 6 * MOST_SHARE,
