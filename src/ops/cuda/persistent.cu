@@ -258,6 +258,14 @@ static __device__ __forceinline__ float collect_all(const persistent_args &p, pe
     }
 }
 
+// The block's columns of n rows of the board, into the cache, by a warp, each cluster some rows: what the launch before
+// emptied has long left it, and who looks for a sum there would wait for the memory.
+static __device__ __forceinline__ void ask_for_board(const uint32_t *board, int n, int cluster, int lane) {
+    int n_clusters = (int)gridDim.x / CLUSTER;
+    for (int row = cluster + lane * n_clusters; row < n; row += 32 * n_clusters)
+        ask_cache(board + (size_t)row * MOST_HIDDEN, OWN_ROWS * 4);
+}
+
 // By the first four warps: their block's columns of x, and the sum of their squares (norm_partial's of one warp), to
 // all blocks of the cluster.
 static __device__ __forceinline__ void push_x(persistent_shared *sh, int rank, float x, int warp, int lane) {
@@ -549,6 +557,10 @@ static __device__ __forceinline__ void work(const persistent_args &p, persistent
         if (i == 2 * p.n_layers && me.cluster != 0) return;
         float4 norm;
         if (takes_part) hold_pairs<W>(p, sh, held, norm, at, kept, turn, n_pairs, warp, lane);
+        if (i < 2 * p.n_layers && warp == WORKER_WARPS / 2) { // one that collects nothing, if a context is not deep
+            const uint32_t *rows = board + (i > 0 ? (size_t)rows_before * MOST_HIDDEN : 0);
+            ask_for_board(rows, mlp ? ff_rows : heads_rows, me.cluster, lane);
+        }
         if (i > 0) {
             float sum = 0;
             if constexpr (PACE == OWN_PACE) sum = collect_all(p, sh, board, rows_before, n_columns, thread);
