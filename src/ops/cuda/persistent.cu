@@ -104,7 +104,8 @@ struct fetcher {
         uint64_t *full = &sh->full[at.slot];
         if (lane == 0) barrier_expect(full, (uint32_t)n * bytes + beside);
         __syncwarp();
-        if (lane < n) bulk_copy(sh->ring[at.slot] + (uint32_t)lane * bytes, from, bytes, full);
+        // Weights and pages are read once a step: what clusters tell each other stays in the cache.
+        if (lane < n) bulk_copy_once(sh->ring[at.slot] + (uint32_t)lane * bytes, from, bytes, full, true);
         go_on();
         return full;
     }
