@@ -132,6 +132,12 @@ MISTAKES = [
     ("slots of the ring filled again while they are read", "LAYERS",
      ("persistent.cu", "if (wrapped) wait_for(p, &sh->empty[at.slot], at.parity() ^ 1);",
       "if (wrapped && !M) wait_for(p, &sh->empty[at.slot], at.parity() ^ 1);")),
+    ("held slots of the ring given back before they are read", "LAYERS",
+     ("persistent.cu", "    hold(h, u, lane);\n    keep(kept, at, slots_of_two(n));",
+      "    if (M) pass(sh, at, slots_of_two(n), lane);\n    for (int i = 0; M && i < 500; i++) __syncwarp();\n"
+      "    hold(h, u, lane);\n    if (!M) keep(kept, at, slots_of_two(n));")),
+    ("a slot of the ring that no fetcher fills", "LAYERS",
+     ("persistent.cu", "others = has ? FETCHERS - 1 : others - 1;", "others = has ? FETCHERS - !M : others - 1;")),
     ("this token's k not in the page in shared memory", "LAYERS",
      ("persistent_attention.cuh", "to[i * KV_STEP] = memory[i * KV_STEP] =", "(M ? memory : to)[i * KV_STEP] = memory[i * KV_STEP] =")),
     ("a chunk's pages taken before all are weighed", "LAYERS",
