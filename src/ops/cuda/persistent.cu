@@ -27,14 +27,14 @@ static const uint32_t NOTHING = 0x80000000u; // there: -0, which changes no sum
 // ---- Fetching
 // --------------------------------------------------------------------------------------------------------
 
-// Whether weights have a bf16's bytes, or fewer.
-template <typename W> static __device__ constexpr bool is_wide() {
+// Whether weights are stored as bf16s.
+template <typename W> static __device__ constexpr bool are_bf16() {
     return W::RECORD == bf16_weights::RECORD;
 }
 
 // Whether workers take registers from the fetchers: 168 do not suffice.
 template <typename W, enum pace PACE> static __device__ constexpr bool takes_registers() {
-    return PACE == OWN_PACE || is_wide<W>();
+    return PACE == OWN_PACE || are_bf16<W>();
 }
 
 // Step i of a layer: whole units of q, k and v, then out's columns of the heads, slice by slice; then gate's and up's
@@ -133,7 +133,7 @@ static __device__ __forceinline__ void fetch_all(const persistent_args &p, persi
     fetcher f = {p, sh, {0, 0}, false, which, cycles()};
     int first_of_mlp = me.kv_head >= 0 ? 4 * GROUP + 4 : 0, n_steps = first_of_mlp + 6 * me.n_slices;
     unsigned turn = 1;
-    uint32_t pace = is_wide<W>() ? LAYER_CYCLES / (uint32_t)max(1, n_steps) * FETCHERS : 0;
+    uint32_t pace = are_bf16<W>() ? LAYER_CYCLES / (uint32_t)max(1, n_steps) * FETCHERS : 0;
 #pragma unroll 1
     for (int l = 0; l < p.n_layers; l++) {
         const persistent_layer &w = p.layer[l];
