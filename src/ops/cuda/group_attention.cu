@@ -528,12 +528,12 @@ static __device__ __forceinline__ void ask_values(float (&of)[KV::HD / 2 + 4], c
 }
 
 // Which pair of stages is next.
-struct ring_place {
+struct pair_place {
     int pair;
     uint32_t parity;
 
-    __device__ __forceinline__ ring_place next() const {
-        return pair + 1 == RING_PAIRS ? ring_place{0, parity ^ 1} : ring_place{pair + 1, parity};
+    __device__ __forceinline__ pair_place next() const {
+        return pair + 1 == RING_PAIRS ? pair_place{0, parity ^ 1} : pair_place{pair + 1, parity};
     }
 };
 
@@ -618,20 +618,20 @@ static __device__ __forceinline__ group_rows rows_of(const attention_params &p, 
 }
 
 // Which pairs of K and of V a warp comes to next.
-struct ring_places {
-    ring_place of[KINDS];
+struct pair_places {
+    pair_place of[KINDS];
 };
 
 // A warp waits for a pair's K or V: its first stage.
 template <int HD>
-static __device__ __forceinline__ int wait_for(group_attention_shared<HD> *sh, int kind, const ring_place &at) {
+static __device__ __forceinline__ int wait_for(group_attention_shared<HD> *sh, int kind, const pair_place &at) {
     barrier_wait(&sh->ready[kind][at.pair], at.parity);
     return at.pair * PAIR;
 }
 
 // A warp has done with the pair before.
 template <int HD>
-static __device__ __forceinline__ void give_back(group_attention_shared<HD> *sh, int kind, ring_place &at, int lane) {
+static __device__ __forceinline__ void give_back(group_attention_shared<HD> *sh, int kind, pair_place &at, int lane) {
     __syncwarp();
     if (lane == 0) barrier_arrive(&sh->empty[kind][at.pair]);
     at = at.next();
@@ -639,7 +639,7 @@ static __device__ __forceinline__ void give_back(group_attention_shared<HD> *sh,
 
 // Pairs that only other groups' rows see.
 template <int HD>
-static __device__ __forceinline__ void skip_pairs(group_attention_shared<HD> *sh, ring_places &at, int n, int lane) {
+static __device__ __forceinline__ void skip_pairs(group_attention_shared<HD> *sh, pair_places &at, int n, int lane) {
 #pragma unroll 1
     for (; n > 0; n--) {
 #pragma unroll
@@ -657,7 +657,7 @@ template <typename KV> struct pair_loop {
     group_sums<HD> &sums;
     const wide_q<HD> &q;
     const group_rows &r;
-    ring_places &at;
+    pair_places &at;
     int n_pairs, lane;
 
     __device__ __forceinline__ void weigh(float (&s)[32], int pair) const {
@@ -738,7 +738,7 @@ static __device__ __forceinline__ work take_tile_and_ask(group_attention_shared<
 template <typename KV, int GROUP>
 static __device__ __forceinline__ void consume_tiles(group_attention_shared<KV::HD> *sh, const attention_params &p,
                                                      int warp, int lane) {
-    ring_places at = {};
+    pair_places at = {};
     group_rows r = {}, next = {};
     row_angles<KV::HD> angles;
     work w = take_tile_and_ask<KV, GROUP>(sh, p, 0, r, angles, warp, lane);
