@@ -106,6 +106,18 @@ static __device__ __forceinline__ float half_to_float(uint16_t v) {
     return f;
 }
 
+// The same number, of which the compiler knows nothing: what depends on it is computed where it stands, and takes no
+// register before.
+static __device__ __forceinline__ int opaque(int v) {
+    asm volatile("" : "+r"(v));
+    return v;
+}
+
+static __device__ __forceinline__ float opaque(float v) {
+    asm volatile("" : "+f"(v));
+    return v;
+}
+
 // Adds n to a counter and returns what it was: what this block has written before (its threads have met since) is seen
 // by those who count after it.
 static __device__ __forceinline__ unsigned count_arrival(unsigned *counter, unsigned n = 1) {

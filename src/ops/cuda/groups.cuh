@@ -169,18 +169,6 @@ static __device__ __forceinline__ void group_mma_across(float (&d)[68], uint32_t
 #endif
 }
 
-// The same number, of which the compiler knows nothing: what depends on it is computed where it stands, and takes no
-// register before.
-static __device__ __forceinline__ int opaque(int v) {
-    asm volatile("" : "+r"(v));
-    return v;
-}
-
-static __device__ __forceinline__ float opaque(float v) {
-    asm volatile("" : "+f"(v));
-    return v;
-}
-
 // A number that is the same in all of a warp's lanes, so that the compiler knows.
 static __device__ __forceinline__ int warp_uniform(int v) {
     return __shfl_sync(~0u, v, 0);

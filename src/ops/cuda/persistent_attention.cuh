@@ -71,7 +71,7 @@ template <int GROUP>
 static __device__ __forceinline__ void prepare(const persistent_args &p, persistent_shared *sh, const block_place &me,
                                                const persistent_layer &w, int layer, ring_place at, bool first,
                                                bool own, int position, int page, int warp, int lane) {
-    position = unknown(position);
+    position = opaque(position);
     int slot = (int)((unsigned)position % KV_PAGE_TOKENS);
     auto in = [&](unsigned char *kv) { return kv + ((size_t)page * p.n_kv_heads + me.kv_head) * (SLOT_BYTES / 2); };
     at = at.ahead((unsigned)position / KV_PAGE_TOKENS % CHUNK_PAGES);

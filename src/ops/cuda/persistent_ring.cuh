@@ -31,17 +31,11 @@ static __device__ __forceinline__ void wait_for(const persistent_args &p, uint64
     while (!barrier_try(bar, parity)) w.look(p);
 }
 
-// The same number, of which the compiler knows nothing: what follows from it is computed where it is used, not kept in
-// registers from layer to layer, of which there are too few.
-static __device__ __forceinline__ int unknown(int v) {
-    asm volatile("" : "+r"(v));
-    return v;
-}
-
-// The same of a thread's number.
+// A thread's number, opaque: what follows from it is not kept in registers from layer to layer, of which there are too
+// few.
 static __device__ __forceinline__ int afresh(int thread) {
     static_assert(PERSISTENT_THREADS < 512, "the number of a thread");
-    return unknown(thread) & 511;
+    return opaque(thread) & 511;
 }
 
 // ---- The ring

@@ -236,6 +236,14 @@ static inline void poll_again() {
     emulated_spin();
 }
 
+static inline int opaque(int v) {
+    return v;
+}
+
+static inline float opaque(float v) {
+    return v;
+}
+
 // Nobody grows impatient: the emulator itself sees when nothing moves any more.
 static inline unsigned long long nanoseconds() {
     return 0;

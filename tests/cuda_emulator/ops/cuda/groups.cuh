@@ -46,14 +46,6 @@ static inline void group_mma_across(float (&d)[N], uint32_t a0, uint32_t a1, uin
     emulated_group_mma(d, 2 * N, a, b, ACROSS != 0, add != 0);
 }
 
-static inline int opaque(int v) {
-    return v;
-}
-
-static inline float opaque(float v) {
-    return v;
-}
-
 static inline int warp_uniform(int v) {
     return __shfl_sync(~0u, v, 0);
 }
