@@ -81,7 +81,7 @@ template <int HD> struct fresh_row {
 
     __device__ __forceinline__ void put(bool of_v, int c, __nv_bfloat16 value) {
         if (of_v) v[c] = pack_bf16(__bfloat162float(value), __bfloat162float(value));
-        else reinterpret_cast<__nv_bfloat16 *>(k)[(c / 32 * 4 + c % 8 / 2) * 8 + c % 32 / 8 * 2 + c % 2] = value;
+        else reinterpret_cast<__nv_bfloat16 *>(k)[row_index(c)] = value;
     }
 };
 

@@ -30,8 +30,7 @@ template <int HD> struct fresh_words {
     uint4 k[HD / 32][4], v[HD / 8], zeros;
 
     __device__ __forceinline__ void put(bool of_v, int c, __nv_bfloat16 value) {
-        int at = of_v ? c : (c / 32 * 4 + c % 8 / 2) * 8 + c % 32 / 8 * 2 + c % 2;
-        reinterpret_cast<__nv_bfloat16 *>(of_v ? v : k[0])[at] = value;
+        reinterpret_cast<__nv_bfloat16 *>(of_v ? v : k[0])[of_v ? c : row_index(c)] = value;
     }
     __device__ __forceinline__ uint32_t v_twice(int c) const {
         return reinterpret_cast<const uint16_t *>(v)[c] * 0x10001u;

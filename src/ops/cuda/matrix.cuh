@@ -20,6 +20,11 @@ static __host__ __device__ __forceinline__ size_t unit_index(size_t row, size_t 
            column % 2;
 }
 
+// The same of a row by itself, whose lanes' shares lie one after the other: 16 bytes of every 32 columns a lane.
+static __host__ __device__ __forceinline__ int row_index(int column) {
+    return (column / 32 * 4 + column % 8 / 2) * 8 + column % 32 / 8 * 2 + column % 2;
+}
+
 static __host__ __device__ __forceinline__ size_t padded_columns(size_t n) {
     return (n + SLICE - 1) / SLICE * SLICE;
 }
