@@ -357,7 +357,7 @@ coverage:
 
 # ---- Style --------------------------------------------------------------------------------------------------------
 
-C_FILES = $(shell find src include tests examples -name '*.[ch]')
+C_FILES = $(shell find src include tests examples -name '*.[ch]' -o -name '*.cu' -o -name '*.cuh')
 .PHONY: format lint style
 format:
 	@tools/deps lint </dev/null

@@ -62,9 +62,9 @@ struct heads_end {
 //
 // In eight bits a K page is a matrix [slots, channels], a V page one [channels, slots], both in units (matrix.cuh). Two
 // elements, eight channels apart, share 16 bits, the first one's in bits 15 and 10 to 4, as they stand in a bf16, the
-// second one's sign in 11, the higher bits of its exponent in 14 to 12 and the rest in 3 to 0. So a lane's 8 bytes of 32
-// columns of K are four pairs; of V, a lane's 16 bytes are four pairs of slots of two units. The blocks' scales follow:
-// of K [slots][head_dim / 32], of V [head_dim / 32][4 lanes][8 slots].
+// second one's sign in 11, the higher bits of its exponent in 14 to 12 and the rest in 3 to 0. So a lane's 8 bytes of
+// 32 columns of K are four pairs; of V, a lane's 16 bytes are four pairs of slots of two units. The blocks' scales
+// follow: of K [slots][head_dim / 32], of V [head_dim / 32][4 lanes][8 slots].
 template <int DIM> struct bf16_kv {
     static constexpr int HD = DIM, BYTES = KV_PAGE_TOKENS * DIM * 2; // of a head's page
 };
@@ -121,9 +121,8 @@ static __device__ __forceinline__ __nv_bfloat16 kv_put(const kv_view &kv, bool o
         int at = of_v ? (c / 16 * CHUNK_LANES + c % 8 * 4 + slot % 8 / 2) * 8 + slot / 8 * 2 + slot % 2
                       : ((slot / 8 * (kv.head_dim / 32) + c / 32) * CHUNK_LANES + slot % 8 * 4 + c % 8 / 2) * 4 +
                             c % 32 / 16 * 2 + c % 2;
-        reinterpret_cast<uint16_t *>(to)[at] =
-            (uint16_t)((b & 0x80u) << 8 | (b & 0x7Fu) << 4 | (second & 0x80u) << 4 | (second & 0x70u) << 8 |
-                       (second & 0xFu));
+        reinterpret_cast<uint16_t *>(to)[at] = (uint16_t)((b & 0x80u) << 8 | (b & 0x7Fu) << 4 | (second & 0x80u) << 4 |
+                                                          (second & 0x70u) << 8 | (second & 0xFu));
     }
     int blocks = kv.head_dim / FP8_BLOCK;
     if (c % FP8_BLOCK == 0)

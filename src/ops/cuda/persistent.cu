@@ -389,8 +389,7 @@ static __device__ __forceinline__ void point_to_rows(const unsigned char *(&u)[4
 }
 
 // Waits until all is in registers: an arrival does not wait for loads, and the copy that it lets in may overtake them.
-template <typename W>
-static __device__ __forceinline__ void settle(persistent_shared *sh, const held_units<W> &h) {
+template <typename W> static __device__ __forceinline__ void settle(persistent_shared *sh, const held_units<W> &h) {
     if (h.all_words() == 0x7FC0FFEE) sh->settled = 1;
 }
 
@@ -597,10 +596,11 @@ static __device__ __forceinline__ void work(const persistent_args &p, persistent
         if (takes_part) hold_rows<W>(p, sh, held, at, kept, n, n_rows, warp, lane);
         if (!mlp) {
             if (takes_part) settle(sh, held);
-            if constexpr (PACE == ONE_CHUNK)
+            if constexpr (PACE == ONE_CHUNK) {
                 attend<GROUP, W>(p, sh, me, w, at, kept, i / 2, position, token_page, thread);
-            else
+            } else {
                 attend_deep<GROUP>(p, sh, me, w, at, kept, i / 2, position, token_page, thread);
+            }
             if (helps) continue;
             if (PACE == OWN_PACE) collect_chunks<GROUP, W>(p, sh, me, i / 2, thread);
         }

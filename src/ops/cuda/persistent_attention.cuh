@@ -359,10 +359,9 @@ static __device__ __forceinline__ void note_chunk(uint64_t *to, const warp_share
 
 // This block's chunks.
 template <int GROUP>
-static __device__ __forceinline__ void attend_deep(const persistent_args &p, persistent_shared *sh,
-                                                   const block_place &me, const persistent_layer &w, ring_place &at,
-                                                   kept_slots &kept, int layer, int position, int token_page,
-                                                   int thread) {
+static __device__ __forceinline__ void
+attend_deep(const persistent_args &p, persistent_shared *sh, const block_place &me, const persistent_layer &w,
+            ring_place &at, kept_slots &kept, int layer, int position, int token_page, int thread) {
     thread = afresh(thread);
     int warp = thread / 32, lane = thread % 32;
     const chunk_share &share = sh->share;

@@ -342,13 +342,14 @@ static __global__ void __launch_bounds__(THREADS) k_sample(sample_step s) {
     int32_t best_id = NOBODY, bad = 0;
     contest c = no_contest();
     bool draws = r.scale > 0 && !filtered, few = sampling_keeps_few(&r, s.n);
-    if (draws)
+    if (draws) {
         draw_unfiltered(s, r, p, best, best_id, bad, c);
-    else
+    } else {
         each_token<MORE>(p, [&](float v, int id) {
             bad |= !isfinite(v);
             if (!is_banned(p, id)) better_logit(best, best_id, v, id);
         });
+    }
     if (few) tell_tops(s.memory->tops[blockIdx.y], best);
     block_best_logit(best, best_id, bad);
     if (draws) block_best_score(c.score, c.id);
