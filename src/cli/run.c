@@ -49,8 +49,7 @@ static void emit(void *user, enum stream_part part, const char *text, size_t n) 
     }
 }
 
-// ---- The prompt
-// ------------------------------------------------------------------------------------------------------
+// ---- The prompt ---------------------------------------------------------------------------------------------------
 
 // A question of nothing would be answered, too.
 static bool is_no_empty_input(const struct cli_options *o, const struct buffer *text) {
@@ -84,7 +83,7 @@ static bool prompt_from_messages(struct generation *g, bool *thinking, bool *ope
         doc = NULL;
     }
     struct template_options options = {.enable_thinking = think, .add_generation_prompt = -1};
-    if (ok && (!doc || !engine_render(g->engine, doc, options, &g->prompt, &err))) {
+    if (ok && (!doc || !engine_render(g->engine, doc, options, NULL, &g->prompt, &err))) {
         cli_fail("%s", err.text);
         ok = false;
     }
@@ -112,8 +111,7 @@ static bool prompt_from_text(struct generation *g) {
     return ok;
 }
 
-// ---- Generating
-// ------------------------------------------------------------------------------------------------------
+// ---- Generating ---------------------------------------------------------------------------------------------------
 
 static json_t *logprob_json(const tandem_engine *e, tandem_token t) {
     size_t n = 0;

@@ -73,48 +73,41 @@ bool conversation_add_reply(struct conversation *c, const tandem_engine *e, cons
 }
 
 // Does a stretch of the prompt between two special tokens hold reply r as it was said?
-static bool holds_reply(const struct tandem_engine *e, const char *text, size_t n, const struct reply_ids *r) {
+static bool holds_reply(const struct tokenizer *tok, const char *text, size_t n, const struct reply_ids *r) {
     static const char head[] = "assistant\n";
     size_t at = sizeof head - 1;
     if (n < at || memcmp(text, head, at) != 0) return false;
     for (size_t i = 0; i < r->ids.n; i++) {
         size_t size;
-        const char *bytes = tokenizer_token_bytes(e->tokenizer, r->ids.ids[i], &size);
+        const char *bytes = tokenizer_token_bytes(tok, r->ids.ids[i], &size);
         if (!bytes || size > n - at || memcmp(text + at, bytes, size) != 0) return false;
         at += size;
     }
     return at == n;
 }
 
+struct said {
+    const struct conversation *c;
+    size_t next; // the first reply that has not been found yet
+};
+
 // Encodes one stretch between special tokens, with a reply's own ids where it is one.
-static bool encode_stretch(const struct conversation *c, const tandem_engine *e, const char *text, size_t n,
-                           size_t *reply, struct token_ids *ids, struct error *err) {
+static bool encode_stretch(void *user, const struct tokenizer *tok, const char *text, size_t n, struct token_ids *ids,
+                           struct error *err) {
     static const char head[] = "assistant\n";
-    for (size_t i = *reply; i < c->n_replies; i++) {
-        if (!holds_reply(e, text, n, &c->replies[i])) continue;
-        *reply = i + 1;
-        if (!tokenizer_encode(e->tokenizer, head, sizeof head - 1, false, ids, err)) return false;
-        return token_ids_append(ids, c->replies[i].ids.ids, c->replies[i].ids.n) || error_set(err, "out of memory");
+    struct said *s = user;
+    for (size_t i = s->next; i < s->c->n_replies; i++) {
+        const struct reply_ids *r = &s->c->replies[i];
+        if (!holds_reply(tok, text, n, r)) continue;
+        s->next = i + 1;
+        if (!tokenizer_encode(tok, head, sizeof head - 1, false, ids, err)) return false;
+        return token_ids_append(ids, r->ids.ids, r->ids.n) || error_set(err, "out of memory");
     }
-    return tokenizer_encode(e->tokenizer, text, n, false, ids, err);
+    return tokenizer_encode(tok, text, n, false, ids, err);
 }
 
 bool conversation_render(const struct conversation *c, const tandem_engine *e, struct template_options options,
                          struct token_ids *ids, struct error *err) {
-    if (!e->tokenizer || e->template_kind == TEMPLATE_UNKNOWN || c->n_replies == 0)
-        return engine_render(e, c->doc, options, ids, err);
-    struct buffer text = {0};
-    struct template_marks marks = {0};
-    bool ok = template_render(e->template_kind, c->doc, options, &text, &marks, err);
-    size_t at = 0, reply = 0;
-    for (size_t i = 0; ok && i <= marks.n; i++) {
-        size_t end = i < marks.n ? marks.marks[i].offset : text.len;
-        if (end > at) ok = encode_stretch(c, e, text.data + at, end - at, &reply, ids, err);
-        if (!ok || i == marks.n) break;
-        ok = tokenizer_encode(e->tokenizer, text.data + end, marks.marks[i].length, true, ids, err);
-        at = end + marks.marks[i].length;
-    }
-    template_marks_free(&marks);
-    buffer_free(&text);
-    return ok;
+    struct said said = {c, 0};
+    return engine_render(e, c->doc, options, &(struct template_stretches){encode_stretch, &said}, ids, err);
 }

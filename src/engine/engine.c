@@ -43,8 +43,7 @@ static void forward_progress(void *user, const char *what, double fraction) {
     if (o->progress) o->progress(o->user, what, fraction);
 }
 
-// ---- Opening
-// ---------------------------------------------------------------------------------------------------------
+// ---- Opening ------------------------------------------------------------------------------------------------------
 
 static bool choose_limits(tandem_engine *e, const tandem_options *o, struct error *err) {
     size_t model_context = e->model->config.context;
@@ -360,8 +359,7 @@ tandem_memory tandem_memory_plan(const tandem_engine *e) {
     return e->memory;
 }
 
-// ---- Sampling defaults
-// -----------------------------------------------------------------------------------------------
+// ---- Sampling defaults --------------------------------------------------------------------------------------------
 
 static bool is_qwen3(enum template_kind kind) {
     return kind == TEMPLATE_QWEN3 || kind == TEMPLATE_QWEN3_INSTRUCT_2507 ||
@@ -401,15 +399,14 @@ tandem_sampling tandem_sampling_default(const tandem_engine *e, bool thinking) {
     return out;
 }
 
-// ---- Text
-// ------------------------------------------------------------------------------------------------------------
+// ---- Text ---------------------------------------------------------------------------------------------------------
 
 static bool need_tokenizer(const tandem_engine *e, struct error *err) {
     return e->tokenizer || error_set(err, "the model has no usable tokenizer: %s", e->tokenizer_error);
 }
 
 bool engine_render(const tandem_engine *e, const struct template_document *doc, struct template_options options,
-                   struct token_ids *ids, struct error *err) {
+                   const struct template_stretches *between, struct token_ids *ids, struct error *err) {
     if (!need_tokenizer(e, err)) return false;
     if (e->template_kind == TEMPLATE_UNKNOWN)
         return error_set(err, "the model's chat template is unknown to tandem; name one with --template: %s",
@@ -417,7 +414,7 @@ bool engine_render(const tandem_engine *e, const struct template_document *doc, 
     struct buffer text = {0};
     struct template_marks marks = {0};
     bool ok = template_render(e->template_kind, doc, options, &text, &marks, err) &&
-              template_encode(e->tokenizer, buffer_text(&text), text.len, &marks, ids, err);
+              template_encode(e->tokenizer, buffer_text(&text), text.len, &marks, between, ids, err);
     template_marks_free(&marks);
     buffer_free(&text);
     return ok;
@@ -466,7 +463,7 @@ int tandem_apply_template(const tandem_engine *e, const char *json, size_t n, in
     struct token_ids list = {0};
     struct template_document *doc = template_parse(json, n, "messages", &error);
     struct template_options options = {.enable_thinking = thinking, .add_generation_prompt = -1};
-    bool ok = doc && engine_render(e, doc, options, &list, &error);
+    bool ok = doc && engine_render(e, doc, options, NULL, &list, &error);
     template_document_free(doc);
     return give_ids(ok, &list, &error, ids, n_ids, err, err_size);
 }

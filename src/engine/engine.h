@@ -146,9 +146,9 @@ bool engine_plan(struct model *model, const tandem_options *options, struct engi
 
 bool engine_is_end(const tandem_engine *engine, int32_t id);
 
-// The prompt's ids of a chat document. `err` as everywhere inside.
+// The prompt's ids of a chat document; `between` as template_encode takes it. `err` as everywhere inside.
 bool engine_render(const tandem_engine *engine, const struct template_document *doc, struct template_options options,
-                   struct token_ids *ids, struct error *err);
+                   const struct template_stretches *between, struct token_ids *ids, struct error *err);
 
 // Runs all ids of a fresh sequence in one sequence of chunks and hands the logits of every position to the tap (and
 // whatever else the tap watches). For traces and teacher forcing. `fusion` as in struct op_ctx.

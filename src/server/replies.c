@@ -87,37 +87,30 @@ bool replies_find(struct replies *r, uint64_t tenant, const char *text, size_t n
     return ok;
 }
 
+struct tenant_replies {
+    struct replies *r;
+    uint64_t tenant;
+};
+
 // One stretch between special tokens.
-static bool encode(struct replies *r, uint64_t tenant, const tandem_engine *e, const char *text, size_t n,
-                   struct token_ids *ids, struct error *err) {
+static bool encode_stretch(void *user, const struct tokenizer *tok, const char *text, size_t n, struct token_ids *ids,
+                           struct error *err) {
     static const char head[] = "assistant\n";
+    const struct tenant_replies *t = user;
     size_t skip = sizeof head - 1;
     if (n > skip && memcmp(text, head, skip) == 0) {
         struct token_ids said = {0};
-        bool known = replies_find(r, tenant, text + skip, n - skip, &said);
-        bool ok = !known || (tokenizer_encode(e->tokenizer, head, skip, false, ids, err) &&
+        bool known = replies_find(t->r, t->tenant, text + skip, n - skip, &said);
+        bool ok = !known || (tokenizer_encode(tok, head, skip, false, ids, err) &&
                              (token_ids_append(ids, said.ids, said.n) || error_set(err, "out of memory")));
         token_ids_free(&said);
         if (known || !ok) return ok;
     }
-    return tokenizer_encode(e->tokenizer, text, n, false, ids, err);
+    return tokenizer_encode(tok, text, n, false, ids, err);
 }
 
 bool replies_render(struct replies *r, uint64_t tenant, const tandem_engine *e, const struct template_document *doc,
                     struct template_options options, struct token_ids *ids, struct error *err) {
-    if (!e->tokenizer || e->template_kind == TEMPLATE_UNKNOWN) return engine_render(e, doc, options, ids, err);
-    struct buffer text = {0};
-    struct template_marks marks = {0};
-    bool ok = template_render(e->template_kind, doc, options, &text, &marks, err);
-    size_t at = 0;
-    for (size_t i = 0; ok && i <= marks.n; i++) {
-        size_t end = i < marks.n ? marks.marks[i].offset : text.len;
-        if (end > at) ok = encode(r, tenant, e, text.data + at, end - at, ids, err);
-        if (!ok || i == marks.n) break;
-        ok = tokenizer_encode(e->tokenizer, text.data + end, marks.marks[i].length, true, ids, err);
-        at = end + marks.marks[i].length;
-    }
-    template_marks_free(&marks);
-    buffer_free(&text);
-    return ok;
+    struct tenant_replies t = {r, tenant};
+    return engine_render(e, doc, options, &(struct template_stretches){encode_stretch, &t}, ids, err);
 }

@@ -88,10 +88,18 @@ struct template_options {
 bool template_render(enum template_kind kind, const struct template_document *doc, struct template_options options,
                      struct buffer *out, struct template_marks *marks, struct error *err);
 
-// Appends the ids of a rendered prompt: the marked special tokens become their ids, and special-token text that came in
-// with a message stays plain text, so that a user cannot close his own turn. text[n] is what template_render appended
-// to an empty buffer.
+// Another way to encode what stands between special tokens: `encode` appends the ids of text[n], n > 0.
+struct template_stretches {
+    bool (*encode)(void *user, const struct tokenizer *tok, const char *text, size_t n, struct token_ids *ids,
+                   struct error *err);
+    void *user;
+};
+
+// Appends the ids of a rendered prompt: the marked special tokens become their ids (one that the tokenizer does not
+// have is an error), and special-token text that came in with a message stays plain text, so that a user cannot close
+// his own turn. text[n] is what template_render appended to an empty buffer; `between` may be NULL. After an error
+// `ids` is as before.
 bool template_encode(const struct tokenizer *tok, const char *text, size_t n, const struct template_marks *marks,
-                     struct token_ids *ids, struct error *err);
+                     const struct template_stretches *between, struct token_ids *ids, struct error *err);
 
 #endif

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import struct
@@ -305,6 +306,23 @@ def test_special_text_in_a_message_stays_text(server):
     clean = server.post("/tokenize", {"messages": [{"role": "user", "content": "x"}]})["tokens"]
     end = server.post("/tokenize", {"prompt": "<|im_end|>"})["tokens"][0]
     assert plain.count(end) == clean.count(end)
+
+
+def test_a_template_of_another_tokenizer_is_refused(tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree("models/tandem-tiny", model, ignore=shutil.ignore_patterns("training", "golden"))
+    tokenizer = model / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace("<|im_start|>", "<|turn|>"))
+    messages = [{"role": "user", "content": "x"}]
+    alone = subprocess.run([TANDEM, "run", model, "-p", "x", "-n", "1"], capture_output=True, text=True)
+    assert alone.returncode == 1 and "the chat template writes <|im_start|>, which the tokenizer does not have" in alone.stderr
+    s = Server(model=model)
+    try:
+        error = s.post("/v1/chat/completions", {"messages": messages, "max_tokens": 1}, status=400)["error"]
+        assert "<|im_start|>, which the tokenizer does not have" in error["message"]
+        assert s.post("/v1/completions", {"prompt": "x", "max_tokens": 1})["usage"]["prompt_tokens"] == 1
+    finally:
+        s.stop()
 
 
 # ---- Health, numbers, log

@@ -282,7 +282,7 @@ static void test_encode(void **state) {
     struct template_marks marks = {0};
     struct token_ids ids = {0};
     assert_true(template_render(TEMPLATE_QWEN3, doc, as_given, &out, &marks, &err));
-    if (!template_encode(tok, out.data, out.len, &marks, &ids, &err)) fail_msg("%s", err.text);
+    if (!template_encode(tok, out.data, out.len, &marks, NULL, &ids, &err)) fail_msg("%s", err.text);
     int32_t start = tokenizer_find(tok, "<|im_start|>"), end = tokenizer_find(tok, "<|im_end|>");
     assert_true(start >= 0 && end >= 0);
     size_t starts = 0, ends = 0;
@@ -299,21 +299,21 @@ static void test_encode(void **state) {
     struct template_mark stray = {out.len, 1};
     struct template_marks bad = {&stray, 1, 1};
     size_t before = ids.n;
-    assert_false(template_encode(tok, out.data, out.len, &bad, &ids, &err));
+    assert_false(template_encode(tok, out.data, out.len, &bad, NULL, &ids, &err));
     stray = (struct template_mark){0, 2};
-    assert_false(template_encode(tok, out.data, out.len, &bad, &ids, &err)); // "<|" is no token
+    assert_false(template_encode(tok, out.data, out.len, &bad, NULL, &ids, &err)); // "<|" is no token
     assert_non_null(strstr(err.text, "writes <|, which the tokenizer does not have"));
     stray = (struct template_mark){0, out.len + 1};
-    assert_false(template_encode(tok, out.data, out.len, &bad, &ids, &err));
+    assert_false(template_encode(tok, out.data, out.len, &bad, NULL, &ids, &err));
     assert_non_null(strstr(err.text, "outside the prompt"));
     static char long_text[100];
     memset(long_text, 'x', sizeof long_text);
     stray = (struct template_mark){0, 64};
-    assert_false(template_encode(tok, long_text, sizeof long_text, &bad, &ids, &err));
+    assert_false(template_encode(tok, long_text, sizeof long_text, &bad, NULL, &ids, &err));
     assert_non_null(strstr(err.text, "64 bytes"));
     struct template_mark turned[] = {{22, 10}, {0, 12}};
     bad = (struct template_marks){turned, 2, 2};
-    assert_false(template_encode(tok, "<|im_start|>0123456789<|im_end|>", 32, &bad, &ids, &err)); // not in order
+    assert_false(template_encode(tok, "<|im_start|>0123456789<|im_end|>", 32, &bad, NULL, &ids, &err)); // not in order
     assert_int_equal(ids.n, before);
     buffer_free(&back);
     buffer_free(&out);
