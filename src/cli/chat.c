@@ -38,8 +38,7 @@ static void on_interrupt(int signal_number) {
     if (interrupted) tandem_session_cancel(interrupted);
 }
 
-// ---- Showing the reply
-// -----------------------------------------------------------------------------------------------
+// ---- Showing the reply --------------------------------------------------------------------------------------------
 
 static void dim(struct chat *c, bool on) {
     if (c->dimmed == on) return;
@@ -143,8 +142,7 @@ static bool say(struct chat *c, const char *text) {
     return false;
 }
 
-// ---- Commands
-// --------------------------------------------------------------------------------------------------------
+// ---- Commands -----------------------------------------------------------------------------------------------------
 
 static const char help[] = "/help            this list\n"
                            "/clear           forget the conversation (the system prompt stays)\n"
@@ -284,8 +282,7 @@ static bool command(struct chat *c, const char *line, bool *leave) {
     return false;
 }
 
-// ---- Reading lines
-// ---------------------------------------------------------------------------------------------------
+// ---- Reading lines ------------------------------------------------------------------------------------------------
 
 // The client data tells whether the turn goes on.
 static char *prompt_text(EditLine *el) {

@@ -59,8 +59,7 @@ bool cli_usage_was_wrong(void) {
     return usage_was_wrong;
 }
 
-// ---- Opening
-// ---------------------------------------------------------------------------------------------------------
+// ---- Opening ------------------------------------------------------------------------------------------------------
 
 // On a terminal only, and only for work that takes over a second.
 static void show_progress(void *user, const char *what, double fraction) {
@@ -163,8 +162,7 @@ struct tokenizer *cli_open_tokenizer(const struct cli_options *o, enum template_
     return tok;
 }
 
-// ---- Sampling
-// --------------------------------------------------------------------------------------------------------
+// ---- Sampling -----------------------------------------------------------------------------------------------------
 
 bool cli_thinking(const struct cli_options *o, const tandem_engine *engine, bool *out) {
     int think;
@@ -240,8 +238,7 @@ json_t *cli_sampling_json(const struct cli_sampling *s) {
         "source", s->seed_source);
 }
 
-// ---- Input and output
-// ------------------------------------------------------------------------------------------------
+// ---- Input and output ---------------------------------------------------------------------------------------------
 
 static bool read_stream(int fd, const char *name, struct buffer *out) {
     char piece[65536];

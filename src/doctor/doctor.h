@@ -163,8 +163,7 @@ void doctor_poison(const struct kv_store *kv, void *memory, size_t bytes);
 bool doctor_model_is_small(const struct doctor *d); // every layer is examined, whatever the time
 bool doctor_stages_parse(const char *list, uint32_t *mask, struct error *err); // "weights,ops"
 
-// ---- Stages: each fills its report's checks, faults, summary and notes. False: it could not be carried out.
-// ----------
+// ---- Stages: each fills its report's checks, faults, summary and notes. False: it could not be carried out. -------
 
 bool stage_weights(struct doctor *d, struct stage_report *r, struct error *err);
 bool stage_ops(struct doctor *d, struct stage_report *r, struct error *err);
@@ -174,8 +173,7 @@ bool stage_serving(struct doctor *d, struct stage_report *r, struct error *err);
 // diagnose.c: called when the verdict is FAULT. Reads the stages' faults, refines report->first, fills the diagnoses.
 bool diagnose(struct doctor *d, struct doctor_report *report, struct error *err);
 
-// ---- For the stages and the diagnosis
-// --------------------------------------------------------------------------------
+// ---- For the stages and the diagnosis -----------------------------------------------------------------------------
 
 // A new fault with every place unknown, verdict set to FAULT; a discarded one beyond MAX_FAULTS, never NULL.
 struct fault *stage_fault(struct stage_report *r, enum fault_kind kind, const char *check);

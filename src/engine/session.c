@@ -18,8 +18,7 @@ static size_t pages_for(size_t n_tokens) {
     return (n_tokens + KV_PAGE_TOKENS - 1) / KV_PAGE_TOKENS;
 }
 
-// ---- Life
-// ------------------------------------------------------------------------------------------------------------
+// ---- Life ---------------------------------------------------------------------------------------------------------
 
 static bool copy_sampling(tandem_session *s, const tandem_sampling *p, struct error *err) {
     tandem_sampling copy;
@@ -91,8 +90,7 @@ tandem_session *tandem_session_fork(tandem_session *from, char *err, size_t err_
     return s;
 }
 
-// ---- Contents
-// --------------------------------------------------------------------------------------------------------
+// ---- Contents -----------------------------------------------------------------------------------------------------
 
 static bool check_ids(const tandem_session *s, const int32_t *ids, size_t n, struct error *err) {
     size_t n_vocab = s->engine->model->config.n_vocab;
@@ -155,8 +153,7 @@ const int32_t *tandem_session_ids(const tandem_session *s, size_t *n) {
     return s->ids;
 }
 
-// ---- Steps
-// -----------------------------------------------------------------------------------------------------------
+// ---- Steps --------------------------------------------------------------------------------------------------------
 
 // Makes the pages of positions [n_kv, n_kv + n) exist and belong to this session alone.
 static bool make_room(tandem_session *s, size_t n, struct error *err) {

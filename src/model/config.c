@@ -68,8 +68,7 @@ static bool check(const struct model_config *c, struct error *err) {
     return true;
 }
 
-// ---- config.json
-// -----------------------------------------------------------------------------------------------------
+// ---- config.json --------------------------------------------------------------------------------------------------
 
 static const char where[] = "config.json";
 
@@ -248,8 +247,7 @@ bool generation_config_from_json(const json_t *o, struct generation_config *g, s
     return true;
 }
 
-// ---- GGUF metadata
-// ---------------------------------------------------------------------------------------------------
+// ---- GGUF metadata ------------------------------------------------------------------------------------------------
 
 // "ARCH.suffix" into `key`.
 static const char *arch_key(const struct model_config *c, const char *suffix, char *key, size_t size) {
@@ -359,8 +357,7 @@ bool model_config_from_gguf(const struct gguf *g, struct model_config *c, struct
     return check(c, err);
 }
 
-// ---- RoPE
-// ------------------------------------------------------------------------------------------------------------
+// ---- RoPE ---------------------------------------------------------------------------------------------------------
 
 // YaRN (https://arxiv.org/abs/2309.00071, section 3.2): dimensions that turn often keep their rate, slow ones are
 // stretched by the factor, those between are blended linearly in the dimension's index.

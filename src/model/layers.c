@@ -642,8 +642,7 @@ const float *model_forward(const struct model *m, struct run *r, struct kv_store
     return run_logits(r);
 }
 
-// ---- KV
-// --------------------------------------------------------------------------------------------------------------
+// ---- KV -----------------------------------------------------------------------------------------------------------
 
 size_t kv_store_bytes(const struct model_config *c, enum dtype type, size_t n_pages) {
     size_t n, row = 2 * kv_bytes(type, c->head_dim) * KV_PAGE_TOKENS;

@@ -78,8 +78,7 @@ bool model_pack_place(struct model *model, const struct pack_options *options, s
 // What model_load's check_values does.
 bool model_check_values(const struct model *model, struct pool *pool, const struct log *log, struct error *err);
 
-// ---- Weights on a device
-// ---------------------------------------------------------------------------------------------
+// ---- Weights on a device ------------------------------------------------------------------------------------------
 
 // What a step reads of a model: the model's own tables, or their copies in a device's memory.
 struct device_weights {
@@ -99,8 +98,7 @@ bool model_runs_on(const struct model *model, struct device *device, struct erro
 // Bytes that weights_upload will take; 0 with the name of the matrix when the device cannot multiply one.
 size_t weights_device_bytes(const struct model *model, struct device *device, struct error *err);
 
-// ---- Running a step
-// --------------------------------------------------------------------------------------------------
+// ---- Running a step -----------------------------------------------------------------------------------------------
 
 // The memory of a step, planned at start: activations for max_tokens tokens, logits for max_logit_rows rows, scratch.
 struct run;

@@ -193,8 +193,7 @@ bool model_bind(struct model *m, const struct log *log, struct error *err) {
     return true;
 }
 
-// ---- Values
-// ----------------------------------------------------------------------------------------------------------
+// ---- Values -------------------------------------------------------------------------------------------------------
 
 // The first bad value of a matrix, found by many threads: the smallest flat index wins.
 struct value_scan {
@@ -254,8 +253,7 @@ bool model_check_values(const struct model *m, struct pool *pool, const struct l
     return true;
 }
 
-// ---- Opening
-// ---------------------------------------------------------------------------------------------------------
+// ---- Opening ------------------------------------------------------------------------------------------------------
 
 enum { MAX_CONFIG_BYTES = 4 << 20 }; // those in use have a few KB; lists of modules make some longer
 

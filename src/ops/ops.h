@@ -362,8 +362,7 @@ enum dtype ops_input_rule(const struct ops *ops, enum dtype weights);
 const struct ops *ops_open(const char *device, const char *isa, struct error *why, struct error *err);
 void ops_close(const struct ops *ops); // NULL and a CPU's are fine
 
-// ---- Running: the fused op, or its composition
-// -----------------------------------------------------------------------
+// ---- Running: the fused op, or its composition --------------------------------------------------------------------
 
 void ops_norm_qkv(const struct op_ctx *ctx, const struct norm_qkv_args *a);
 void ops_qk_norm_rope_store(const struct op_ctx *ctx, const struct qk_norm_rope_store_args *a);

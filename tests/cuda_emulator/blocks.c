@@ -158,8 +158,7 @@ static unsigned below(unsigned n) {
     return (unsigned)((emulated_random() & 0xFFFFFFFFu) * n >> 32);
 }
 
-// ---- The program's static shared memory: this module's thread-local variables, of which it has no others
-// ---------------------
+// ---- The program's static shared memory: this module's thread-local variables, of which it has no others ----------
 
 struct module_memory {
     unsigned char *at;
@@ -183,8 +182,7 @@ static struct module_memory statics(void) {
     return m;
 }
 
-// ---- Switching
-// ------------------------------------------------------------------------------------------------------------
+// ---- Switching ----------------------------------------------------------------------------------------------------
 
 #if defined(__x86_64__)
 void emulated_switch(void **from, void *to);
@@ -232,8 +230,7 @@ static void set_state(struct block *b, struct fiber *f, enum thread_state state)
     b->n_in[state]++;
 }
 
-// ---- Barriers that copies arrive at
-// ---------------------------------------------------------------------------------------
+// ---- Barriers that copies arrive at -------------------------------------------------------------------------------
 
 enum { BARRIER_MADE = 0xB7 };
 
@@ -273,8 +270,7 @@ static void carry_out(struct block *b, unsigned i) {
     barrier_write(b, c.barrier, a);
 }
 
-// ---- Who goes on
-// ---------------------------------------------------------------------------------------------------------
+// ---- Who goes on --------------------------------------------------------------------------------------------------
 
 // Warp after warp, from any one on, up or down: who became ready last goes on first.
 static void all_ready(struct block *b, enum thread_state from) {
@@ -335,8 +331,7 @@ static void thread_main(void) {
     emulated_fail("a thread that had ended went on");
 }
 
-// ---- What kernels call
-// ---------------------------------------------------------------------------------------------------
+// ---- What kernels call --------------------------------------------------------------------------------------------
 
 unsigned char *emulated_dynamic_shared(void) {
     return now->shared;
@@ -686,8 +681,7 @@ void emulated_bulk_copy(void *to, const void *from, uint32_t bytes, uint64_t *ba
     if (emulated_options.keep_order || (!b->copies_last && emulated_chance(2))) carry_out(b, b->n_copies - 1);
 }
 
-// ---- Clusters
-// -----------------------------------------------------------------------------------------------------------
+// ---- Clusters -----------------------------------------------------------------------------------------------------
 
 unsigned emulated_cluster_rank(void) {
     return now->rank;
@@ -725,8 +719,7 @@ void emulated_push(void *at, const void *data, unsigned bytes, uint64_t *barrier
     if (emulated_options.keep_order || (!to->copies_last && emulated_chance(2))) carry_out(to, to->n_copies - 1);
 }
 
-// ---- Blocks
-// ------------------------------------------------------------------------------------------------------------
+// ---- Blocks -------------------------------------------------------------------------------------------------------
 
 enum { SHARED_MAPPED = (MOST_SHARED + GUARD - 1) / GUARD * GUARD + GUARD };
 

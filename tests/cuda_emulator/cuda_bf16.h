@@ -21,8 +21,7 @@
 #define __align__(n) __attribute__((aligned(n)))
 #define __shared__ static thread_local
 
-// ---- A thread's place, and where it meets others (emulator.c)
-// --------------------------------------------------------------
+// ---- A thread's place, and where it meets others (emulator.c) -----------------------------------------------------
 
 struct emulated_place {
     dim3 thread, block, block_size, grid_size;
@@ -75,8 +74,7 @@ static inline void __threadfence() {
     emulated_pause();
 }
 
-// ---- Vectors and numbers
-// ---------------------------------------------------------------------------------------------------
+// ---- Vectors and numbers ------------------------------------------------------------------------------------------
 
 struct alignas(16) uint4 {
     uint32_t x, y, z, w;
@@ -167,8 +165,7 @@ static inline __nv_bfloat162 __floats2bfloat162_rn(float low, float high) {
     return {__float2bfloat16_rn(low), __float2bfloat16_rn(high)};
 }
 
-// ---- Memory
-// ----------------------------------------------------------------------------------------------------------------
+// ---- Memory -------------------------------------------------------------------------------------------------------
 
 template <typename T> static inline T __ldcg(const T *p) {
     return *p;

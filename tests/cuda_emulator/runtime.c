@@ -35,8 +35,7 @@ struct emulator_counts emulator_counts(void) {
     return emulated_counts;
 }
 
-// ---- Memory: each allocation ends at a page that nobody may touch, and begins behind one
-// -------------------------------------
+// ---- Memory: each allocation ends at a page that nobody may touch, and begins behind one --------------------------
 
 enum { PAGE = 4096, ALIGNED = 256 };
 static const size_t total_memory = (size_t)4 << 30;
@@ -146,8 +145,7 @@ static void protect(bool read_only) {
             mprotect(a->base + PAGE, a->mapped - 2 * PAGE, read_only ? PROT_READ : PROT_READ | PROT_WRITE);
 }
 
-// ---- What is queued
-// ------------------------------------------------------------------------------------------------------------
+// ---- What is queued -----------------------------------------------------------------------------------------------
 
 enum node_kind { KERNEL, COPY, FILL, FENCE, EVENT }; // FENCE, EVENT: nothing behind it begins early
 
@@ -208,8 +206,7 @@ static void clear(struct emulated_graph *list) {
     list->n = 0;
 }
 
-// ---- Running it
-// ------------------------------------------------------------------------------------------------------------
+// ---- Running it ---------------------------------------------------------------------------------------------------
 
 enum { MOST_EARLY = 6 };
 
@@ -324,8 +321,7 @@ static struct emulated_graph *target(cudaStream_t s) {
     return s->recording ? s->recording : &s->queue;
 }
 
-// ---- The runtime's functions
-// -----------------------------------------------------------------------------------------------
+// ---- The runtime's functions --------------------------------------------------------------------------------------
 
 cudaError_t cudaGetDeviceCount(int *n) {
     *n = 1;
@@ -535,8 +531,7 @@ cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, enum cudaM
     return cudaSuccess;
 }
 
-// ---- Launches
-// --------------------------------------------------------------------------------------------------------------
+// ---- Launches -----------------------------------------------------------------------------------------------------
 
 // Dynamic shared memory beyond 48 KB must have been allowed.
 struct allowed {

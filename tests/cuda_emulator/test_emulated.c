@@ -22,8 +22,7 @@
 
 #include <cmocka.h>
 
-// ---- The same bits in every way
-// -----------------------------------------------------------------------------------------------
+// ---- The same bits in every way -----------------------------------------------------------------------------------
 
 // The size of the GPU decides on the shapes of tiles.
 static void open_gpu(uint64_t seed, int n_sms) {
@@ -283,8 +282,7 @@ static void test_heads(void **state) {
                   4 + i, 2);
 }
 
-// ---- Quantised weights
-// -------------------------------------------------------------------------------------------------------------
+// ---- Quantised weights --------------------------------------------------------------------------------------------
 
 // Those for which all kernels are made, and one for which fewer are.
 static const char *const quantised[] = {"q8_0", "q4_0", "q4_k", "q6_k", "q2_k"};
@@ -451,8 +449,7 @@ static void test_chain(void **state) {
     }
 }
 
-// ---- The most probable token, and the host's sampler, on the device
-// ----------------------------------------------------------------------------------------------
+// ---- The most probable token, and the host's sampler, on the device -----------------------------------------------
 
 // Rows shorter than a block's threads, longer than its registers hold.
 static void test_choices(void **state) {
@@ -482,8 +479,7 @@ static void test_sampling(void **state) {
     }
 }
 
-// ---- Against the oracle
-// ----------------------------------------------------------------------------------------------------------
+// ---- Against the oracle -------------------------------------------------------------------------------------------
 
 static void judge(const char *model, double logits_limit) {
     struct subject s;
@@ -502,8 +498,7 @@ static void test_oracle(void **state) {
     judge("synthetic:tiny-qwen3:q8_0", 0.6);
 }
 
-// ---- The doctor
-// ------------------------------------------------------------------------------------------------------------------
+// ---- The doctor ---------------------------------------------------------------------------------------------------
 
 // `tandem check --device cuda`: every op alone and in its place, fused and not, and the logits, against the oracles on
 // the CPU. A diagnosis that is asked although nothing is wrong names nothing.

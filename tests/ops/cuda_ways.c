@@ -35,8 +35,7 @@ uint32_t all_fused(void) {
     return mask;
 }
 
-// ---- Running a sequence one way
-// --------------------------------------------------------------------------------------
+// ---- Running a sequence one way -----------------------------------------------------------------------------------
 
 struct way {
     char name[160];
@@ -540,8 +539,7 @@ size_t compare_company(const struct subject *s, uint32_t variant, const size_t *
     return different;
 }
 
-// ---- Steps queued one behind the other
-// ---------------------------------------------------------------------------------
+// ---- Steps queued one behind the other ----------------------------------------------------------------------------
 
 // How the tokens of steps of one token are chosen, in turns; every seventh step has a second sequence beside.
 static struct sample_row chain_row(size_t step) {
@@ -742,8 +740,7 @@ void close_subject(struct subject *s) {
     model_free(s->model);
 }
 
-// ---- Against the oracle
-// ----------------------------------------------------------------------------------------------
+// ---- Against the oracle -------------------------------------------------------------------------------------------
 
 enum { ORACLE_TOKENS = 70 };
 

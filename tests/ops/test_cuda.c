@@ -308,8 +308,7 @@ static void test_choices(void **state) {
     for (size_t i = 0; i < 4; i++) assert_int_equal(compare_choices(cuda, sizes[i], rows[i], (unsigned)i), 0);
 }
 
-// ---- Opening, and what cannot be opened
-// ------------------------------------------------------------------------------
+// ---- Opening, and what cannot be opened ---------------------------------------------------------------------------
 
 static void test_devices_by_name(void **state) {
     (void)state;

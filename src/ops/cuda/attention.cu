@@ -4,8 +4,7 @@
 #include "ops/cuda/products.cuh"
 #include "ops/cuda/wide.cuh"
 
-// ---- Primitives
-// ------------------------------------------------------------------------------------------------------
+// ---- Primitives ---------------------------------------------------------------------------------------------------
 
 // A head's page into shared memory, by a warp.
 template <typename KV>
@@ -116,8 +115,7 @@ static __global__ void k_combine(float *out, const float *block_max, const float
     out[channel] = sum / s.l;
 }
 
-// ---- Fused
-// -----------------------------------------------------------------------------------------------------------
+// ---- Fused --------------------------------------------------------------------------------------------------------
 
 enum { HALF_SM = 113 * 1024 }; // the shared memory of each of two blocks on an SM
 
@@ -511,8 +509,7 @@ static __global__ void __launch_bounds__(ATTN_THREADS, TWO ? 2 : 1) k_attention(
     }
 }
 
-// ---- Launchers
-// -------------------------------------------------------------------------------------------------------
+// ---- Launchers ----------------------------------------------------------------------------------------------------
 
 static void attn_scores(const struct op_ctx *ctx, float *out, const float *q, const struct kv_layer *kv, size_t kv_head,
                         const int32_t *pages, size_t n_kv, float scale) {

@@ -63,8 +63,7 @@ static __device__ __forceinline__ int row_blocks(int position, int chunk) {
     return position < 0 || n < 0 ? 0 : min(n, (int)CHUNK_PAGES);
 }
 
-// ---- One block of 32 positions, by a warp
-// ----------------------------------------------------------------------------
+// ---- One block of 32 positions, by a warp -------------------------------------------------------------------------
 
 // q's rows, times attention's scale, rounded: [N][HD + 8]. Rows from N on are zero.
 template <int HD, int N = ROWS> struct q_rows { __nv_bfloat16 of[N][HD + 8]; };
@@ -155,8 +154,7 @@ static __device__ __forceinline__ uint4 real_slots(uint4 v, const v_slots &s, ui
                       (v.z & s.keep[2]) | (fresh & s.put[2]), (v.w & s.keep[3]) | (fresh & s.put[3]));
 }
 
-// ---- A chunk's chain
-// -------------------------------------------------------------------------------------------------------
+// ---- A chunk's chain ----------------------------------------------------------------------------------------------
 // A score is lifted: LIFT is added, which rounds it to a multiple of 2^-15 (beyond -128 to 128, of the sum's last
 // place). Then s - unit is exact wherever 2^(s - unit) is not zero, and exp2_fast of it is that of its fraction times a
 // power of two (seen for every fraction and exponent on an H200), as long as it is not positive: units are not below
@@ -242,8 +240,7 @@ static __device__ __forceinline__ void chain_values(float (&o)[4], const uint32_
     mma(o, p[2], p8[2], p[3], p8[3], v.z, v.w);
 }
 
-// ---- Combining
-// -------------------------------------------------------------------------------------------------------
+// ---- Combining ----------------------------------------------------------------------------------------------------
 // A row's unit (m) and sum (l) over the chunks so far.
 struct chain {
     float m, l;

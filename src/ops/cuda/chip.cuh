@@ -28,8 +28,7 @@ static __device__ __forceinline__ void dependency_wait() {
 #endif
 }
 
-// ---- Numbers
-// ---------------------------------------------------------------------------------------------------------
+// ---- Numbers ------------------------------------------------------------------------------------------------------
 
 // 2^x and e^x as this chip's special-function unit has them (2 units in the last place).
 static __device__ __forceinline__ float exp2_fast(float x) {
@@ -126,8 +125,7 @@ static __device__ __forceinline__ unsigned count_arrival(unsigned *counter, unsi
     return before;
 }
 
-// ---- Copies into shared memory
-// ---------------------------------------------------------------------------------------
+// ---- Copies into shared memory ------------------------------------------------------------------------------------
 // One thread asks for a bulk copy, all wait for it on a barrier in shared memory. Older chips copy with all threads.
 
 static __device__ __forceinline__ uint32_t shared_address(const void *p) {
@@ -241,8 +239,7 @@ template <bool TURNED> static __device__ __forceinline__ uint4 load_matrices(con
     return v;
 }
 
-// ---- Clusters: eight blocks that reach into each other's shared memory
-// -----------------------------------------------
+// ---- Clusters: eight blocks that reach into each other's shared memory --------------------------------------------
 
 static __device__ __forceinline__ unsigned cluster_rank() {
     unsigned rank = 0;
@@ -323,8 +320,7 @@ static __device__ __forceinline__ void push4(void *at, float v, uint64_t *bar, u
 #endif
 }
 
-// ---- Blocks that wait for each other
-// ---------------------------------------------------------------------------------
+// ---- Blocks that wait for each other ------------------------------------------------------------------------------
 
 // The block's barrier `id` (1 to 15) for n of its threads, whole warps.
 static __device__ __forceinline__ void sync_some(int id, int n) {

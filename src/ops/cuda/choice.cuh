@@ -114,8 +114,7 @@ static inline bool cuda_takes_best(const struct batch *b) {
     return r && !(r->scale > 0) && !r->ban;
 }
 
-// ---- The best row of a product, told while it is multiplied
-// ------------------------------------------------------------
+// ---- The best row of a product, told while it is multiplied -------------------------------------------------------
 
 // Of several the largest stands for the largest value, and of these for the smallest row; never 0. What is no number
 // counts as infinite: such a token means nothing.

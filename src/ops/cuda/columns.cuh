@@ -37,8 +37,7 @@ template <int HD> struct fresh_words {
     }
 };
 
-// ---- A page as the instruction's sixteen rows
-// -------------------------------------------------------------------------------------------------------
+// ---- A page as the instruction's sixteen rows ---------------------------------------------------------------------
 // Operands a, of the first of two instructions, and b, of the second, are K's slots 16 m and on with channels 32 i and
 // on, or V's channels 16 i and on with all slots. Of V's, those below `n` are in use, and slot `own` (-1: none) is this
 // step's, which the page may not have.
@@ -165,8 +164,7 @@ static __device__ __forceinline__ void fresh_scores(float (&s)[4][2], const colu
             if (8 * j + lane / 4 == own) s[j][e] = d[e];
 }
 
-// ---- A chunk
-// -------------------------------------------------------------------------------------------------------
+// ---- A chunk ------------------------------------------------------------------------------------------------------
 
 // Lifts the scores of the lane's two rows up to slot n - 1; those beyond become -inf, whose p is 0. `m`: the least
 // units for the rows, from all lanes that have them.

@@ -8,8 +8,7 @@
 #include <cuda_bf16.h>
 #include <stdint.h>
 
-// ---- Launching
-// -------------------------------------------------------------------------------------------------------
+// ---- Launching ----------------------------------------------------------------------------------------------------
 // A kernel may start before the one queued before it has ended: until `dependency_wait` it reads only what no kernel of
 // the last steps wrote (weights, old K and V), and it writes nothing. Every thread that reads or writes anything else
 // waits first; so do all blocks that end early, since a grid's end stands for the end of all before it. K and V of the
@@ -60,8 +59,7 @@ static inline dim3 grid_for(size_t x, size_t y = 1, size_t z = 1) {
     return dim3((unsigned)x, (unsigned)y, (unsigned)z);
 }
 
-// ---- Numbers
-// ---------------------------------------------------------------------------------------------------------
+// ---- Numbers ------------------------------------------------------------------------------------------------------
 
 static __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
     __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
@@ -88,8 +86,7 @@ static __device__ __forceinline__ float warp_sum(float v) {
     return v;
 }
 
-// ---- RMSNorm
-// ---------------------------------------------------------------------------------------------------------
+// ---- RMSNorm ------------------------------------------------------------------------------------------------------
 // A row's squares are summed by 256 threads: thread i takes elements 4 i .. 4 i + 3 of every 1,024, one after the
 // other; then the tree of warp_sum; then the eight warps in order. n is a multiple of 4.
 

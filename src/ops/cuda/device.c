@@ -48,8 +48,7 @@ void cuda_check(struct cuda_state *s, cudaError_t e, const char *what) {
     s->failed_at = is_alarmed(s) ? "running all layers in one kernel, whose blocks waited for each other" : what;
 }
 
-// ---- Recorded sequences
-// ----------------------------------------------------------------------------------------------
+// ---- Recorded sequences -------------------------------------------------------------------------------------------
 
 static void forget_recordings(struct cuda_state *s) {
     for (size_t i = 0; i < s->n_recordings; i++) cudaGraphExecDestroy(s->recordings[i].graph);
@@ -91,8 +90,7 @@ static void end(struct device *d) {
     s->recording = 0;
 }
 
-// ---- Memory
-// ----------------------------------------------------------------------------------------------------------
+// ---- Memory -------------------------------------------------------------------------------------------------------
 
 static size_t available(struct device *d) {
     (void)d;
@@ -243,8 +241,7 @@ static const void *show(struct device *d, const void *data, size_t bytes) {
     return s->failed == cudaSuccess ? s->shown : NULL;
 }
 
-// ---- Matrices
-// --------------------------------------------------------------------------------------------------------
+// ---- Matrices -----------------------------------------------------------------------------------------------------
 
 // Records of 8 rows by 128 columns (matrix.cuh, quantised.cuh): rows to whole pairs of units, columns to whole slices.
 static size_t matrix_bytes(struct device *d, const struct matrix *w) {
@@ -290,8 +287,7 @@ static bool can_run(struct device *d, size_t n_heads, size_t n_kv_heads, size_t 
     return true;
 }
 
-// ---- Opening
-// ---------------------------------------------------------------------------------------------------------
+// ---- Opening ------------------------------------------------------------------------------------------------------
 
 int ops_cuda_count(void) {
     int n = 0;

@@ -63,8 +63,7 @@ template <int HD> struct group_attention_shared {
     }
 };
 
-// ---- Producers
-// -------------------------------------------------------------------------------------------------------
+// ---- Producers ----------------------------------------------------------------------------------------------------
 
 static __device__ __forceinline__ work find_work(const attention_params &p, int tile) {
     work w;
@@ -265,8 +264,7 @@ static __device__ __forceinline__ void turn_pages(group_attention_shared<KV::HD>
     }
 }
 
-// ---- Consumers
-// -------------------------------------------------------------------------------------------------------
+// ---- Consumers ----------------------------------------------------------------------------------------------------
 
 // Query heads of a KV head: GROUP, so that the compiler knows where rows lie, or, where that is 0, any number.
 template <int GROUP> static __device__ __forceinline__ int heads_of(const attention_params &p) {
@@ -803,8 +801,7 @@ static __global__ void __launch_bounds__(GROUP_ATTENTION_THREADS, 1) k_group_att
 #endif
 }
 
-// ---- Launcher
-// ------------------------------------------------------------------------------------------------------------
+// ---- Launcher -----------------------------------------------------------------------------------------------------
 
 template <typename KV, int GROUP> static void launch_for(struct cuda_state *s, attention_params p, size_t tiles) {
     size_t blocks = tiles * (size_t)p.kv.n_kv_heads;

@@ -64,8 +64,7 @@ void cuda_piece_setup(struct cuda_state *s);
 void cuda_group_quantised(struct cuda_state *s, const char *what, group_args &a, int rows, enum dtype type);
 bool cuda_has_group_quantised(enum dtype type);
 
-// ---- The product
-// -----------------------------------------------------------------------------------------------------
+// ---- The product --------------------------------------------------------------------------------------------------
 
 // Tiles are counted in bands of some tiles of tokens by all rows, within a band through the tokens first: blocks that
 // run together share both weights and tokens, and those of few tiles stay in the cache.
@@ -232,8 +231,7 @@ struct part {
     int wm, wn, warp, lane;
 };
 
-// ---- Results
-// ---------------------------------------------------------------------------------------------------------
+// ---- Results ------------------------------------------------------------------------------------------------------
 // They pass through shared memory, a chain of a warp at a time: [N tokens][16 rows], so that one short piece of code,
 // which need not be fetched anew for every register, writes rows' neighbours together. Four rows stand at `place`.
 

@@ -141,8 +141,7 @@ template <typename Q> struct quantised_consumer {
     }
 };
 
-// ---- Launchers
-// -------------------------------------------------------------------------------------------------------
+// ---- Launchers ----------------------------------------------------------------------------------------------------
 
 template <typename F> static bool with_format(enum dtype type, F f) {
     switch (type) {

@@ -16,8 +16,7 @@ typedef group_shape<bf16_weights, 1, 1, 1, 64, 8, 3> shape_64x64_deep;
 // Shared by two blocks.
 typedef group_shape<bf16_weights, 1, 1, 1, 32, 5, 4, 12> shape_pair;
 
-// ---- Packing
-// ---------------------------------------------------------------------------------------------------------
+// ---- Packing ------------------------------------------------------------------------------------------------------
 
 static __device__ __forceinline__ float add_squares(float s, float4 v) {
     s = fmaf(v.x, v.x, s);
@@ -377,8 +376,7 @@ struct sharing_consumer {
     }
 };
 
-// ---- Launchers
-// -------------------------------------------------------------------------------------------------------
+// ---- Launchers ----------------------------------------------------------------------------------------------------
 
 // Tiles, and how long an H200's SMs take for them when all have one: us for a slice of columns, and for what is done
 // once a tile (docs/SPEED.md).

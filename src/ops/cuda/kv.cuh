@@ -185,8 +185,7 @@ template <int DIM> struct page_reader<fp8_kv<DIM>> {
     }
 };
 
-// ---- Norm and rotation of a head
-// ----------------------------------------------------------------------------------------------------------------
+// ---- Norm and rotation of a head ----------------------------------------------------------------------------------
 
 // A lane owns the pairs (c, c + head_dim / 2) for c = lane, lane + 32, ...; it adds its squares in that order, then
 // comes the tree of warp_sum.

@@ -20,8 +20,7 @@ struct pages_args {
     int key_blocks;
 };
 
-// ---- K: a warp has eight tokens' heads, one after the other (keys.cuh)
-// ----------------------------------------------------------------------------------------------------------------
+// ---- K: a warp has eight tokens' heads, one after the other (keys.cuh) --------------------------------------------
 
 template <int DIM> static __device__ __forceinline__ void store_keys(const pages_args &a, int warp, int lane) {
     int n_kv = a.kv.n_kv_heads, in_turn = (n_kv + HEADS_IN_TURN - 1) / HEADS_IN_TURN, t = lane % 4;
@@ -76,8 +75,7 @@ template <int DIM> static __global__ void __launch_bounds__(PAGES_THREADS) k_sto
     else store_values<DIM>(a, (block - a.key_blocks) * PAGES_WARPS + warp, lane);
 }
 
-// ---- Launcher
-// ----------------------------------------------------------------------------------------------------------------
+// ---- Launcher -----------------------------------------------------------------------------------------------------
 
 static size_t parts_of(size_t n, size_t size) {
     return (n + size - 1) / size;

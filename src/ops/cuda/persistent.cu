@@ -24,8 +24,7 @@
 static const uint32_t EMPTY = 0xFFFFFFFFu;   // on the board: a NaN that no sum is
 static const uint32_t NOTHING = 0x80000000u; // there: -0, which changes no sum
 
-// ---- Fetching
-// --------------------------------------------------------------------------------------------------------
+// ---- Fetching -----------------------------------------------------------------------------------------------------
 
 // Whether weights are stored as bf16s.
 template <typename W> static __device__ constexpr bool are_bf16() {
@@ -160,8 +159,7 @@ static __device__ __forceinline__ void fetch_all(const persistent_args &p, persi
     }
 }
 
-// ---- x, from the board to all blocks of a cluster
-// --------------------------------------------------------------------
+// ---- x, from the board to all blocks of a cluster -----------------------------------------------------------------
 
 // The sum of one row's n slices (a multiple of BOARD_ROWS), in ascending order, as they appear on the board.
 static __device__ __forceinline__ float collect(const persistent_args &p, const uint32_t *row, int n) {
@@ -302,8 +300,7 @@ static __device__ __forceinline__ void norm_inputs(const persistent_args &p, per
     __syncwarp();
 }
 
-// ---- Products
-// --------------------------------------------------------------------------------------------------------
+// ---- Products -----------------------------------------------------------------------------------------------------
 
 // Two pairs of whole units, this warp's slice; the last of an odd number twice.
 template <typename W>
@@ -441,8 +438,7 @@ static __device__ __forceinline__ void by_rows(const persistent_args &p, persist
     }
 }
 
-// ---- q, k and v
-// ------------------------------------------------------------------------------------------------------
+// ---- q, k and v ---------------------------------------------------------------------------------------------------
 
 // This block's rows of q, k and v, to the blocks that attend: the first `n_blocks`.
 template <int GROUP>
@@ -468,8 +464,7 @@ static __device__ __forceinline__ void push_qkv(const persistent_args &p, persis
         if (i + lane / 8 < n_blocks) push16(sh->qkv + to, v, &sh->qkv_arrived, (unsigned)(i + lane / 8));
 }
 
-// ---- Gate and up
-// -----------------------------------------------------------------------------------------------------
+// ---- Gate and up --------------------------------------------------------------------------------------------------
 
 // This block's 16 columns of each of its cluster's slices, to the cluster: a slice a warp.
 template <typename W>
@@ -491,8 +486,7 @@ static __device__ __forceinline__ void push_act(const persistent_args &p, persis
           make_uint2(pack_bf16(low.x, low.y), pack_bf16(high.x, high.y)), &sh->act_arrived, (unsigned)lane / 4);
 }
 
-// ---- The kernel
-// ------------------------------------------------------------------------------------------------------
+// ---- The kernel ---------------------------------------------------------------------------------------------------
 
 // The embedding's value, as the kernels of their own have it.
 template <typename W> struct table_of;
@@ -681,8 +675,7 @@ static __global__ void __launch_bounds__(PERSISTENT_THREADS, 1)
     cluster_sync(); // nobody ends while others push to it
 }
 
-// ---- Launcher
-// --------------------------------------------------------------------------------------------------------
+// ---- Launcher -----------------------------------------------------------------------------------------------------
 
 static size_t rows_of(const struct layers_shape *s) {
     return (size_t)(board_rows((int)s->n_heads) + board_rows(whole_slices((int)s->n_ff)));

@@ -6,8 +6,7 @@
 #include "ops/cuda/held.cuh"
 #include "ops/cuda/persistent_ring.cuh"
 
-// ---- Attention
-// -------------------------------------------------------------------------------------------------------
+// ---- Attention ----------------------------------------------------------------------------------------------------
 
 // q's row or k, normed and rotated: kv.cuh's load_head of what was pushed.
 static __device__ __forceinline__ void load_rotated(float (&v)[4], const float *from, const float *norm,
@@ -96,8 +95,7 @@ static __device__ __forceinline__ void prepare(const persistent_args &p, persist
     }
 }
 
-// ---- A chunk
-// --------------------------------------------------------------------------------------------------------
+// ---- A chunk ------------------------------------------------------------------------------------------------------
 // A warp finds the weights of a page; when all pages' are there, it takes sixteen channels of all of them. K's slots
 // and V's channels are the rows of the matrix instruction, and q's and p's rows its columns, as in columns.cuh: the
 // group's again and again, so that column c is row c % GROUP, and no lane is without.
@@ -321,8 +319,7 @@ static __device__ __forceinline__ void chain_chunks(persistent_shared *sh, int n
     sync_some(1, WORKERS);
 }
 
-// ---- At its own pace
-// ---------------------------------------------------------------------------------------------------
+// ---- At its own pace ----------------------------------------------------------------------------------------------
 // Every block runs through its chunks alone, and pages' slots are filled again as soon as they have been read. What
 // becomes of a chunk is noted in memory, where each block of the KV head's cluster collects some channels of all
 // chunks.

@@ -5,8 +5,7 @@
 
 #include "ops/cuda/persistent.cuh"
 
-// ---- Waiting
-// ---------------------------------------------------------------------------------------------------------
+// ---- Waiting ------------------------------------------------------------------------------------------------------
 
 // A kernel that waits for what will never come must end all the same: after a second it raises the alarm, and dies.
 static const unsigned long long PATIENCE = 1000 * 1000 * 1000; // nanoseconds
@@ -38,8 +37,7 @@ static __device__ __forceinline__ int afresh(int thread) {
     return opaque(thread) & 511;
 }
 
-// ---- The ring
-// --------------------------------------------------------------------------------------------------------
+// ---- The ring -----------------------------------------------------------------------------------------------------
 
 // A place in the ring; all warps of a block count alike.
 struct ring_place {
@@ -99,8 +97,7 @@ static __device__ __forceinline__ void give_all_back(persistent_shared *sh, kept
     kept.n = 0;
 }
 
-// ---- Where everything is
-// ---------------------------------------------------------------------------------------------
+// ---- Where everything is ------------------------------------------------------------------------------------------
 
 // What a block is.
 struct block_place {

@@ -183,8 +183,7 @@ static __device__ __forceinline__ void multiply_slice(consumer &c, bool more, ti
 static __device__ __forceinline__ void nothing() {
 }
 
-// ---- Tiles that end beside matrix instructions
-// ---------------------------------------------------------------------------------------------------------
+// ---- Tiles that end beside matrix instructions --------------------------------------------------------------------
 
 // Half of a tile's sums. Its place is found here: a register from there to the tile's end would not be there.
 template <enum ending END, int HALF>
@@ -225,8 +224,7 @@ template <enum ending END> static __device__ __forceinline__ void consume_on(con
     finish_half<END, 1>(c, before, total);
 }
 
-// ---- Tiles that end by themselves
-// ---------------------------------------------------------------------------------------------------------
+// ---- Tiles that end by themselves ---------------------------------------------------------------------------------
 
 // What becomes of a tile's sums. `where`: which tile of rows, and of tokens: known before it is multiplied, for the
 // divisions take long.

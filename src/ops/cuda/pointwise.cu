@@ -7,8 +7,7 @@
 
 enum { THREADS = 256 };
 
-// ---- Kernels
-// ---------------------------------------------------------------------------------------------------------
+// ---- Kernels ------------------------------------------------------------------------------------------------------
 
 static __global__ void k_embed(float *x, const __nv_bfloat16 *table, const int32_t *token, const int32_t *chosen, int n,
                                int columns) {
@@ -201,8 +200,7 @@ static __global__ void k_pack_rows(__nv_bfloat16 *out, const __nv_bfloat16 *rows
     if (i < n * n_in) out[unit_index(first + i / n_in, i % n_in, columns)] = rows[i / n_in * row_elements + i % n_in];
 }
 
-// ---- Launchers
-// -------------------------------------------------------------------------------------------------------
+// ---- Launchers ----------------------------------------------------------------------------------------------------
 
 static size_t blocks(size_t n, size_t per_block) {
     return (n + per_block - 1) / per_block;

@@ -41,8 +41,7 @@ static __device__ __forceinline__ const float *input_row(const product_args &p, 
     return p.x + (size_t)(p.rows ? p.rows[i] : i) * p.n_in;
 }
 
-// ---- Weights
-// ---------------------------------------------------------------------------------------------------------
+// ---- Weights ------------------------------------------------------------------------------------------------------
 
 // A kind of weights has a RECORD, the bytes of 8 rows by a slice of columns, says whether it is RARE (then fewer
 // kernels are made for it), and has
@@ -92,8 +91,7 @@ static __device__ __forceinline__ const unsigned char *pair_unit(const product_a
     return p.w[segment] + (size_t)(min(pair, p.n_pairs[segment] - 1) * 2 + odd) * unit;
 }
 
-// ---- Inputs
-// ----------------------------------------------------------------------------------------------------------
+// ---- Inputs -------------------------------------------------------------------------------------------------------
 
 // Where the shares of columns k .. k + 3 of a token stand in shared memory, and their rounding: 32 columns of a token
 // are 64 bytes, in the order of matrix.cuh.
@@ -174,8 +172,7 @@ static __device__ __forceinline__ void stage_some(const product_args &p, unsigne
     }
 }
 
-// ---- Results
-// ---------------------------------------------------------------------------------------------------------
+// ---- Results ------------------------------------------------------------------------------------------------------
 
 // What happens to a finished sum of one row and token.
 template <enum product_mode MODE>
@@ -186,8 +183,7 @@ static __device__ __forceinline__ void finish(const product_args &p, int segment
     else *at = p.b[segment] ? sum + p.b[segment][row] : sum;
 }
 
-// ---- For launchers
-// ---------------------------------------------------------------------------------------------------
+// ---- For launchers ------------------------------------------------------------------------------------------------
 
 static inline size_t round_up(size_t n, size_t to) {
     return (n + to - 1) / to * to;

@@ -22,8 +22,7 @@ template <typename F> static bool with_format(enum dtype type, F f) {
     }
 }
 
-// ---- Kernels
-// ---------------------------------------------------------------------------------------------------------
+// ---- Kernels ------------------------------------------------------------------------------------------------------
 
 template <typename Q>
 static __global__ void k_embed_quantised(float *x, const unsigned char *table, const int32_t *token,
@@ -54,8 +53,7 @@ static __global__ void k_pack_quantised(unsigned char *out, const unsigned char 
     if (t == 0 && pair == 0) Q::put_scales(record + W::INTEGERS + g * Q::SCALE_BYTES, from, slice, n_in);
 }
 
-// ---- Launchers
-// -------------------------------------------------------------------------------------------------------
+// ---- Launchers ----------------------------------------------------------------------------------------------------
 
 extern "C" size_t cuda_quantised_record(enum dtype type) {
     size_t bytes = 0;

@@ -18,8 +18,7 @@
 
 #include "ops/cuda/products.cuh"
 
-// ---- Formats
-// ---------------------------------------------------------------------------------------------------------
+// ---- Formats ------------------------------------------------------------------------------------------------------
 // What a format says of itself: BITS, BIAS, GROUP (columns of a scale), HAS_MIN, SCALE_BYTES of a row's slice;
 // `scales`, a row's scales as they are stored, with scale(c, j) of chunk c's group j, 64 times too large, and min(c,
 // j); where the stored value k of a row of the file is, and where a slice's scales are.
@@ -299,8 +298,7 @@ struct q6_k : k_scales_16 {
     }
 };
 
-// ---- Products
-// --------------------------------------------------------------------------------------------------------
+// ---- Products -----------------------------------------------------------------------------------------------------
 
 // Two stored values, one in each half of a word, as bf16s of (u - BIAS) / 64, exactly. A bf16 whose bits are u is
 // u 2^-133, subnormal or not, and 2^127 is bf16's largest power. `shift`: the values stand so many bits higher.

@@ -138,8 +138,7 @@ static __device__ __forceinline__ void pack_gated(const group_args &a, const war
     }
 }
 
-// ---- Smaller tiles (groups.cu)
-// ----------------------------------------------------------------------------------------------------------------
+// ---- Smaller tiles (groups.cu) ------------------------------------------------------------------------------------
 
 template <class S> static __device__ __forceinline__ warp_tile warp_tile_of(const piece_of_work &w, int thread) {
     return {w.row * (S::UNITS / 2) + thread / 128 % S::WM * 4 + thread / 32 % 4,

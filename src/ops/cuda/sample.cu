@@ -74,8 +74,7 @@ struct sample_step {
     choice_mark mark;
 };
 
-// ---- Parts of a row
-// --------------------------------------------------------------------------------------------------
+// ---- Parts of a row -----------------------------------------------------------------------------------------------
 
 // A block's part of its row, and the banned ids in it.
 struct span {
@@ -140,8 +139,7 @@ static __device__ __forceinline__ float from_ordered(unsigned u) {
     return __uint_as_float(u >> 31 ? u & 0x7FFFFFFFu : ~u);
 }
 
-// ---- Sums and maxima over a block; every thread gets the result
-// ------------------------------------------------------------
+// ---- Sums and maxima over a block; every thread gets the result ---------------------------------------------------
 
 static __device__ __forceinline__ void better_logit(float &best, int32_t &id, float best2, int32_t id2) {
     if (best2 > best || (best2 == best && id2 < id)) {
@@ -256,8 +254,7 @@ static __device__ __forceinline__ contest no_contest() {
     return {(double)lowest, NOBODY, lowest};
 }
 
-// ---- The best logits of parts of a row
-// ----------------------------------------------------------------------------------------------------
+// ---- The best logits of parts of a row ----------------------------------------------------------------------------
 
 // Of a block: as many that a row has between SAMPLING_FEW and MOST_TOPS.
 static __device__ __forceinline__ int tops_of_block() {
@@ -293,8 +290,7 @@ static __device__ void find_bar(const unsigned *row_tops, const sample_row &r, s
     if (thread < n && higher < r.top_k && higher + same >= r.top_k) state->bar = own;
 }
 
-// ---- The kernels
-// -----------------------------------------------------------------------------------------------------
+// ---- The kernels --------------------------------------------------------------------------------------------------
 
 // A thread's best score in the span, of a row without a filter; `best` and `best_id` become those of its first tokens
 // alone.
@@ -591,8 +587,7 @@ static __global__ void __launch_bounds__(THREADS) k_draw(sample_step s) {
     answer(s, c.id, 1);
 }
 
-// ---- Launchers
-// -------------------------------------------------------------------------------------------------------
+// ---- Launchers ----------------------------------------------------------------------------------------------------
 
 static void sample(const struct op_ctx *ctx, const struct sample_args *a) {
     struct cuda_state *c = cuda_of(ctx);

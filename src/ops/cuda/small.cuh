@@ -6,8 +6,7 @@
 #include "ops/cuda/choice.cuh"
 #include "ops/cuda/products.cuh"
 
-// ---- The standard product
-// --------------------------------------------------------------------------------------------
+// ---- The standard product -----------------------------------------------------------------------------------------
 
 // The share of lane 4 g + t in columns 2t, 2t+1 and 8+2t, 9+2t of one step, rounded.
 static __device__ __forceinline__ uint32_t rounded_pair(const float *x, int k, int n_in) {
@@ -61,8 +60,7 @@ static void launch_matmul(const struct op_ctx *ctx, float *y, const float *x, co
                   (int)n_tokens);
 }
 
-// ---- A few tokens: weights through shared memory, asked for before the kernel before has ended
-// ------------------------
+// ---- A few tokens: weights through shared memory, asked for before the kernel before has ended --------------------
 
 // A block computes PAIRS pairs of units (RESIDUAL: one unit); its warps take slices in turn.
 template <typename W, enum product_mode MODE, bool NORM, int SLOTS, int PAIRS>

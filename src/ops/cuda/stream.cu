@@ -43,8 +43,7 @@ template <typename KV, int R> struct stream_shared {
     float norms[2][KV::HD]; // the weights of q's and k's norm
 };
 
-// ---- Who does what
-// -------------------------------------------------------------------------------------------------------
+// ---- Who does what ------------------------------------------------------------------------------------------------
 
 // A chunk of a token; token n_tokens: the end.
 struct stream_place {
@@ -113,8 +112,7 @@ static __device__ __forceinline__ stream_place find_part(const stream_shared<KV,
     return {low, chunk};
 }
 
-// ---- What is on its way
-// ---------------------------------------------------------------------------------------------------
+// ---- What is on its way -------------------------------------------------------------------------------------------
 
 // Where a warp's pages come from: runs ahead of their use, through the same chunks, and of the pages' numbers by a
 // chunk more.
@@ -204,8 +202,7 @@ template <int HD, int R> struct stream_input {
     }
 };
 
-// ---- A token's KV head
-// -------------------------------------------------------------------------------------------------------
+// ---- A token's KV head --------------------------------------------------------------------------------------------
 
 // q's rows, normed and rotated; and, where this warp has the last chunk, this token's k and v (slot -1:
 // another has).
@@ -464,8 +461,7 @@ static __global__ void __launch_bounds__(ATTN_THREADS, 1) k_stream_attention(att
     }
 }
 
-// ---- Launcher
-// ------------------------------------------------------------------------------------------------------------
+// ---- Launcher -----------------------------------------------------------------------------------------------------
 
 template <typename KV, int R> static void launch_rows(struct cuda_state *s, const attention_params &p) {
     launch_kernel(s, "attention", k_stream_attention<KV, R>,

@@ -161,8 +161,7 @@ template <typename KV> static __global__ void __launch_bounds__(ATTN_THREADS, 1)
     }
 }
 
-// ---- Launcher
-// ------------------------------------------------------------------------------------------------------------
+// ---- Launcher -----------------------------------------------------------------------------------------------------
 
 template <typename KV> static void launch(struct cuda_state *s, const attention_params &p, size_t tiles) {
     launch_kernel(s, "wide attention", k_wide_attention<KV>,

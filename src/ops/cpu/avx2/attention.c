@@ -177,8 +177,7 @@ static void values_rows(const struct kv_layer *kv, float *const *out, const floa
     }
 }
 
-// ---- The four parts
-// --------------------------------------------------------------------------------------------------
+// ---- The four parts -----------------------------------------------------------------------------------------------
 
 static void attn_scores(const struct op_ctx *ctx, float *s, const float *q, const struct kv_layer *kv, size_t kv_head,
                         const int32_t *pages, size_t n_kv, float scale) {
@@ -231,8 +230,7 @@ static void attn_combine(const struct op_ctx *ctx, float *out, const float *bloc
     divide(out, l, head_dim);
 }
 
-// ---- The fused op
-// ----------------------------------------------------------------------------------------------------
+// ---- The fused op -------------------------------------------------------------------------------------------------
 
 // One block for rows [r, r + n) of a tile, n <= 2; s: their scores.
 static void add_block(const struct attention_args *a, struct rows *rows, size_t r, size_t n_rows, float *s,
@@ -272,8 +270,7 @@ static void attend(const struct attention_args *a, struct rows *rows, const int3
     for (size_t r = 0; r < rows->n; r++) divide(rows->out[r], rows->l[r], a->head_dim);
 }
 
-// ---- Many query rows: K and V of a block are widened once
-// ------------------------------------------------------------
+// ---- Many query rows: K and V of a block are widened once ---------------------------------------------------------
 
 enum { WIDE_ROWS = 6, WIDE_HEAD = 256 }; // from so many rows on; the widest head
 
@@ -431,8 +428,7 @@ static void attention_piece(void *user, size_t begin, size_t end, int thread) {
     }
 }
 
-// ---- Few tokens and long contexts: blocks of positions go to different threads
-// -------------------------------------
+// ---- Few tokens and long contexts: blocks of positions go to different threads ------------------------------------
 // Each block's maximum, sum and output are kept, and combined in order afterwards by the same function as in the
 // composition: the same bits, whoever computed which block.
 

@@ -15,8 +15,7 @@ enum {
     PAIR_FROM = 16, // tokens from which on two tiles go together
 };
 
-// ---- Tiles and epilogues
-// ---------------------------------------------------------------------------------------------
+// ---- Tiles and epilogues ------------------------------------------------------------------------------------------
 
 struct part {
     const struct matrix *w, *up; // up: NULL, or gate's partner
@@ -148,8 +147,7 @@ static void run_product(const struct op_ctx *ctx, struct product *p) {
     pool_for(ctx->pool, n, (n + pieces - 1) / pieces, product_piece, p);
 }
 
-// ---- Inputs
-// ----------------------------------------------------------------------------------------------------------
+// ---- Inputs -------------------------------------------------------------------------------------------------------
 
 static void deal_pairs(float *to, const float *from, size_t n) {
     size_t i = 0;
@@ -269,8 +267,7 @@ static void make_inputs(const struct op_ctx *ctx, struct input_job j, float *pla
     for (size_t i = 0; i < p->n_parts; i++) p->parts[i].x = x[input_of(p->parts[i].w)];
 }
 
-// ---- The ops
-// ---------------------------------------------------------------------------------------------------------
+// ---- The ops ------------------------------------------------------------------------------------------------------
 
 static void matmul(const struct op_ctx *ctx, float *y, const float *x, const struct matrix *w, size_t n_tokens) {
     struct product p = {.parts = {{.w = w, .y = y}}, .n_parts = 1, .n_tokens = n_tokens};

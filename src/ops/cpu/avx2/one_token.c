@@ -227,8 +227,7 @@ INLINE void one_token(enum dtype type, float *out, const struct matrix *w, size_
     }
 }
 
-// ---- Octets
-// ----------------------------------------------------------------------------------------------------------
+// ---- Octets -------------------------------------------------------------------------------------------------------
 // R octets at once, 1 or 2: two share broadcasts, where the sums of two fit in the registers.
 
 // Adds four columns of R octets, register i of a step's word, to the sums of their group.

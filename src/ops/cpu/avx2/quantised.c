@@ -18,8 +18,7 @@ enum {
     OCTET_COLUMNS = 1024, // columns that all tokens meet before the next ones, where nothing is unpacked: 16 KiB
 };
 
-// ---- Activations
-// -----------------------------------------------------------------------------------------------------
+// ---- Activations --------------------------------------------------------------------------------------------------
 
 // A block's q and all that follows from it alone.
 static void put_bytes(const struct act_row *row, size_t b, __m256i q) {
@@ -103,8 +102,7 @@ void avx2_round_row(struct act_row *row, const float *x, size_t n, bool bytes, b
     }
 }
 
-// ---- Products
-// --------------------------------------------------------------------------------------------------------
+// ---- Products -----------------------------------------------------------------------------------------------------
 
 INLINE __m256i load_8(const void *p) {
     return _mm256_load_si256((const __m256i *)p);
