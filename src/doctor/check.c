@@ -100,6 +100,18 @@ void doctor_poison(const struct kv_store *kv, void *memory, size_t bytes) {
     else memset(memory, 0xFF, bytes);
 }
 
+void doctor_order_pages(int32_t *pages, size_t n, uint32_t seed) {
+    for (size_t i = 0; i < n; i++) pages[i] = (int32_t)i;
+    if (seed == 0) return;
+    for (size_t i = n; i > 1; i--) {
+        seed = seed * 1664525u + 1013904223u;
+        size_t k = (size_t)(seed >> 8) % i;
+        int32_t swap = pages[i - 1];
+        pages[i - 1] = pages[k];
+        pages[k] = swap;
+    }
+}
+
 void doctor_progress(const struct doctor *d, double fraction) {
     char what[64];
     snprintf(what, sizeof what, "checking %s", stages[d->stage].name);

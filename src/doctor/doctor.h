@@ -160,6 +160,8 @@ void doctor_report_free(struct doctor_report *report);
 const char *doctor_stage_name(enum doctor_stage stage);
 // Memory of a KV store becomes NaN, wherever it is.
 void doctor_poison(const struct kv_store *kv, void *memory, size_t bytes);
+// pages[n] become 0 to n - 1: in this order where `seed` is 0, else mixed up by it.
+void doctor_order_pages(int32_t *pages, size_t n, uint32_t seed);
 bool doctor_model_is_small(const struct doctor *d); // every layer is examined, whatever the time
 bool doctor_stages_parse(const char *list, uint32_t *mask, struct error *err); // "weights,ops"
 

@@ -14,16 +14,6 @@ struct forward {
     int32_t *position, *seq, *rows, *pages; // [n] three times; [n_pages]
 };
 
-static void shuffle(int32_t *list, size_t n, uint32_t seed) {
-    for (size_t i = n; i > 1; i--) {
-        seed = seed * 1664525u + 1013904223u;
-        size_t k = (size_t)(seed >> 8) % i;
-        int32_t swap = list[i - 1];
-        list[i - 1] = list[k];
-        list[k] = swap;
-    }
-}
-
 static bool open_forward(struct forward *f, const struct doctor *d, const struct forward_options *o, size_t n,
                          size_t chunk, bool logits, struct error *err) {
     size_t n_pages = (n + KV_PAGE_TOKENS - 1) / KV_PAGE_TOKENS, all = o->page_order ? 2 * n_pages + 1 : n_pages;
@@ -40,8 +30,7 @@ static bool open_forward(struct forward *f, const struct doctor *d, const struct
     f->pages = size_alloc(all, sizeof *f->pages);
     if (!f->position || !f->seq || !f->rows || !f->pages) return error_set(err, "out of memory for %zu tokens", n);
     for (size_t i = 0; i < n; i++) f->position[i] = f->rows[i] = (int32_t)i;
-    for (size_t i = 0; i < all; i++) f->pages[i] = (int32_t)i;
-    if (o->page_order) shuffle(f->pages, all, o->page_order);
+    doctor_order_pages(f->pages, all, o->page_order);
     if (!kv_store_create_on(options.ops->device, &f->kv, &d->model->config, o->kv_type, all, err)) return false;
     f->run = run_create(d->model, &options, err);
     if (!f->run) return false;

@@ -200,16 +200,6 @@ static void fill_past(struct step *s, size_t seq) {
         }
 }
 
-static void permute(int32_t *list, size_t n, uint32_t seed) {
-    for (size_t i = n; i > 1; i--) {
-        seed = seed * 1664525u + 1013904223u;
-        size_t k = (size_t)(seed >> 8) % i;
-        int32_t swap = list[i - 1];
-        list[i - 1] = list[k];
-        list[k] = swap;
-    }
-}
-
 static bool open_kv(struct step *s, const struct op_way *way, size_t n_used, struct arena *arena, struct error *err) {
     size_t n_pages = way->page_order ? n_used + n_used / 2 + 3 : n_used;
     const struct model_config *m = s->config;
@@ -226,8 +216,8 @@ static bool open_kv(struct step *s, const struct op_way *way, size_t n_used, str
         return error_set(err, "out of memory for %zu KV pages", n_pages);
     memset(s->kv.k, 0xFF, s->kv_bytes); // NaN in every type
     memset(s->kv.v, 0xFF, s->kv_bytes);
-    for (size_t i = 0; i < n_pages; i++) order[i] = (int32_t)i, s->owner[i] = -1;
-    if (way->page_order) permute(order, n_pages, way->page_order);
+    for (size_t i = 0; i < n_pages; i++) s->owner[i] = -1;
+    doctor_order_pages(order, n_pages, way->page_order);
     memcpy((int32_t *)(uintptr_t)s->batch.pages, order, n_used * sizeof *order);
     for (size_t seq = 0; seq < s->c->n_seqs; seq++) {
         for (int32_t i = s->batch.page_start[seq]; i < s->batch.page_start[seq + 1]; i++) {
