@@ -5,6 +5,7 @@
 
 #include "engine/engine.h"
 
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -166,6 +167,7 @@ bool cli_can_color(int fd);          // main.c: is it a terminal with colours, a
 // shell's loop ends, too. A subcommand that ends in order puts its own handler in its place (NULL: cli_die again), sets
 // that handler to cli_die when it has been called, and returns EXIT_INTERRUPTED. Not for a process that ignores SIGINT.
 void cli_on_interrupt(void (*handler)(int));
+atomic_bool *cli_stop_on_interrupt(void); // puts a handler in place that sets what this returns
 void cli_die(int signal_number);
 
 // Messages and a progress bar on stderr, for what takes a struct log. All zero is a bar that was never shown.

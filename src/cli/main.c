@@ -92,6 +92,19 @@ void cli_on_interrupt(void (*handler)(int)) {
     if (!ignores_interrupt) signal(SIGINT, handler ? handler : cli_die);
 }
 
+static atomic_bool interrupted; // a signal handler can reach nothing else
+
+static void interrupt(int signal_number) {
+    (void)signal_number;
+    atomic_store(&interrupted, true);
+    cli_on_interrupt(NULL); // the second one ends the program
+}
+
+atomic_bool *cli_stop_on_interrupt(void) {
+    cli_on_interrupt(interrupt);
+    return &interrupted;
+}
+
 static void install_handlers(void) {
     static const int ends[] = {SIGINT, SIGTERM, SIGHUP};
     for (size_t i = 0; i < sizeof ends / sizeof *ends; i++)

@@ -9,14 +9,6 @@
 #include <stdio.h>
 #include <string.h>
 
-static atomic_bool stop; // what Ctrl-C sets: a signal handler can reach nothing else
-
-static void on_interrupt(int signal_number) {
-    (void)signal_number;
-    atomic_store(&stop, true);
-    cli_on_interrupt(NULL); // the second one ends the program
-}
-
 struct display {
     double started, drawn;
     bool line; // is a bar on the screen?
@@ -132,14 +124,14 @@ static int run(const struct cli_options *o) {
                                    .log = &log,
                                    .progress = show,
                                    .user = &display,
-                                   .stop = &stop};
-    cli_on_interrupt(on_interrupt);
+                                   .stop = cli_stop_on_interrupt()};
     bool ok = pull_model(&hub, &options, &result, &err);
     cli_on_interrupt(NULL);
     clear_line(&display);
     int status;
     if (ok) status = tell(o, &result, clock_seconds() - display.started);
-    else if (atomic_load(&stop)) status = cli_interrupted("what came is kept: the same command goes on from there");
+    else if (atomic_load(options.stop))
+        status = cli_interrupted("what came is kept: the same command goes on from there");
     else status = cli_fail("%s", err.text);
     if (ok) pull_result_free(&result);
     hub_settings_free(&hub);

@@ -10,14 +10,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-static atomic_bool stop; // what Ctrl-C sets: a signal handler can reach nothing else
-
-static void on_interrupt(int signal_number) {
-    (void)signal_number;
-    atomic_store(&stop, true);
-    cli_on_interrupt(NULL); // the second one ends the program
-}
-
 // Loads IN with all its values checked, and its tokenizer.
 struct source {
     struct model *model;
@@ -99,18 +91,14 @@ static int quantize(const struct cli_options *o, const struct recipe *recipe, st
     int status = EXIT_FAULT;
     double start = clock_seconds();
     if (open_source(o, pool, &log, &s)) {
-        struct convert_options options = {.recipe = recipe,
-                                          .pure = o->given[OPT_PURE],
-                                          .tokenizer = s.tokenizer,
-                                          .pool = pool,
-                                          .log = &log,
-                                          .stop = &stop};
+        struct convert_options options = {
+            .recipe = recipe, .pure = o->given[OPT_PURE], .tokenizer = s.tokenizer, .pool = pool, .log = &log};
         warn_quantised(s.model);
-        cli_on_interrupt(on_interrupt);
+        options.stop = cli_stop_on_interrupt();
         if (convert_model(s.model, o->operand_2, &options, &result, &err)) {
             status = tell(o, s.model, recipe, &result, clock_seconds() - start);
             convert_result_free(&result);
-        } else if (atomic_load(&stop)) {
+        } else if (atomic_load(options.stop)) {
             status = cli_interrupted("nothing was written");
         } else {
             cli_fail("%s", err.text);
