@@ -735,35 +735,26 @@ size_t cuda_split_floats(const struct ops *ops, const struct ops_limits *l) {
     return floats > stream ? floats : stream;
 }
 
-template <typename KV, bool FUSED, int RT, bool TWO> static void allow(struct cuda_state *s) {
-    cuda_check(s,
-               cudaFuncSetAttribute(k_attention<KV, FUSED, RT, TWO>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    (int)sizeof(attention_shared<KV, RT, TWO>)),
-               "preparing attention");
+template <typename KV, bool FUSED, int RT, bool TWO> static void allow_rows(struct cuda_state *s) {
+    allow_shared(s, "preparing attention", k_attention<KV, FUSED, RT, TWO>, sizeof(attention_shared<KV, RT, TWO>));
 }
 
-template <typename KV> static void allow_shared(struct cuda_state *s) {
+template <typename KV> static void allow(struct cuda_state *s) {
     static_assert(!HOPPER || attention_shared<KV, 2, true>::V_PAGES == ATTN_WARPS ||
                       sizeof(attention_shared<KV, 2, true>) <= HALF_SM,
                   "two blocks an SM");
-    allow<KV, false, 2, false>(s);
-    allow<KV, false, 8, false>(s);
-    allow<KV, false, 16, false>(s);
-    allow<KV, true, 2, true>(s);
-    allow<KV, true, 2, false>(s);
-    allow<KV, true, 8, false>(s);
-    allow<KV, true, 16, false>(s);
+    allow_rows<KV, false, 2, false>(s);
+    allow_rows<KV, false, 8, false>(s);
+    allow_rows<KV, false, 16, false>(s);
+    allow_rows<KV, true, 2, true>(s);
+    allow_rows<KV, true, 2, false>(s);
+    allow_rows<KV, true, 8, false>(s);
+    allow_rows<KV, true, 16, false>(s);
 }
 
 extern "C" bool cuda_attention_setup(struct cuda_state *s) {
-    allow_shared<bf16_kv<32>>(s);
-    allow_shared<fp8_kv<32>>(s);
-    allow_shared<bf16_kv<64>>(s);
-    allow_shared<fp8_kv<64>>(s);
-    allow_shared<bf16_kv<96>>(s);
-    allow_shared<fp8_kv<96>>(s);
-    allow_shared<bf16_kv<128>>(s);
-    allow_shared<fp8_kv<128>>(s);
+#define ALLOW(KV) allow<KV>(s)
+    EACH_KV(ALLOW);
     return s->failed == cudaSuccess;
 }
 

@@ -275,6 +275,11 @@ static __device__ __forceinline__ float chain_value(float sum, float a, float of
         }                                                                                                              \
     } while (0)
 
+// Calls `call` with every KV that attention is compiled for.
+#define EACH_KV(call)                                                                                                  \
+    (call(bf16_kv<32>), call(fp8_kv<32>), call(bf16_kv<64>), call(fp8_kv<64>), call(bf16_kv<96>), call(fp8_kv<96>),    \
+     call(bf16_kv<128>), call(fp8_kv<128>))
+
 // Attention of many tokens of few sequences: wide.cu. False: this batch is not for it.
 bool cuda_wide_attention(struct cuda_state *s, attention_params p, const struct batch *host, size_t n_single,
                          int head_dim, bool packed_only);

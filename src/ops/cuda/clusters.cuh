@@ -139,7 +139,7 @@ template <typename W> static bool launch_sharing(const struct op_ctx *ctx, const
 }
 
 template <typename W> static void allow_sharing(struct cuda_state *s) {
-    allow_shared(s, (const void *)k_sharing<W>);
+    allow_shared(s, "preparing products", k_sharing<W>, MAX_SHARED);
 }
 
 #endif

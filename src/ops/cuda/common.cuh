@@ -55,6 +55,12 @@ static void launch_kernel(struct cuda_state *s, const char *what, void (*kernel)
     cuda_check(s, cudaLaunchKernelEx(&config, kernel, P(args)...), what);
 }
 
+// A kernel may take so many bytes of an SM's shared memory when it is launched.
+template <typename... P>
+static void allow_shared(struct cuda_state *s, const char *what, void (*kernel)(P...), size_t bytes) {
+    cuda_check(s, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes), what);
+}
+
 static inline dim3 grid_for(size_t x, size_t y = 1, size_t z = 1) {
     return dim3((unsigned)x, (unsigned)y, (unsigned)z);
 }

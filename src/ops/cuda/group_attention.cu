@@ -831,10 +831,7 @@ bool cuda_group_attention(struct cuda_state *s, const attention_params &p, size_
 }
 
 template <typename KV, int GROUP> static void allow_for(struct cuda_state *s) {
-    cuda_check(s,
-               cudaFuncSetAttribute(k_group_attention<KV, GROUP>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    (int)sizeof(group_attention_shared<KV::HD>)),
-               "preparing attention");
+    allow_shared(s, "preparing attention", k_group_attention<KV, GROUP>, sizeof(group_attention_shared<KV::HD>));
 }
 
 template <typename KV> static void allow(struct cuda_state *s) {

@@ -183,14 +183,8 @@ extern "C" bool cuda_group_quantised_setup(struct cuda_state *s) {
             using Q = decltype(q);
             using LARGE = large_shape<quantised_weights<Q>>;
             using SMALL = small_shape<quantised_weights<Q>>;
-            cuda_check(s,
-                       cudaFuncSetAttribute(k_group<LARGE, quantised_consumer<Q>>,
-                                            cudaFuncAttributeMaxDynamicSharedMemorySize, LARGE::SHARED),
-                       "preparing products");
-            cuda_check(s,
-                       cudaFuncSetAttribute(k_group<SMALL, quantised_consumer<Q>>,
-                                            cudaFuncAttributeMaxDynamicSharedMemorySize, SMALL::SHARED),
-                       "preparing products");
+            allow_shared(s, "preparing products", k_group<LARGE, quantised_consumer<Q>>, LARGE::SHARED);
+            allow_shared(s, "preparing products", k_group<SMALL, quantised_consumer<Q>>, SMALL::SHARED);
         });
     return s->failed == cudaSuccess;
 }

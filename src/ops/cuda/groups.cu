@@ -518,8 +518,7 @@ size_t cuda_group_floats(const struct ops_limits *l) {
 }
 
 template <class S, class CONSUMER = bf16_consumer> static void allow(struct cuda_state *s) {
-    cuda_check(s, cudaFuncSetAttribute(k_group<S, CONSUMER>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::SHARED),
-               "preparing products");
+    allow_shared(s, "preparing products", k_group<S, CONSUMER>, S::SHARED);
 }
 
 // Clusters of two that the GPU holds at once.

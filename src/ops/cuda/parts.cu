@@ -132,6 +132,5 @@ bool cuda_add_and_pack(struct cuda_state *s, const char *what, const product_arg
 }
 
 void cuda_parts_setup(struct cuda_state *s) {
-    cuda_check(s, cudaFuncSetAttribute(k_add_and_pack, cudaFuncAttributeMaxDynamicSharedMemorySize, PARTS_SHARED),
-               "preparing products");
+    allow_shared(s, "preparing products", k_add_and_pack, PARTS_SHARED);
 }

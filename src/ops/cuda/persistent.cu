@@ -826,10 +826,7 @@ static bool layers(const struct op_ctx *ctx, const struct layers_args *a) {
 // All blocks must be on the GPU at once, since they wait for each other: as many clusters as it holds.
 template <typename W, int GROUP, enum pace PACE> static int clusters_that_fit(struct cuda_state *s) {
     int n = 0;
-    cuda_check(s,
-               cudaFuncSetAttribute(k_layers<W, GROUP, PACE>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    (int)sizeof(persistent_shared)),
-               "preparing the kernel of all layers");
+    allow_shared(s, "preparing the kernel of all layers", k_layers<W, GROUP, PACE>, sizeof(persistent_shared));
     struct launch l = {grid_for(CLUSTER), PERSISTENT_THREADS, sizeof(persistent_shared), CLUSTER};
     cudaLaunchAttribute attributes[MOST_ATTRIBUTES] = {};
     cudaLaunchConfig_t config = launch_config(s, l, attributes);

@@ -335,10 +335,7 @@ bool cuda_piece_product(struct cuda_state *s, const char *what, group_args &a, i
 }
 
 template <enum ending END, bool OF_MANY = false> static void allow(struct cuda_state *s) {
-    cuda_check(
-        s,
-        cudaFuncSetAttribute(k_group_pieces<END, OF_MANY>, cudaFuncAttributeMaxDynamicSharedMemorySize, shape::SHARED),
-        "preparing products");
+    allow_shared(s, "preparing products", k_group_pieces<END, OF_MANY>, shape::SHARED);
 }
 
 void cuda_piece_setup(struct cuda_state *s) {

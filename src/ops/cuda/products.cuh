@@ -189,11 +189,6 @@ static inline size_t round_up(size_t n, size_t to) {
     return (n + to - 1) / to * to;
 }
 
-static inline void allow_shared(struct cuda_state *s, const void *kernel) {
-    cuda_check(s, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, MAX_SHARED),
-               "preparing products");
-}
-
 // Products with quantised weights: of the standard path, and fused (`pairs` of units, of GATE_UP's two matrices as
 // one).
 void quantised_matmul(const struct op_ctx *ctx, float *y, const float *x, const struct matrix *w, size_t n_tokens);

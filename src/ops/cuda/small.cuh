@@ -191,12 +191,12 @@ static bool launch_small(const struct op_ctx *ctx, const char *what, const produ
 }
 
 template <typename W, enum product_mode MODE, bool NORM, int PAIRS> static void allow_small(struct cuda_state *s) {
-    allow_shared(s, (const void *)k_small<W, MODE, NORM, 1, PAIRS>);
+    allow_shared(s, "preparing products", k_small<W, MODE, NORM, 1, PAIRS>, MAX_SHARED);
     if constexpr (!W::RARE) {
-        allow_shared(s, (const void *)k_small<W, MODE, NORM, 2, PAIRS>);
-        allow_shared(s, (const void *)k_small<W, MODE, NORM, 4, PAIRS>);
+        allow_shared(s, "preparing products", k_small<W, MODE, NORM, 2, PAIRS>, MAX_SHARED);
+        allow_shared(s, "preparing products", k_small<W, MODE, NORM, 4, PAIRS>, MAX_SHARED);
     }
-    allow_shared(s, (const void *)k_small<W, MODE, NORM, 8, PAIRS>);
+    allow_shared(s, "preparing products", k_small<W, MODE, NORM, 8, PAIRS>, MAX_SHARED);
 }
 
 #endif

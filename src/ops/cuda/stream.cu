@@ -503,10 +503,7 @@ size_t cuda_stream_floats(int n_sms, const struct ops_limits *l) {
 
 template <typename KV, int R> static void allow_rows(struct cuda_state *s) {
     static_assert(sizeof(stream_shared<KV, R>) <= STREAM_SHARED, "an SM's shared memory");
-    cuda_check(s,
-               cudaFuncSetAttribute(k_stream_attention<KV, R>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    (int)sizeof(stream_shared<KV, R>)),
-               "preparing attention");
+    allow_shared(s, "preparing attention", k_stream_attention<KV, R>, sizeof(stream_shared<KV, R>));
 }
 
 template <typename KV> static void allow(struct cuda_state *s) {
@@ -516,13 +513,7 @@ template <typename KV> static void allow(struct cuda_state *s) {
 }
 
 extern "C" bool cuda_stream_setup(struct cuda_state *s) {
-    allow<bf16_kv<32>>(s);
-    allow<fp8_kv<32>>(s);
-    allow<bf16_kv<64>>(s);
-    allow<fp8_kv<64>>(s);
-    allow<bf16_kv<96>>(s);
-    allow<fp8_kv<96>>(s);
-    allow<bf16_kv<128>>(s);
-    allow<fp8_kv<128>>(s);
+#define ALLOW(KV) allow<KV>(s)
+    EACH_KV(ALLOW);
     return s->failed == cudaSuccess;
 }

@@ -156,7 +156,7 @@ static void launch_tiles(const struct op_ctx *ctx, const char *what, const produ
 }
 
 template <typename W, enum product_mode MODE, int MT, int NT> static void allow_tile(struct cuda_state *s) {
-    allow_shared(s, (const void *)k_tile<W, MODE, MT, NT>);
+    allow_shared(s, "preparing products", k_tile<W, MODE, MT, NT>, MAX_SHARED);
 }
 
 #endif

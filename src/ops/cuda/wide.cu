@@ -190,20 +190,11 @@ bool cuda_wide_attention(struct cuda_state *s, attention_params p, const struct 
 }
 
 template <typename KV> static void allow(struct cuda_state *s) {
-    cuda_check(s,
-               cudaFuncSetAttribute(k_wide_attention<KV>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    (int)sizeof(wide_shared<KV>)),
-               "preparing attention");
+    allow_shared(s, "preparing attention", k_wide_attention<KV>, sizeof(wide_shared<KV>));
 }
 
 extern "C" bool cuda_wide_setup(struct cuda_state *s) {
-    allow<bf16_kv<32>>(s);
-    allow<fp8_kv<32>>(s);
-    allow<bf16_kv<64>>(s);
-    allow<fp8_kv<64>>(s);
-    allow<bf16_kv<96>>(s);
-    allow<fp8_kv<96>>(s);
-    allow<bf16_kv<128>>(s);
-    allow<fp8_kv<128>>(s);
+#define ALLOW(KV) allow<KV>(s)
+    EACH_KV(ALLOW);
     return s->failed == cudaSuccess;
 }
