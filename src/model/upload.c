@@ -24,8 +24,8 @@ static bool matrix(struct upload *u, const struct matrix *w, struct matrix *out)
     size_t n = u->device->matrix_bytes(u->device, w);
     if (n == 0)
         return error_set(u->err,
-                         "%s cannot multiply tensor %s [%zu, %zu]: its type is %s; a quantised type, or BF16 with rows "
-                         "of a multiple of 4, is expected",
+                         "%s cannot multiply tensor %s [%zu, %zu]: its type is %s; a quantised type (tandem quantize "
+                         "makes one), or BF16 with rows of a multiple of 4, is expected",
                          u->device->name, w->name, w->n_out, w->n_in, dtype_info(w->type)->name);
     if (!size_add(u->bytes, n, &u->bytes)) return error_set(u->err, "tensor %s is too large", w->name);
     if (!u->out) return true;
