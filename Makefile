@@ -44,11 +44,21 @@ NVCC ?= $(or $(shell command -v nvcc 2>/dev/null),$(wildcard /usr/local/cuda/bin
 CUDA ?= $(if $(NVCC),1,0)
 ifeq ($(CUDA),1)
 CUDA_HOME ?= $(patsubst %/bin/nvcc,%,$(realpath $(NVCC)))
-# Hopper's own code: the kernels use its copies into shared memory and its launches before the end of the one before.
-CUDA_ARCH ?= -gencode arch=compute_90a,code=sm_90a
+# 90: Hopper's own code, whose kernels use its copies into shared memory, its matrix instructions of warp groups and its
+# launches before the end of the one before. 80: code for every chip from Ampere on. What this machine's GPU wants, if any.
+ifndef CUDA_CHIP
+CUDA_CHIP := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | \
+    awk '$$1 == "9.0" { h = 1 } { n++ } END { print n && !h ? 80 : 90 }')
+endif
 # No contraction, as on the CPU: a sum is the same in every kernel.
-NVCCFLAGS = -O3 -std=c++17 -fmad=false -lineinfo -Xcompiler -fPIC,-fvisibility=hidden,-fno-exceptions,-fno-rtti,-fno-threadsafe-statics
-CPPFLAGS += -DTANDEM_CUDA -isystem $(CUDA_HOME)/include
+NVCCFLAGS = -DTANDEM_CUDA_CHIP=$(CUDA_CHIP) -O3 -std=c++17 -fmad=false -lineinfo -Xcompiler -fPIC,-fvisibility=hidden,-fno-exceptions,-fno-rtti,-fno-threadsafe-statics
+ifeq ($(CUDA_CHIP),90)
+CUDA_ARCH ?= -gencode arch=compute_90a,code=sm_90a
+else
+CUDA_ARCH ?= -gencode arch=compute_80,code=sm_80 -gencode arch=compute_80,code=compute_80
+NVCCFLAGS += -diag-suppress 128,177 # of Hopper's kernels parts are left that nothing calls
+endif
+CPPFLAGS += -DTANDEM_CUDA -DTANDEM_CUDA_CHIP=$(CUDA_CHIP) -isystem $(CUDA_HOME)/include
 LDLIBS += -L$(CUDA_HOME)/lib64 -lcudart_static -ldl -lrt
 CUDA_SRC := $(sort $(wildcard src/ops/cuda/*.cu))
 else
@@ -75,7 +85,7 @@ $(BUILD)/src/server/page.o: src/server/page.html
 
 # What was built with CUDA and what without must not mix when nvcc has come or gone since.
 $(BUILD)/cuda: force
-	@mkdir -p $(@D); echo '$(CUDA) $(CUDA_ARCH)' | cmp -s - $@ || echo '$(CUDA) $(CUDA_ARCH)' > $@
+	@mkdir -p $(@D); echo '$(CUDA) $(CUDA_CHIP) $(CUDA_ARCH)' | cmp -s - $@ || echo '$(CUDA) $(CUDA_CHIP) $(CUDA_ARCH)' > $@
 $(CUDA_SRC:%.cu=$(BUILD)/%.o) $(addprefix $(BUILD)/src/,ops/open.o): $(BUILD)/cuda
 
 # Every object of the library, internal symbols visible: for the program and the tests.
@@ -127,7 +137,7 @@ EMULATOR = tests/cuda_emulator
 EMULATED_SRC = $(sort $(wildcard src/ops/cuda/*.c src/ops/cuda/*.cu)) src/ops/open.c
 emulated_objects = $(addprefix $(BUILD)/$(1)/,$(addsuffix .o,$(basename $(EMULATED_SRC)))) \
     $(patsubst %,$(BUILD)/$(EMULATOR)/%.o,blocks runtime)
-EMULATED_CPPFLAGS = -D_GNU_SOURCE -DTANDEM_CUDA -DTANDEM_CUDA_EMULATED=$(if $(filter emulated_80,$(1)),80,90) -I$(EMULATOR) $(if $(filter emulated_sown,$(1)),-I$(BUILD)/sown/src) -Isrc -Iinclude
+EMULATED_CPPFLAGS = -D_GNU_SOURCE -DTANDEM_CUDA -DTANDEM_CUDA_CHIP=$(if $(filter emulated_80,$(1)),80,90) -I$(EMULATOR) $(if $(filter emulated_sown,$(1)),-I$(BUILD)/sown/src) -Isrc -Iinclude
 # As nvcc is told, and as it understands the language: bits may be read as another type.
 EMULATED_CXXFLAGS = -std=gnu++17 -O2 -g -ffp-contract=off -fno-strict-aliasing -fno-exceptions -fno-rtti -fno-threadsafe-statics \
     -Wall -Wno-unknown-pragmas -Wno-unused-variable -Wno-maybe-uninitialized
@@ -425,6 +435,7 @@ help:
 	@echo 'make asan-serve, tsan-serve    the server'\''s end-to-end tests on these builds (SERVE_TESTS="serve")'
 	@echo 'make fuzz       every fuzz target for FUZZ_SECONDS=20 (FUZZ_SEED=0: another seed each time)'
 	@echo 'make gpu-check, gpu-sanitize, gpu-mistakes, gpu-bench    on a machine with a GPU and nvcc'
+	@echo 'CUDA=0 leaves the GPU out; CUDA_CHIP=90: for Hopper, 80: for other GPUs from Ampere on'
 	@echo 'make format     clang-format; make lint checks it and the limits of style'
 	@echo 'make clean'
 

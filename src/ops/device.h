@@ -60,7 +60,7 @@ struct device {
 
     // Kernels that stand in for others and return the same bits: bit i of `variants` is set when variant_names[i] is in
     // use, which may change while nothing is recorded.
-    const char *const *variant_names;
+    const char *const *variant_names; // [n_variants], then those that other devices of its kind have, then NULL
     size_t n_variants;
     uint32_t variants;
 

@@ -79,7 +79,8 @@ typedef struct cudaLaunchConfig {
 } cudaLaunchConfig_t;
 
 cudaError_t cudaGetDeviceCount(int *n);
-cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *p, int device);
+cudaError_t emulated_properties(struct cudaDeviceProp *p, int device, int chip); // chip: 90, or 86 of the older ones
+#define cudaGetDeviceProperties(p, device) emulated_properties(p, device, TANDEM_CUDA_CHIP >= 90 ? 90 : 86)
 cudaError_t cudaSetDevice(int device);
 cudaError_t cudaDriverGetVersion(int *version);
 cudaError_t cudaGetLastError(void);

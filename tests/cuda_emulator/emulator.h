@@ -29,6 +29,7 @@
 struct emulator_options {
     uint64_t seed;
     int n_sms;       // 0: 8
+    int chip;        // its compute capability, times ten; 0: one that the sources are compiled for, 9.0 or 8.6
     bool keep_order; // threads, blocks and copies in their natural order, and none early
 };
 void emulator_set(const struct emulator_options *options);

@@ -333,9 +333,13 @@ cudaError_t emulated_clusters(int *n, const cudaLaunchConfig_t *c) {
     return cudaSuccess;
 }
 
-cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *p, int device) {
+static int most_shared = MOST_SHARED; // of a block's dynamic shared memory
+
+cudaError_t emulated_properties(struct cudaDeviceProp *p, int device, int chip) {
     if (device != 0) return cudaErrorInvalidValue;
-    *p = (struct cudaDeviceProp){.totalGlobalMem = total_memory, .major = 9, .minor = 0};
+    if (emulated_options.chip) chip = emulated_options.chip;
+    *p = (struct cudaDeviceProp){.totalGlobalMem = total_memory, .major = chip / 10, .minor = chip % 10};
+    most_shared = chip == 90 || chip == 100 ? MOST_SHARED : chip == 80 ? 163 * 1024 : 99 * 1024;
     snprintf(p->name, sizeof p->name, "emulated on the CPU");
     p->multiProcessorCount = sms();
     return cudaSuccess;
@@ -542,7 +546,7 @@ struct allowed {
 static struct allowed *allowed;
 
 cudaError_t emulated_allow_shared(const void *kernel, int bytes) {
-    if (bytes < 0 || bytes > MOST_SHARED) return cudaErrorInvalidValue;
+    if (bytes < 0 || bytes > most_shared) return cudaErrorInvalidValue;
     struct allowed *a = malloc(sizeof *a);
     if (!a) return cudaErrorMemoryAllocation;
     *a = (struct allowed){kernel, (size_t)bytes, allowed};

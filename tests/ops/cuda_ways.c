@@ -220,8 +220,8 @@ static void add_mixed(struct ways *all, uint32_t fusion, size_t n_single) {
 }
 
 uint32_t variant_named(const char *name) {
-    for (size_t i = 0; i < cuda->device->n_variants; i++)
-        if (strcmp(cuda->device->variant_names[i], name) == 0) return 1u << i;
+    for (size_t i = 0; cuda->device->variant_names[i]; i++)
+        if (strcmp(cuda->device->variant_names[i], name) == 0) return i < cuda->device->n_variants ? 1u << i : 0;
     fail_msg("no variant is called %s", name);
     return 0;
 }

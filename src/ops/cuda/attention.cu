@@ -118,17 +118,18 @@ static __global__ void k_combine(float *out, const float *block_max, const float
 // ---- Fused --------------------------------------------------------------------------------------------------------
 
 enum { HALF_SM = 113 * 1024 }; // the shared memory of each of two blocks on an SM
+enum { LITTLE_SHARED = HOPPER ? (int)HALF_SM : (int)SM_SHARED };
 
 // RT: at least the rows of a tile. TWO: the block shares its SM with another one. V pages for which there is no room
-// then, the last warps', take their K pages' place.
+// then, or on a chip with little shared memory, the last warps', take their K pages' place.
 template <typename KV, int RT, bool TWO> struct attention_shared {
     static constexpr int HD = KV::HD, Q = RT > 2 ? ROWS : 2;
     static constexpr int HALVES = RT > 8 ? 2 : 1;      // rows g and g + 8 of a matrix instruction, or g
     static constexpr int LANES = RT < 8 ? 4 * RT : 32; // that have a row g < RT
     // About what all but the pages takes.
     static constexpr int BESIDE = (int)sizeof(q_rows<HD, Q>) + 16 * HD + HALVES * CHUNK_PAGES * (LANES * 16 + 32) + 512;
-    static constexpr int ROOM = ((int)HALF_SM - BESIDE) / KV::BYTES - ATTN_WARPS;
-    static constexpr int V_PAGES = !TWO || ROOM > ATTN_WARPS ? (int)ATTN_WARPS : ROOM > 1 ? ROOM : 1;
+    static constexpr int ROOM = ((int)LITTLE_SHARED - BESIDE) / KV::BYTES - ATTN_WARPS;
+    static constexpr int V_PAGES = (HOPPER && !TWO) || ROOM > ATTN_WARPS ? (int)ATTN_WARPS : ROOM > 1 ? ROOM : 1;
     alignas(64) unsigned char k[ATTN_WARPS][KV::BYTES], v[V_PAGES][KV::BYTES];
     uint4 pairs[CHUNK_PAGES][HALVES][LANES]; // a chunk's p, in their page's units
     alignas(16) float units[8 * HALVES][CHUNK_PAGES];
@@ -204,14 +205,18 @@ static __device__ __forceinline__ void weigh_page(attention_shared<KV, RT, TWO> 
 #else
     const uint4 *from_k = reinterpret_cast<const uint4 *>(head_page(p.kv, false, pages[index], kv_head));
     const uint4 *from_v = reinterpret_cast<const uint4 *>(head_page(p.kv, true, pages[index], kv_head));
+    uint4 *to_k = reinterpret_cast<uint4 *>(sh->k[warp]), *to_v = reinterpret_cast<uint4 *>(sh->v_page(warp));
     for (int i = lane; i < KV::BYTES / 16; i += 32) {
-        reinterpret_cast<uint4 *>(sh->k[warp])[i] = from_k[i];
-        reinterpret_cast<uint4 *>(sh->v_page(warp))[i] = from_v[i]; // a place of its own: not TWO
+        to_k[i] = from_k[i];
+        if (to_v != to_k) to_v[i] = from_v[i];
     }
     __syncwarp();
 #endif
     scores<KV, tall>(s, &sh->q, sh->k[warp], lane, &sh->fresh, slot);
     __syncwarp();
+#if !HOPPER
+    for (int i = lane; to_v == to_k && i < KV::BYTES / 16; i += 32) to_v[i] = from_v[i];
+#endif
     if (asks && sh->shares(warp)) ask_for(sh, p, true, kv_head, page, warp);
     else if (asks && next_page >= 0) ask_for(sh, p, false, kv_head, next_page, warp);
 #pragma unroll
@@ -610,8 +615,8 @@ static void launch_attention(struct cuda_state *s, const attention_params &p, si
         launch_kernel(s, "attention", kernel,
                       {grid_for(n_tokens, (size_t)p.kv.n_kv_heads, blocks), ATTN_THREADS, shared}, q);
     };
-    if constexpr (FUSED)
-        if (HOPPER && tiles > (size_t)s->n_sms && p.rows <= 2)
+    if constexpr (HOPPER && FUSED)
+        if (tiles > (size_t)s->n_sms && p.rows <= 2)
             return launch(k_attention<KV, FUSED, 2, true>, sizeof(attention_shared<KV, 2, true>));
     if (p.rows <= 2) launch(k_attention<KV, FUSED, 2, false>, sizeof(attention_shared<KV, 2, false>));
     else if (p.rows <= 8) launch(k_attention<KV, FUSED, 8, false>, sizeof(attention_shared<KV, 8, false>));
@@ -743,10 +748,11 @@ template <typename KV> static void allow(struct cuda_state *s) {
     static_assert(!HOPPER || attention_shared<KV, 2, true>::V_PAGES == ATTN_WARPS ||
                       sizeof(attention_shared<KV, 2, true>) <= HALF_SM,
                   "two blocks an SM");
+    static_assert(sizeof(attention_shared<KV, 16, false>) <= SM_SHARED, "an SM's shared memory");
     allow_rows<KV, false, 2, false>(s);
     allow_rows<KV, false, 8, false>(s);
     allow_rows<KV, false, 16, false>(s);
-    allow_rows<KV, true, 2, true>(s);
+    if constexpr (HOPPER) allow_rows<KV, true, 2, true>(s);
     allow_rows<KV, true, 2, false>(s);
     allow_rows<KV, true, 8, false>(s);
     allow_rows<KV, true, 16, false>(s);

@@ -7,11 +7,11 @@
 #include <cuda_bf16.h>
 #include <stdint.h>
 
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-#define HOPPER 1 // bulk copies and programmatic dependence
-#else
-#define HOPPER 0
-#endif
+// The chips that a build is for (the Makefile's CUDA_CHIP). 90: Hopper, with bulk copies and programmatic dependence;
+// 80: every chip from Ampere on, without.
+#define HOPPER (TANDEM_CUDA_CHIP >= 90)
+// What a block may have of an SM's shared memory: of the older chips 8.6, 8.9 and 12.0 have the least.
+enum { SM_SHARED = (HOPPER ? 227 : 99) * 1024 };
 
 // A block's shared memory whose size its launch decides.
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
@@ -47,7 +47,11 @@ static __device__ __forceinline__ float reciprocal_fast(float x) {
 // The products of two pairs of bf16s, rounded once; subnormal numbers count.
 static __device__ __forceinline__ uint32_t mul_bf16_pairs(uint32_t a, uint32_t b) {
     uint32_t d;
+#if HOPPER
     asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+#else
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(0x80008000u)); // - 0: the same
+#endif
     return d;
 }
 

@@ -43,7 +43,7 @@ static inline cudaLaunchConfig_t launch_config(struct cuda_state *s, struct laun
     config.dynamicSmemBytes = l.shared;
     config.stream = s->stream;
     config.attrs = attributes;
-    config.numAttrs = l.cluster ? 2 : 1;
+    config.numAttrs = l.cluster ? 2 : HOPPER ? 1 : 0;
     return config;
 }
 

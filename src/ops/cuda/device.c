@@ -10,22 +10,22 @@
 #include <string.h>
 
 enum {
+    HOPPER = TANDEM_CUDA_CHIP >= 90, // as in chip.cuh
     MAX_RECORDINGS = 512,
-    CHIP = 90,
     STAGING = 64 << 20,
     LEFT_OUT = 128, // tokens: fewer cost a layer less than gathering the others does (docs/SPEED.md)
 };
 
 // Those that `make gpu-check` has held against the others on a GPU are on by default.
 enum {
-    VARIANTS_PROVEN = VARIANT_WIDE_ATTENTION | VARIANT_WGMMA | VARIANT_PERSISTENT | VARIANT_STREAM_ATTENTION |
-                      VARIANT_CLUSTERS | VARIANT_WGMMA_QUANTISED | VARIANT_STORE_HEADS | VARIANT_WGMMA_ATTENTION |
-                      VARIANT_PARTS | VARIANT_CHAINED | VARIANT_BESIDE
+    VARIANTS_PROVEN = HOPPER ? VARIANT_WIDE_ATTENTION | VARIANT_WGMMA | VARIANT_PERSISTENT | VARIANT_STREAM_ATTENTION |
+                                   VARIANT_CLUSTERS | VARIANT_WGMMA_QUANTISED | VARIANT_STORE_HEADS |
+                                   VARIANT_WGMMA_ATTENTION | VARIANT_PARTS | VARIANT_CHAINED | VARIANT_BESIDE
+                             : VARIANT_STORE_HEADS
 };
-static const char *const variant_names[N_VARIANTS] = {"wide-attention",   "persistent",       "wgmma",
-                                                      "stream-attention", "cluster-products", "wgmma-quantised",
-                                                      "store-heads",      "wgmma-attention",  "products-in-parts",
-                                                      "chained-steps",    "choice-beside"};
+static const char *const variant_names[N_VARIANTS + 1] = {
+    "store-heads",     "wide-attention",  "persistent",        "wgmma",         "stream-attention", "cluster-products",
+    "wgmma-quantised", "wgmma-attention", "products-in-parts", "chained-steps", "choice-beside",    NULL};
 
 struct recording {
     uint64_t key;
@@ -324,10 +324,11 @@ static bool start(struct cuda_state *s, struct error *err) {
         snprintf(s->device.name, sizeof s->device.name, "%s (%.120s)", s->short_name, p.name);
         s->device.memory = p.totalGlobalMem;
         s->n_sms = p.multiProcessorCount;
-        if (p.major * 10 + p.minor != CHIP)
-            return error_set(err,
-                             "device %s: its compute capability is %d.%d; this build has kernels for 9.0 (H100, H200)",
-                             s->device.name, p.major, p.minor);
+        int chip = p.major * 10 + p.minor;
+        if (HOPPER ? chip != 90 : chip < 80)
+            return error_set(err, "device %s: its compute capability is %d.%d; this build has kernels for %s",
+                             s->device.name, p.major, p.minor,
+                             HOPPER ? "9.0 (H100, H200; make CUDA_CHIP=80 builds for others)" : "8.0 and later");
         e = cudaSetDevice(s->index);
     }
     if (e == cudaSuccess) e = cudaStreamCreateWithFlags(&s->stream, cudaStreamNonBlocking);
@@ -390,7 +391,7 @@ const struct ops *ops_cuda_open(int index, struct error *err) {
                                 .begin = begin,
                                 .end = end,
                                 .variant_names = variant_names,
-                                .n_variants = N_VARIANTS,
+                                .n_variants = HOPPER ? N_VARIANTS : N_ANY_CHIP,
                                 .variants = VARIANTS_PROVEN,
                                 .kv_types = 1u << DTYPE_BF16 | 1u << DTYPE_FP8};
     s->ops =

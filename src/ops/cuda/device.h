@@ -20,13 +20,14 @@ enum {
 
 // Kernels that may stand in for others and return the same bits, as device.variants numbers them (device.c names them).
 enum {
-    VARIANT_WIDE_ATTENTION = 1 << 0,
-    VARIANT_PERSISTENT = 1 << 1,
-    VARIANT_WGMMA = 1 << 2,
-    VARIANT_STREAM_ATTENTION = 1 << 3,
-    VARIANT_CLUSTERS = 1 << 4,
-    VARIANT_WGMMA_QUANTISED = 1 << 5,
-    VARIANT_STORE_HEADS = 1 << 6,
+    VARIANT_STORE_HEADS = 1 << 0,
+    N_ANY_CHIP = 1, // the rest is Hopper's
+    VARIANT_WIDE_ATTENTION = 1 << 1,
+    VARIANT_PERSISTENT = 1 << 2,
+    VARIANT_WGMMA = 1 << 3,
+    VARIANT_STREAM_ATTENTION = 1 << 4,
+    VARIANT_CLUSTERS = 1 << 5,
+    VARIANT_WGMMA_QUANTISED = 1 << 6,
     VARIANT_WGMMA_ATTENTION = 1 << 7,
     VARIANT_PARTS = 1 << 8,
     VARIANT_CHAINED = 1 << 9,

@@ -151,7 +151,7 @@ struct persistent_shared {
     uint64_t x_arrived, qkv_arrived, chunks_arrived, act_arrived;
 };
 
-static_assert(sizeof(persistent_shared) <= MAX_SHARED, "an SM's shared memory");
+static_assert(!HOPPER || sizeof(persistent_shared) <= MAX_SHARED, "an SM's shared memory");
 static_assert((int)MOST_LAYERS < (int)NUMBERED_LAYERS, "what notes are numbered by, all bits set at first");
 
 #endif

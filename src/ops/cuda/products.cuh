@@ -19,7 +19,7 @@ enum product_mode {
     PRODUCT_GATE_UP,  // y = silu(W0 x) * (W1 x)
 };
 
-enum { PRODUCT_THREADS = 256, WARPS = PRODUCT_THREADS / 32, MAX_SHARED = 226 * 1024 };
+enum { PRODUCT_THREADS = 256, WARPS = PRODUCT_THREADS / 32, MAX_SHARED = SM_SHARED - 1024 };
 
 struct product_args {
     const unsigned char *w[3]; // units of 8 rows, each a record for every slice

@@ -158,17 +158,11 @@ struct stream_source {
         }
         const unsigned char *from = head_page(p.kv, item % 2, __shfl_sync(~0u, number, item / 2), head);
         unsigned char *to = sh->page[warp][slot];
-#if HOPPER
         if (lane == 0) {
             barrier_expect(&sh->arrived[warp][slot], shared::PAGE);
             // Of short contexts the page that this step's K and V go to is most of what is read.
             bulk_copy_once(to, from, shared::PAGE, &sh->arrived[warp][slot], p.max_chunks > 1);
         }
-#else
-        for (int i = lane; i < shared::PAGE / 16; i += 32)
-            reinterpret_cast<uint4 *>(to)[i] = reinterpret_cast<const uint4 *>(from)[i];
-        __syncwarp();
-#endif
         item++;
         slot = slot + 1 == shared::STAGES ? 0 : slot + 1;
     }
@@ -389,7 +383,7 @@ static __global__ void __launch_bounds__(ATTN_THREADS, 1) k_stream_attention(att
     shared *sh = reinterpret_cast<shared *>(raw);
     constexpr int HD = KV::HD;
     int thread = (int)threadIdx.x, warp = thread / 32, lane = thread % 32;
-    if (HOPPER && lane == 0) {
+    if (lane == 0) {
         for (int i = 0; i < shared::STAGES; i++) barrier_init(&sh->arrived[warp][i]);
         barrier_fence();
     }
@@ -482,7 +476,7 @@ bool cuda_stream_attention(struct cuda_state *s, const attention_params &params,
     // contexts in bf16 such blocks read more.
     enum { MOST_CHUNKS = 8 };
     size_t few = (size_t)s->n_sms * (p.rows <= 2 ? 4 : 1);
-    if (!(s->device.variants & VARIANT_STREAM_ATTENTION) || tiles <= few || n_tokens > STREAM_TOKENS ||
+    if (!HOPPER || !(s->device.variants & VARIANT_STREAM_ATTENTION) || tiles <= few || n_tokens > STREAM_TOKENS ||
         p.rows > STREAM_ROWS || (!p.kv.is_fp8 && p.max_chunks > MOST_CHUNKS))
         return false;
     p.split =
@@ -513,6 +507,7 @@ template <typename KV> static void allow(struct cuda_state *s) {
 }
 
 extern "C" bool cuda_stream_setup(struct cuda_state *s) {
+    if (!HOPPER) return true;
 #define ALLOW(KV) allow<KV>(s)
     EACH_KV(ALLOW);
     return s->failed == cudaSuccess;

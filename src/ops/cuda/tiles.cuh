@@ -38,7 +38,9 @@ template <bool NORM> static __global__ void k_pack_inputs(product_args p, __nv_b
 template <typename W, int MT, int NT> struct tile_shape {
     static constexpr int UNITS = 4 * MT, TOKENS = 4 * NT, INPUT = SLICE * 16; // INPUT: bytes of 8 tokens
     static constexpr int STAGE = UNITS * W::RECORD + TOKENS * INPUT;
-    static constexpr int STAGES = STAGE > 48 * 1024 ? 3 : STAGE > 24 * 1024 ? 4 : 6;
+    // Where a stage is loaded when it is wanted, one is enough.
+    static constexpr int STAGES = !HOPPER ? 1 : STAGE > 48 * 1024 ? 3 : STAGE > 24 * 1024 ? 4 : 6;
+    static_assert(STAGE * STAGES <= MAX_SHARED, "an SM's shared memory");
 };
 
 template <typename W, enum product_mode MODE, int MT, int NT>

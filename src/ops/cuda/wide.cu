@@ -25,15 +25,10 @@ static __device__ __forceinline__ void load_page(wide_shared<KV> *sh, const atte
                                                  int page, int slot, int lane) {
     const unsigned char *from = head_page(p.kv, of_v, page, kv_head);
     unsigned char *to = of_v ? sh->v[slot] : sh->k[slot];
-#if HOPPER
     if (lane != 0) return;
     uint64_t *bar = of_v ? &sh->v_arrived[slot] : &sh->k_arrived[slot];
     barrier_expect(bar, KV::BYTES);
     bulk_copy(to, from, KV::BYTES, bar);
-#else
-    for (int i = lane; i < KV::BYTES / 16; i += 32)
-        reinterpret_cast<uint4 *>(to)[i] = reinterpret_cast<const uint4 *>(from)[i];
-#endif
 }
 
 // scores of attention.cuh, with q in registers.
@@ -97,7 +92,7 @@ template <typename KV> static __global__ void __launch_bounds__(ATTN_THREADS, 1)
     int thread = (int)threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
     int kv_head = (int)blockIdx.x, group = p.n_heads / p.kv.n_kv_heads, token;
     dependents_may_start();
-    if (HOPPER && lane == 0) {
+    if (lane == 0) {
         barrier_init(&sh->k_arrived[warp]);
         barrier_init(&sh->v_arrived[warp]);
         barrier_fence();
@@ -169,7 +164,7 @@ template <typename KV> static void launch(struct cuda_state *s, const attention_
 }
 
 bool cuda_wide_takes(const struct cuda_state *s, const struct batch *host, size_t n_single) {
-    return s->device.variants & VARIANT_WIDE_ATTENTION &&
+    return HOPPER && s->device.variants & VARIANT_WIDE_ATTENTION &&
            host->n_tokens - n_single >= FROM_TOKENS * (host->n_seqs - n_single);
 }
 
@@ -194,6 +189,7 @@ template <typename KV> static void allow(struct cuda_state *s) {
 }
 
 extern "C" bool cuda_wide_setup(struct cuda_state *s) {
+    if (!HOPPER) return true;
 #define ALLOW(KV) allow<KV>(s)
     EACH_KV(ALLOW);
     return s->failed == cudaSuccess;

@@ -1,5 +1,4 @@
-// chip.cuh: in the place of src/ops/cuda/chip.cuh, for the emulator (emulator.h). TANDEM_CUDA_EMULATED: 90 or 80, which
-// of the sources' paths is compiled.
+// chip.cuh: in the place of src/ops/cuda/chip.cuh, for the emulator (emulator.h).
 #ifndef TANDEM_TESTS_CHIP_CUH
 #define TANDEM_TESTS_CHIP_CUH
 
@@ -7,7 +6,8 @@
 
 #include <stdint.h>
 
-#define HOPPER (TANDEM_CUDA_EMULATED >= 90)
+#define HOPPER (TANDEM_CUDA_CHIP >= 90)
+enum { SM_SHARED = (HOPPER ? 227 : 99) * 1024 };
 #define DYNAMIC_SHARED(name) unsigned char *name = emulated_dynamic_shared()
 
 static inline void dependents_may_start() {
