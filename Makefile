@@ -86,7 +86,7 @@ $(BUILD)/src/server/page.o: src/server/page.html
 # What was built with CUDA and what without must not mix when nvcc has come or gone since.
 $(BUILD)/cuda: force
 	@mkdir -p $(@D); echo '$(CUDA) $(CUDA_CHIP) $(CUDA_ARCH)' | cmp -s - $@ || echo '$(CUDA) $(CUDA_CHIP) $(CUDA_ARCH)' > $@
-$(CUDA_SRC:%.cu=$(BUILD)/%.o) $(addprefix $(BUILD)/src/,ops/open.o): $(BUILD)/cuda
+$(CUDA_SRC:%.cu=$(BUILD)/%.o) $(addprefix $(BUILD)/src/ops/,open.o cuda/device.o): $(BUILD)/cuda
 
 # Every object of the library, internal symbols visible: for the program and the tests.
 $(BUILD)/libtandem_all.a: $(LIB_OBJ) $(BUILD)/cuda
