@@ -16,7 +16,7 @@ enum {
     LEFT_OUT = 128, // tokens: fewer cost a layer less than gathering the others does (docs/SPEED.md)
 };
 
-// Those that `make gpu-check` has held against the others on a GPU are on by default.
+// Those that `make gpu-check` has held against the others on a GPU, an H200, are on by default.
 enum {
     VARIANTS_PROVEN = HOPPER ? VARIANT_WIDE_ATTENTION | VARIANT_WGMMA | VARIANT_PERSISTENT | VARIANT_STREAM_ATTENTION |
                                    VARIANT_CLUSTERS | VARIANT_WGMMA_QUANTISED | VARIANT_STORE_HEADS |
