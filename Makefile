@@ -48,7 +48,10 @@ CUDA_HOME ?= $(patsubst %/bin/nvcc,%,$(realpath $(NVCC)))
 # launches before the end of the one before. 80: code for every chip from Ampere on. What this machine's GPU wants, if any.
 ifndef CUDA_CHIP
 CUDA_CHIP := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | \
-    awk '$$1 == "9.0" { h = 1 } { n++ } END { print n && !h ? 80 : 90 }')
+    awk '/^9\.0$$/ { h = 1 } /^[0-9]+\.[0-9]+$$/ { n++ } END { print n && !h ? 80 : 90 }')
+endif
+ifeq ($(filter 80 90,$(CUDA_CHIP)),)
+$(error CUDA_CHIP is $(CUDA_CHIP); 90 (Hopper) or 80 (other GPUs from Ampere on) is expected)
 endif
 # No contraction, as on the CPU: a sum is the same in every kernel.
 NVCCFLAGS = -DTANDEM_CUDA_CHIP=$(CUDA_CHIP) -O3 -std=c++17 -fmad=false -lineinfo -Xcompiler -fPIC,-fvisibility=hidden,-fno-exceptions,-fno-rtti,-fno-threadsafe-statics
@@ -56,7 +59,7 @@ ifeq ($(CUDA_CHIP),90)
 CUDA_ARCH ?= -gencode arch=compute_90a,code=sm_90a
 else
 CUDA_ARCH ?= -gencode arch=compute_80,code=sm_80 -gencode arch=compute_80,code=compute_80
-NVCCFLAGS += -diag-suppress 128,177 # of Hopper's kernels parts are left that nothing calls
+NVCCFLAGS += -diag-suppress 177 # of Hopper's kernels parts are left that nothing calls
 endif
 CPPFLAGS += -DTANDEM_CUDA -DTANDEM_CUDA_CHIP=$(CUDA_CHIP) -isystem $(CUDA_HOME)/include
 LDLIBS += -L$(CUDA_HOME)/lib64 -lcudart_static -ldl -lrt

@@ -4,14 +4,10 @@
 #ifndef TANDEM_OPS_CUDA_CHIP_CUH
 #define TANDEM_OPS_CUDA_CHIP_CUH
 
+#include "ops/cuda/device.h"
+
 #include <cuda_bf16.h>
 #include <stdint.h>
-
-// The chips that a build is for (the Makefile's CUDA_CHIP). 90: Hopper, with bulk copies and programmatic dependence;
-// 80: every chip from Ampere on, without.
-#define HOPPER (TANDEM_CUDA_CHIP >= 90)
-// What a block may have of an SM's shared memory: of the older chips 8.6, 8.9 and 12.0 have the least.
-enum { SM_SHARED = (HOPPER ? 227 : 99) * 1024 };
 
 // A block's shared memory whose size its launch decides.
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]

@@ -55,6 +55,9 @@ static void launch_kernel(struct cuda_state *s, const char *what, void (*kernel)
     cuda_check(s, cudaLaunchKernelEx(&config, kernel, P(args)...), what);
 }
 
+// What a block may have of an SM's shared memory: of the older chips 8.6, 8.9 and 12.0 have the least.
+enum { SM_SHARED = (HOPPER ? 227 : 99) * 1024 };
+
 // A kernel may take so many bytes of an SM's shared memory when it is launched.
 template <typename... P>
 static void allow_shared(struct cuda_state *s, const char *what, void (*kernel)(P...), size_t bytes) {

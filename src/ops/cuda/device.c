@@ -10,7 +10,6 @@
 #include <string.h>
 
 enum {
-    HOPPER = TANDEM_CUDA_CHIP >= 90, // as in chip.cuh
     MAX_RECORDINGS = 512,
     STAGING = 64 << 20,
     LEFT_OUT = 128, // tokens: fewer cost a layer less than gathering the others does (docs/SPEED.md)
@@ -328,7 +327,8 @@ static bool start(struct cuda_state *s, struct error *err) {
         if (HOPPER ? chip != 90 : chip < 80)
             return error_set(err, "device %s: its compute capability is %d.%d; this build has kernels for %s",
                              s->device.name, p.major, p.minor,
-                             HOPPER ? "9.0 (H100, H200; make CUDA_CHIP=80 builds for others)" : "8.0 and later");
+                             HOPPER ? "9.0 (H100, H200; make CUDA_CHIP=80 builds for others from 8.0 on)"
+                                    : "8.0 and later");
         e = cudaSetDevice(s->index);
     }
     if (e == cudaSuccess) e = cudaStreamCreateWithFlags(&s->stream, cudaStreamNonBlocking);
@@ -347,12 +347,14 @@ static bool start(struct cuda_state *s, struct error *err) {
         cuda_products_setup(s);
         cuda_quantised_setup(s);
         cuda_attention_setup(s);
-        cuda_wide_setup(s);
-        cuda_group_attention_setup(s);
-        cuda_persistent_setup(s);
-        cuda_groups_setup(s);
-        cuda_group_quantised_setup(s);
-        cuda_stream_setup(s);
+        if (HOPPER) {
+            cuda_wide_setup(s);
+            cuda_group_attention_setup(s);
+            cuda_persistent_setup(s);
+            cuda_groups_setup(s);
+            cuda_group_quantised_setup(s);
+            cuda_stream_setup(s);
+        }
         e = s->failed;
     }
     return e == cudaSuccess ||

@@ -11,6 +11,10 @@ extern "C" {
 
 #include <cuda_runtime_api.h>
 
+// The chips that a build is for (the Makefile's CUDA_CHIP). 90: Hopper, with bulk copies and programmatic dependence;
+// 80: every chip from Ampere on, without.
+#define HOPPER (TANDEM_CUDA_CHIP >= 90)
+
 enum {
     SPLIT_ROWS = 1024,       // tokens times heads up to which attention splits a sequence's chunks over blocks
     MOST_ARRIVALS = 16384,   // counters: tokens times KV heads

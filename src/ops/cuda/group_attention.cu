@@ -841,7 +841,6 @@ template <typename KV> static void allow(struct cuda_state *s) {
 }
 
 extern "C" bool cuda_group_attention_setup(struct cuda_state *s) {
-    if (!HOPPER) return true;
     allow<bf16_kv<64>>(s);
     allow<fp8_kv<64>>(s);
     allow<bf16_kv<128>>(s);

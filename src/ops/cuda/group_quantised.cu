@@ -178,7 +178,6 @@ void cuda_group_quantised(struct cuda_state *s, const char *what, group_args &a,
 }
 
 extern "C" bool cuda_group_quantised_setup(struct cuda_state *s) {
-    if (!HOPPER) return true;
     for (int type = 0; type < DTYPE_COUNT; type++)
         with_format((enum dtype)type, [&](auto q) {
             using Q = decltype(q);

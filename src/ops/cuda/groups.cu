@@ -531,7 +531,6 @@ template <class S> static int count_pairs(struct cuda_state *s) {
 }
 
 extern "C" bool cuda_groups_setup(struct cuda_state *s) {
-    if (!HOPPER) return true;
     // A product's block, which wants nearly all of it, shall begin beside.
     cuda_check(s, cudaFuncSetAttribute(k_norm_tokens, cudaFuncAttributePreferredSharedMemoryCarveout, 100),
                "preparing products");

@@ -836,7 +836,6 @@ template <typename W, int GROUP, enum pace PACE> static int clusters_that_fit(st
 }
 
 extern "C" bool cuda_persistent_setup(struct cuda_state *s) {
-    if (!HOPPER) return true;
     cuda_check(s, cudaHostAlloc((void **)&s->alarm, sizeof *s->alarm, cudaHostAllocDefault), "allocating host memory");
     if (s->failed != cudaSuccess) return false;
     *s->alarm = 0;

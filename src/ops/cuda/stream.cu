@@ -507,7 +507,6 @@ template <typename KV> static void allow(struct cuda_state *s) {
 }
 
 extern "C" bool cuda_stream_setup(struct cuda_state *s) {
-    if (!HOPPER) return true;
 #define ALLOW(KV) allow<KV>(s)
     EACH_KV(ALLOW);
     return s->failed == cudaSuccess;

@@ -3,11 +3,10 @@
 #define TANDEM_TESTS_CHIP_CUH
 
 #include "cuda_bf16.h"
+#include "ops/cuda/device.h"
 
 #include <stdint.h>
 
-#define HOPPER (TANDEM_CUDA_CHIP >= 90)
-enum { SM_SHARED = (HOPPER ? 227 : 99) * 1024 };
 #define DYNAMIC_SHARED(name) unsigned char *name = emulated_dynamic_shared()
 
 static inline void dependents_may_start() {
