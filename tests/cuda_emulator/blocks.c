@@ -28,6 +28,7 @@ void emulated_dependency_wait(void);
 void emulated_barrier_init(uint64_t *barrier, unsigned n_threads);
 void emulated_barrier_arrive(uint64_t *barrier);
 void emulated_barrier_expect(uint64_t *barrier, uint32_t bytes);
+void emulated_barrier_await(uint64_t *barrier, uint32_t bytes);
 void emulated_barrier_wait(uint64_t *barrier, uint32_t parity);
 void emulated_bulk_copy(void *to, const void *from, uint32_t bytes, uint64_t *barrier);
 void emulated_pause(void);
@@ -654,6 +655,13 @@ void emulated_barrier_expect(uint64_t *barrier, uint32_t bytes) {
     if (a.threads == 0) emulated_fail("more threads arrived at a barrier than it is for (%u)", a.of);
     a.bytes += (int32_t)bytes;
     a.threads--;
+    barrier_write(now, barrier, a);
+}
+
+// Bytes that a thread asks for before it arrives.
+void emulated_barrier_await(uint64_t *barrier, uint32_t bytes) {
+    struct arrivals a = barrier_read(barrier);
+    a.bytes += (int32_t)bytes;
     barrier_write(now, barrier, a);
 }
 

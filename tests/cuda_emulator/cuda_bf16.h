@@ -39,6 +39,7 @@ void emulated_dependency_wait(void);
 void emulated_barrier_init(uint64_t *barrier, unsigned n_threads);
 void emulated_barrier_arrive(uint64_t *barrier);
 void emulated_barrier_expect(uint64_t *barrier, uint32_t bytes);
+void emulated_barrier_await(uint64_t *barrier, uint32_t bytes);
 void emulated_barrier_wait(uint64_t *barrier, uint32_t parity);
 void emulated_bulk_copy(void *to, const void *from, uint32_t bytes, uint64_t *barrier);
 uint32_t emulated_shared_address(const void *p);

@@ -150,13 +150,15 @@ template <typename KV, int RT, bool TWO> struct attention_shared {
     }
 };
 
+// By the lanes that ask for a warp's copies.
 template <typename SHARED>
 static __device__ __forceinline__ void ask_for(SHARED *sh, const attention_params &p, bool of_v, int kv_head, int page,
-                                               int warp) {
-    constexpr int BYTES = (int)sizeof sh->k[0];
+                                               int warp, int lane) {
     uint64_t *bar = of_v ? &sh->v_arrived[warp] : &sh->k_arrived[warp];
-    barrier_expect(bar, BYTES);
-    bulk_copy(of_v ? sh->v_page(warp) : sh->k[warp], head_page(p.kv, of_v, page, kv_head), BYTES, bar);
+    barrier_expect(bar, sizeof sh->k[0]);
+    copy_piece(of_v ? sh->v_page(warp) : sh->k[warp], head_page(p.kv, of_v, page, kv_head), sizeof sh->k[0], bar, lane,
+               COPY_LANES);
+    copies_asked(bar);
 }
 
 // q's rows (normed and rotated where FUSED) into shared memory, a warp a row; and where
@@ -190,35 +192,20 @@ static __device__ __forceinline__ void prepare_rows(attention_shared<KV, RT, TWO
 }
 
 // A warp's page of a chunk: scores, and p in the page's own units; its V is there then. The next chunk's K is asked for
-// as soon as this one is read. `slot`: this step's own, -1 if that is in another page, or stored already. `page`: lane
-// 0's number of the page; `next_page`: of the next chunk's, -1: there is none.
+// as soon as this one is read. `slot`: this step's own, -1 if that is in another page, or stored already. `page`: the
+// page's number, `next_page`: that of the next chunk's, -1: there is none; of the lanes that ask.
 template <typename KV, int RT, bool TWO>
 static __device__ __forceinline__ void weigh_page(attention_shared<KV, RT, TWO> *sh, const attention_params &p,
-                                                  int kv_head, const int32_t *pages, int page, int next_page, int index,
-                                                  int slot, uint32_t parity, int warp, int lane) {
+                                                  int kv_head, int page, int next_page, int index, int slot,
+                                                  uint32_t parity, int warp, int lane) {
     constexpr bool tall = RT > 8;
     int g = lane / 4, t = lane % 4, first = index * ATTN_BLOCK;
     float s[4][4];
-    bool asks = HOPPER && lane == 0;
-#if HOPPER
     barrier_wait(&sh->k_arrived[warp], parity);
-#else
-    const uint4 *from_k = reinterpret_cast<const uint4 *>(head_page(p.kv, false, pages[index], kv_head));
-    const uint4 *from_v = reinterpret_cast<const uint4 *>(head_page(p.kv, true, pages[index], kv_head));
-    uint4 *to_k = reinterpret_cast<uint4 *>(sh->k[warp]), *to_v = reinterpret_cast<uint4 *>(sh->v_page(warp));
-    for (int i = lane; i < KV::BYTES / 16; i += 32) {
-        to_k[i] = from_k[i];
-        if (to_v != to_k) to_v[i] = from_v[i];
-    }
-    __syncwarp();
-#endif
     scores<KV, tall>(s, &sh->q, sh->k[warp], lane, &sh->fresh, slot);
     __syncwarp();
-#if !HOPPER
-    for (int i = lane; to_v == to_k && i < KV::BYTES / 16; i += 32) to_v[i] = from_v[i];
-#endif
-    if (asks && sh->shares(warp)) ask_for(sh, p, true, kv_head, page, warp);
-    else if (asks && next_page >= 0) ask_for(sh, p, false, kv_head, next_page, warp);
+    if (asks(lane) && sh->shares(warp)) ask_for(sh, p, true, kv_head, page, warp, lane);
+    else if (asks(lane) && next_page >= 0) ask_for(sh, p, false, kv_head, next_page, warp, lane);
 #pragma unroll
     for (int half = 0; half < sh->HALVES; half++) {
         uint32_t pairs[4];
@@ -227,9 +214,7 @@ static __device__ __forceinline__ void weigh_page(attention_shared<KV, RT, TWO> 
         if (lane < sh->LANES) sh->pairs[warp][half][lane] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
         if (t == 0) sh->units[g + half * 8][warp] = unit;
     }
-#if HOPPER
     barrier_wait(&sh->v_arrived[warp], parity);
-#endif
 }
 
 // Sums of rows g and g + 8, over a chunk or over all so far: of channels 16 warp + 2t, + 1 and 16 warp + 8 + 2t, + 1.
@@ -437,15 +422,18 @@ static __global__ void __launch_bounds__(ATTN_THREADS, TWO ? 2 : 1) k_attention(
         return;
     }
     const int32_t *pages = p.b.pages + __ldcg(p.b.page_start + seq);
-    int page = 0; // lane 0's
-    if (HOPPER && lane == 0) {
-        barrier_init(&sh->k_arrived[warp]);
-        barrier_init(&sh->v_arrived[warp]);
-        barrier_fence();
+    int page = 0; // of the lanes that ask
+    if (asks(lane)) {
+        if (lane == 0) {
+            barrier_init(&sh->k_arrived[warp]);
+            barrier_init(&sh->v_arrived[warp]);
+            barrier_fence();
+        }
+        if (!HOPPER) __syncwarp();
         if (chunk * CHUNK_PAGES + warp <= last_page) {
             page = __ldcg(pages + chunk * CHUNK_PAGES + warp);
-            ask_for(sh, p, false, kv_head, page, warp);
-            if (!sh->shares(warp)) ask_for(sh, p, true, kv_head, page, warp);
+            ask_for(sh, p, false, kv_head, page, warp, lane);
+            if (!sh->shares(warp)) ask_for(sh, p, true, kv_head, page, warp, lane);
         }
     }
     if (thread < ROWS)
@@ -466,10 +454,9 @@ static __global__ void __launch_bounds__(ATTN_THREADS, TWO ? 2 : 1) k_attention(
         int first = chunk * CHUNK_PAGES, index = first + warp, next = index + stride * CHUNK_PAGES, next_page = -1;
         int n_pages = min(last_page - first + 1, (int)CHUNK_PAGES);
         bool ends = first + n_pages > last_page;
-        if (HOPPER && lane == 0 && next <= last_page) next_page = __ldcg(pages + next);
+        if (asks(lane) && next <= last_page) next_page = __ldcg(pages + next);
         if (index <= last_page)
-            weigh_page(sh, p, kv_head, pages, page, next_page, index, index == last_page ? slot : -1, parity, warp,
-                       lane);
+            weigh_page(sh, p, kv_head, page, next_page, index, index == last_page ? slot : -1, parity, warp, lane);
         else if (lane < 8 * HALVES) sh->units[lane][warp] = NO_UNIT;
         __syncthreads(); // p and V are there
         if (warp < HD / 16) {
@@ -484,7 +471,7 @@ static __global__ void __launch_bounds__(ATTN_THREADS, TWO ? 2 : 1) k_attention(
         }
         if (chunk + stride < n_chunks) {
             __syncthreads(); // they have been read
-            if (next_page >= 0) ask_for(sh, p, !sh->shares(warp), kv_head, next_page, warp);
+            if (next_page >= 0) ask_for(sh, p, !sh->shares(warp), kv_head, next_page, warp, lane);
         }
         page = next_page;
     }

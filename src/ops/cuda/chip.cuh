@@ -126,16 +126,23 @@ static __device__ __forceinline__ unsigned count_arrival(unsigned *counter, unsi
 }
 
 // ---- Copies into shared memory ------------------------------------------------------------------------------------
-// One thread asks for a bulk copy, all wait for it on a barrier in shared memory. Older chips copy with all threads.
+// On Hopper a thread asks the copy engine for a whole piece; on older chips each of several threads asks for its share
+// of it, 16 bytes at a time. Either way the copy arrives at a barrier in shared memory, on which all wait for it.
+
+enum { COPY_LANES = HOPPER ? 1 : 32 }; // lanes of a warp that ask for its copies
+
+static __device__ __forceinline__ bool asks(int lane) {
+    return HOPPER ? lane == 0 : true;
+}
 
 static __device__ __forceinline__ uint32_t shared_address(const void *p) {
     return (uint32_t)__cvta_generic_to_shared(p);
 }
 
-static __device__ __forceinline__ void barrier_init(uint64_t *bar) {
-#if HOPPER
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(bar)));
-#endif
+// For N threads that ask for copies (or, Hopper's alone: barrier_init_for, n that arrive). On older chips the others
+// see it when they have met the thread that made it.
+template <int N = COPY_LANES> static __device__ __forceinline__ void barrier_init(uint64_t *bar) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(bar)), "n"(N));
 }
 
 static __device__ __forceinline__ void barrier_fence() {
@@ -144,6 +151,7 @@ static __device__ __forceinline__ void barrier_fence() {
 #endif
 }
 
+// Before copies, by one thread: Hopper counts their bytes.
 static __device__ __forceinline__ void barrier_expect(uint64_t *bar, uint32_t bytes) {
 #if HOPPER
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(bar)), "r"(bytes)
@@ -151,19 +159,30 @@ static __device__ __forceinline__ void barrier_expect(uint64_t *bar, uint32_t by
 #endif
 }
 
-static __device__ __forceinline__ void barrier_wait(uint64_t *bar, uint32_t parity) {
+// After copies, by all threads that asked for them: older chips count these.
+static __device__ __forceinline__ void copies_asked(uint64_t *bar) {
+#if !HOPPER
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(bar)) : "memory");
+#endif
+}
+
 #if HOPPER
+#define BARRIER_TEST "mbarrier.try_wait" // which waits for a moment
+#else
+#define BARRIER_TEST "mbarrier.test_wait"
+#endif
+
+static __device__ __forceinline__ void barrier_wait(uint64_t *bar, uint32_t parity) {
     uint32_t done;
     do {
-        asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+        asm volatile("{.reg .pred p; " BARRIER_TEST ".parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
                      : "=r"(done)
                      : "r"(shared_address(bar)), "r"(parity)
                      : "memory");
     } while (!done);
-#endif
 }
 
-// Both 16-byte aligned, bytes a multiple of 16.
+// Both 16-byte aligned, bytes a multiple of 16. Hopper's alone.
 static __device__ __forceinline__ void bulk_copy(void *to, const void *from, uint32_t bytes, uint64_t *bar) {
 #if HOPPER
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
@@ -173,7 +192,27 @@ static __device__ __forceinline__ void bulk_copy(void *to, const void *from, uin
 #endif
 }
 
-// The same; where `once`, of what is not read again before much else is: it is the first to leave the cache.
+// Between the two, by each of n threads (Hopper: by one of them): a piece, aligned as above.
+static __device__ __forceinline__ void copy_piece(void *to, const void *from, uint32_t bytes, uint64_t *bar, int thread,
+                                                  int n) {
+#if HOPPER
+    bulk_copy(to, from, bytes, bar);
+#else
+    for (uint32_t i = (uint32_t)thread * 16; i < bytes; i += (uint32_t)n * 16)
+        asm volatile("cp.async.cg.shared::cta.global [%0], [%1], 16;" ::"r"(shared_address(to) + i),
+                     "l"((const unsigned char *)from + i)
+                     : "memory");
+#endif
+}
+
+// A single piece, by the COPY_LANES of a warp.
+static __device__ __forceinline__ void warp_copy(void *to, const void *from, uint32_t bytes, uint64_t *bar, int lane) {
+    barrier_expect(bar, bytes);
+    copy_piece(to, from, bytes, bar, lane, COPY_LANES);
+    copies_asked(bar);
+}
+
+// As bulk_copy; where `once`, of what is not read again before much else is: it is the first to leave the cache.
 static __device__ __forceinline__ void bulk_copy_once(void *to, const void *from, uint32_t bytes, uint64_t *bar,
                                                       bool once) {
 #if HOPPER

@@ -20,6 +20,7 @@ enum product_mode {
 };
 
 enum { PRODUCT_THREADS = 256, WARPS = PRODUCT_THREADS / 32, MAX_SHARED = SM_SHARED - 1024 };
+enum { COPY_THREADS = HOPPER ? 1 : (int)PRODUCT_THREADS }; // of a block that ask for its copies
 
 struct product_args {
     const unsigned char *w[3]; // units of 8 rows, each a record for every slice

@@ -78,19 +78,18 @@ static __global__ void __launch_bounds__(PRODUCT_THREADS) k_small(product_args p
         return MODE == PRODUCT_RESIDUAL ? p.w[0] + (size_t)blockIdx.x * unit
                                         : pair_unit<W, MODE>(p, (int)blockIdx.x * PAIRS + i / 2, i % 2);
     };
-#if HOPPER
     if (thread == 0) {
-        barrier_init(&arrived);
+        barrier_init<COPY_THREADS>(&arrived);
         barrier_fence();
+    }
+    if (!HOPPER) __syncthreads();
+    if (!HOPPER || thread == 0) {
         barrier_expect(&arrived, (uint32_t)(UNITS * unit));
 #pragma unroll 1
-        for (int i = 0; i < UNITS; i++) bulk_copy(shared + i * unit, source(i), (uint32_t)unit, &arrived);
+        for (int i = 0; i < UNITS; i++)
+            copy_piece(shared + i * unit, source(i), (uint32_t)unit, &arrived, thread, COPY_THREADS);
+        copies_asked(&arrived);
     }
-#else
-    for (int i = 0; i < UNITS; i++)
-        for (int k = thread * 16; k < unit; k += PRODUCT_THREADS * 16)
-            *reinterpret_cast<uint4 *>(shared + i * unit + k) = *reinterpret_cast<const uint4 *>(source(i) + k);
-#endif
     // What follows a head at once reads K and V that the step's layers wrote: they have ended then.
     bool holds = MODE == PRODUCT_PLAIN && SLOTS == 1 && p.best;
     if (!holds) dependents_may_start();

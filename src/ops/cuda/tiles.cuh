@@ -38,24 +38,27 @@ template <bool NORM> static __global__ void k_pack_inputs(product_args p, __nv_b
 template <typename W, int MT, int NT> struct tile_shape {
     static constexpr int UNITS = 4 * MT, TOKENS = 4 * NT, INPUT = SLICE * 16; // INPUT: bytes of 8 tokens
     static constexpr int STAGE = UNITS * W::RECORD + TOKENS * INPUT;
-    // Where a stage is loaded when it is wanted, one is enough.
-    static constexpr int STAGES = !HOPPER ? 1 : STAGE > 48 * 1024 ? 3 : STAGE > 24 * 1024 ? 4 : 6;
+    static constexpr int ROOM = (int)MAX_SHARED / STAGE;
+    static constexpr int STAGES = HOPPER ? STAGE > 48 * 1024 ? 3 : STAGE > 24 * 1024 ? 4 : 6 : ROOM < 4 ? ROOM : 4;
     static_assert(STAGE * STAGES <= MAX_SHARED, "an SM's shared memory");
 };
 
+// A slice's weights, or inputs: on Hopper a lane of the one warp that calls asks for a unit, else a warp of all.
 template <typename W, enum product_mode MODE, int MT, int NT>
 static __device__ __forceinline__ void load_stage(const product_args &p, const unsigned char *packed,
-                                                  unsigned char *stage, uint64_t *bar, int slice, int lane,
+                                                  unsigned char *stage, uint64_t *bar, int slice, int warp, int lane,
                                                   bool of_weights) {
     using S = tile_shape<W, MT, NT>;
     size_t token_unit = (size_t)(p.columns / SLICE) * S::INPUT;
-    for (int i = lane; of_weights && i < S::UNITS; i += 32)
-        bulk_copy(stage + i * W::RECORD,
-                  pair_unit<W, MODE>(p, (int)blockIdx.x * 2 * MT + i / 2, i % 2) + (size_t)slice * W::RECORD, W::RECORD,
-                  bar);
-    for (int i = lane; !of_weights && i < S::TOKENS; i += 32)
-        bulk_copy(stage + S::UNITS * W::RECORD + i * S::INPUT,
-                  packed + ((size_t)blockIdx.y * S::TOKENS + i) * token_unit + (size_t)slice * S::INPUT, S::INPUT, bar);
+    int first = HOPPER ? lane : warp, step = HOPPER ? 32 : (int)WARPS;
+    for (int i = first; of_weights && i < S::UNITS; i += step)
+        copy_piece(stage + i * W::RECORD,
+                   pair_unit<W, MODE>(p, (int)blockIdx.x * 2 * MT + i / 2, i % 2) + (size_t)slice * W::RECORD,
+                   W::RECORD, bar, lane, 32);
+    for (int i = first; !of_weights && i < S::TOKENS; i += step)
+        copy_piece(stage + S::UNITS * W::RECORD + i * S::INPUT,
+                   packed + ((size_t)blockIdx.y * S::TOKENS + i) * token_unit + (size_t)slice * S::INPUT, S::INPUT, bar,
+                   lane, 32);
 }
 
 template <typename W, enum product_mode MODE, int MT, int NT>
@@ -65,41 +68,26 @@ static __global__ void __launch_bounds__(PRODUCT_THREADS, 1) k_tile(product_args
     __shared__ __align__(8) uint64_t arrived[S::STAGES];
     int thread = (int)threadIdx.x, lane = thread % 32, warp = thread / 32, g = lane / 4, t = lane % 4;
     int n_slices = p.columns / SLICE, wm = warp / 4, wn = warp % 4;
-#if HOPPER
+    auto loads = [&] { return !HOPPER || warp == 0; };
     if (thread == 0) {
-        for (int i = 0; i < S::STAGES; i++) barrier_init(&arrived[i]);
+        for (int i = 0; i < S::STAGES; i++) barrier_init<COPY_THREADS>(&arrived[i]);
         barrier_fence();
         for (int i = 0; i < S::STAGES && i < n_slices; i++) barrier_expect(&arrived[i], S::STAGE);
     }
     __syncthreads();
-    for (int i = 0; warp == 0 && i < S::STAGES && i < n_slices; i++)
-        load_stage<W, MODE, MT, NT>(p, packed, shared + i * S::STAGE, &arrived[i], i, lane, true);
-#endif
+    for (int i = 0; loads() && i < S::STAGES && i < n_slices; i++)
+        load_stage<W, MODE, MT, NT>(p, packed, shared + i * S::STAGE, &arrived[i], i, warp, lane, true);
     dependents_may_start();
     dependency_wait();
-#if HOPPER
-    for (int i = 0; warp == 0 && i < S::STAGES && i < n_slices; i++)
-        load_stage<W, MODE, MT, NT>(p, packed, shared + i * S::STAGE, &arrived[i], i, lane, false);
-#endif
+    for (int i = 0; loads() && i < S::STAGES && i < n_slices; i++) {
+        load_stage<W, MODE, MT, NT>(p, packed, shared + i * S::STAGE, &arrived[i], i, warp, lane, false);
+        copies_asked(&arrived[i]);
+    }
     float total[MT][NT][4];
     for (int s = 0; s < n_slices; s++) {
         int at = s % S::STAGES;
         unsigned char *stage = shared + at * S::STAGE;
-#if HOPPER
         barrier_wait(&arrived[at], (uint32_t)(s / S::STAGES & 1));
-#else
-        size_t token_unit = (size_t)(p.columns / SLICE) * S::INPUT;
-        for (int i = thread * 16; i < S::STAGE; i += PRODUCT_THREADS * 16) {
-            int of_token = i - S::UNITS * W::RECORD, u = i / W::RECORD;
-            const unsigned char *from =
-                of_token < 0
-                    ? pair_unit<W, MODE>(p, (int)blockIdx.x * 2 * MT + u / 2, u % 2) + s * W::RECORD + i % W::RECORD
-                    : packed + ((size_t)blockIdx.y * S::TOKENS + of_token / S::INPUT) * token_unit + s * S::INPUT +
-                          of_token % S::INPUT;
-            *reinterpret_cast<uint4 *>(stage + i) = *reinterpret_cast<const uint4 *>(from);
-        }
-        __syncthreads();
-#endif
         const unsigned char *b = stage + S::UNITS * W::RECORD + wn * NT * S::INPUT + lane * 16;
         float d[MT][NT][4];
         auto input = [&](int j, int c) {
@@ -114,14 +102,15 @@ static __global__ void __launch_bounds__(PRODUCT_THREADS, 1) k_tile(product_args
 #pragma unroll
                 for (int e = 0; e < 4; e++) total[i][j][e] = s == 0 ? d[i][j][e] : total[i][j][e] + d[i][j][e];
         __syncthreads(); // the stage has been read
-#if HOPPER
-        if (warp == 0 && s + S::STAGES < n_slices) {
+        if (loads() && s + S::STAGES < n_slices) {
             if (lane == 0) barrier_expect(&arrived[at], S::STAGE);
             __syncwarp();
-            load_stage<W, MODE, MT, NT>(p, packed, shared + at * S::STAGE, &arrived[at], s + S::STAGES, lane, true);
-            load_stage<W, MODE, MT, NT>(p, packed, shared + at * S::STAGE, &arrived[at], s + S::STAGES, lane, false);
+            load_stage<W, MODE, MT, NT>(p, packed, shared + at * S::STAGE, &arrived[at], s + S::STAGES, warp, lane,
+                                        true);
+            load_stage<W, MODE, MT, NT>(p, packed, shared + at * S::STAGE, &arrived[at], s + S::STAGES, warp, lane,
+                                        false);
+            copies_asked(&arrived[at]);
         }
-#endif
     }
 #pragma unroll
     for (int i = 0; i < MT; i++) {

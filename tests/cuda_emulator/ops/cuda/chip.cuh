@@ -112,21 +112,38 @@ static inline void mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uin
     emulated_mma(d, a, b);
 }
 
-#if HOPPER
-static inline void barrier_init(uint64_t *bar) {
-    emulated_barrier_init(bar, 1);
+enum { COPY_LANES = HOPPER ? 1 : 32 };
+
+static inline bool asks(int lane) {
+    return HOPPER ? lane == 0 : true;
 }
 
-static inline void barrier_expect(uint64_t *bar, uint32_t bytes) {
-    emulated_barrier_expect(bar, bytes);
+static inline void barrier_init_for(uint64_t *bar, unsigned n) {
+    emulated_barrier_init(bar, n);
+}
+
+template <int N = COPY_LANES> static inline void barrier_init(uint64_t *bar) {
+    barrier_init_for(bar, N);
 }
 
 static inline void barrier_wait(uint64_t *bar, uint32_t parity) {
     emulated_barrier_wait(bar, parity);
 }
 
+#if HOPPER
+static inline void barrier_expect(uint64_t *bar, uint32_t bytes) {
+    emulated_barrier_expect(bar, bytes);
+}
+
+static inline void copies_asked(uint64_t *) {
+}
+
 static inline void bulk_copy(void *to, const void *from, uint32_t bytes, uint64_t *bar) {
     emulated_bulk_copy(to, from, bytes, bar);
+}
+
+static inline void copy_piece(void *to, const void *from, uint32_t bytes, uint64_t *bar, int, int) {
+    bulk_copy(to, from, bytes, bar);
 }
 
 static inline void bulk_copy_once(void *to, const void *from, uint32_t bytes, uint64_t *bar, bool) {
@@ -139,10 +156,6 @@ static inline void ask_cache(const void *, uint32_t) {
 static inline uint4 load_staged(const uint4 *at) {
     emulated_load_staged(at);
     return *at;
-}
-
-static inline void barrier_init_for(uint64_t *bar, unsigned n) {
-    emulated_barrier_init(bar, n);
 }
 
 static inline void barrier_arrive(uint64_t *bar) {
@@ -174,13 +187,18 @@ static inline void cluster_sync() {
     emulated_cluster_sync();
 }
 #else
-static inline void barrier_init(uint64_t *) {
-}
 static inline void barrier_expect(uint64_t *, uint32_t) {
 }
-static inline void barrier_wait(uint64_t *, uint32_t) {
+static inline void copies_asked(uint64_t *bar) {
+    emulated_barrier_arrive(bar);
 }
 static inline void bulk_copy(void *, const void *, uint32_t, uint64_t *) {
+}
+// The first thread asks for the others' shares, too, which wait for each other anyway.
+static inline void copy_piece(void *to, const void *from, uint32_t bytes, uint64_t *bar, int thread, int) {
+    if (thread != 0) return;
+    emulated_barrier_await(bar, bytes);
+    emulated_bulk_copy(to, from, bytes, bar);
 }
 
 static inline void bulk_copy_once(void *, const void *, uint32_t, uint64_t *, bool) {
@@ -189,8 +207,6 @@ static inline void ask_cache(const void *, uint32_t) {
 }
 static inline uint4 load_staged(const uint4 *at) {
     return *at;
-}
-static inline void barrier_init_for(uint64_t *, unsigned) {
 }
 static inline void barrier_arrive(uint64_t *) {
 }
@@ -209,6 +225,12 @@ static inline unsigned cluster_rank() {
 static inline void cluster_sync() {
 }
 #endif
+
+static inline void warp_copy(void *to, const void *from, uint32_t bytes, uint64_t *bar, int lane) {
+    barrier_expect(bar, bytes);
+    copy_piece(to, from, bytes, bar, lane, COPY_LANES);
+    copies_asked(bar);
+}
 
 static inline void sync_some(int id, int n) {
     emulated_sync_some(id, (unsigned)n);
