@@ -506,7 +506,7 @@ static void test_chips(void **state) {
     emulator_set(&(struct emulator_options){.seed = 1});
     cuda = ops_open("cuda", NULL, NULL, &err);
     if (!cuda) fail_msg("%s", err.text);
-    bool hopper = cuda->device->n_variants > 1;
+    bool hopper = cuda->device->n_variants > 2;
     ops_close(cuda);
     for (size_t i = 0; i < sizeof chips / sizeof *chips; i++) {
         char capability[32];
@@ -593,10 +593,8 @@ int main(int argc, char **argv) {
     };
     // What an older chip has of its own: how stages and pages come, and less shared memory for them.
     const struct CMUnitTest of_an_older_chip[] = {
-        cmocka_unit_test(test_chips),
-        cmocka_unit_test(test_heads),
-        cmocka_unit_test(test_split),
-        cmocka_unit_test(test_oracle),
+        cmocka_unit_test(test_chips), cmocka_unit_test(test_heads),   cmocka_unit_test(test_split),
+        cmocka_unit_test(test_tiles), cmocka_unit_test(test_prompts), cmocka_unit_test(test_oracle),
     };
     if (argc > 1) cmocka_set_test_filter(argv[1]);
     else if (strstr(argv[0], "test_emulated_80"))

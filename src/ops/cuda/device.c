@@ -20,7 +20,7 @@ enum {
     VARIANTS_PROVEN = HOPPER ? VARIANT_WIDE_ATTENTION | VARIANT_WGMMA | VARIANT_PERSISTENT | VARIANT_STREAM_ATTENTION |
                                    VARIANT_CLUSTERS | VARIANT_WGMMA_QUANTISED | VARIANT_STORE_HEADS |
                                    VARIANT_WGMMA_ATTENTION | VARIANT_PARTS | VARIANT_CHAINED | VARIANT_BESIDE
-                             : VARIANT_STORE_HEADS
+                             : VARIANT_STORE_HEADS | VARIANT_WIDE_ATTENTION
 };
 static const char *const variant_names[N_VARIANTS + 1] = {
     "store-heads",     "wide-attention",  "persistent",        "wgmma",         "stream-attention", "cluster-products",
@@ -347,8 +347,8 @@ static bool start(struct cuda_state *s, struct error *err) {
         cuda_products_setup(s);
         cuda_quantised_setup(s);
         cuda_attention_setup(s);
+        cuda_wide_setup(s);
         if (HOPPER) {
-            cuda_wide_setup(s);
             cuda_group_attention_setup(s);
             cuda_persistent_setup(s);
             cuda_groups_setup(s);

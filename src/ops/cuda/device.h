@@ -25,8 +25,8 @@ enum {
 // Kernels that may stand in for others and return the same bits, as device.variants numbers them (device.c names them).
 enum {
     VARIANT_STORE_HEADS = 1 << 0,
-    N_ANY_CHIP = 1, // the rest is Hopper's
     VARIANT_WIDE_ATTENTION = 1 << 1,
+    N_ANY_CHIP = 2, // the rest is Hopper's
     VARIANT_PERSISTENT = 1 << 2,
     VARIANT_WGMMA = 1 << 3,
     VARIANT_STREAM_ATTENTION = 1 << 4,

@@ -8,10 +8,10 @@
 #include "ops/cuda/wide.cuh"
 
 enum {
-    FROM_TOKENS = 32, // a sequence, on average: fewer leave warps without rows
-    GROUP = 4,        // pages
+    FROM_TOKENS = 32,       // a sequence, on average: fewer leave warps without rows
+    GROUP = HOPPER ? 4 : 1, // pages
 };
-static_assert(ATTN_WARPS == 2 * GROUP, "two warps a page of a group");
+static_assert(ATTN_WARPS >= 2 * GROUP, "two warps a page of a group");
 
 template <typename KV> struct wide_shared {
     alignas(64) unsigned char k[2 * GROUP][KV::BYTES], v[2 * GROUP][KV::BYTES];
@@ -25,10 +25,8 @@ static __device__ __forceinline__ void load_page(wide_shared<KV> *sh, const atte
                                                  int page, int slot, int lane) {
     const unsigned char *from = head_page(p.kv, of_v, page, kv_head);
     unsigned char *to = of_v ? sh->v[slot] : sh->k[slot];
-    if (lane != 0) return;
-    uint64_t *bar = of_v ? &sh->v_arrived[slot] : &sh->k_arrived[slot];
-    barrier_expect(bar, KV::BYTES);
-    bulk_copy(to, from, KV::BYTES, bar);
+    if (!asks(lane)) return;
+    warp_copy(to, from, KV::BYTES, of_v ? &sh->v_arrived[slot] : &sh->k_arrived[slot], lane);
 }
 
 // scores of attention.cuh, with q in registers.
@@ -92,7 +90,8 @@ template <typename KV> static __global__ void __launch_bounds__(ATTN_THREADS, 1)
     int thread = (int)threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
     int kv_head = (int)blockIdx.x, group = p.n_heads / p.kv.n_kv_heads, token;
     dependents_may_start();
-    if (lane == 0) {
+    bool loads = HOPPER || warp < 2 * GROUP;
+    if (loads && lane == 0) {
         barrier_init(&sh->k_arrived[warp]);
         barrier_init(&sh->v_arrived[warp]);
         barrier_fence();
@@ -113,7 +112,7 @@ template <typename KV> static __global__ void __launch_bounds__(ATTN_THREADS, 1)
         int at = (g + 8 * half) / group;
         rows.position[half] = at < rows.n_tokens ? p.b.position[rows.token + at] : -1;
     }
-    if (warp <= last_page) {
+    if (loads && warp <= last_page) {
         load_page<KV>(sh, p, false, kv_head, pages[warp], warp, lane);
         load_page<KV>(sh, p, true, kv_head, pages[warp], warp, lane);
     }
@@ -133,9 +132,10 @@ template <typename KV> static __global__ void __launch_bounds__(ATTN_THREADS, 1)
                 sums.end_chunk(rows.position, page / CHUNK_PAGES * ATTN_CHUNK);
         }
         __syncthreads(); // the group has been read
-        // Half of the warps ask for K, the others for V.
+        // GROUP warps ask for K, others for V.
         int next = (i + 2) * GROUP + warp % GROUP;
-        if (next <= last_page) load_page<KV>(sh, p, warp >= GROUP, kv_head, pages[next], next % (2 * GROUP), lane);
+        if (loads && next <= last_page)
+            load_page<KV>(sh, p, warp >= GROUP, kv_head, pages[next], next % (2 * GROUP), lane);
     }
 #pragma unroll
     for (int half = 0; half < 2; half++) {
@@ -164,7 +164,7 @@ template <typename KV> static void launch(struct cuda_state *s, const attention_
 }
 
 bool cuda_wide_takes(const struct cuda_state *s, const struct batch *host, size_t n_single) {
-    return HOPPER && s->device.variants & VARIANT_WIDE_ATTENTION &&
+    return s->device.variants & VARIANT_WIDE_ATTENTION &&
            host->n_tokens - n_single >= FROM_TOKENS * (host->n_seqs - n_single);
 }
 
@@ -185,6 +185,7 @@ bool cuda_wide_attention(struct cuda_state *s, attention_params p, const struct 
 }
 
 template <typename KV> static void allow(struct cuda_state *s) {
+    static_assert(sizeof(wide_shared<KV>) <= SM_SHARED, "an SM's shared memory");
     allow_shared(s, "preparing attention", k_wide_attention<KV>, sizeof(wide_shared<KV>));
 }
 
