@@ -7,6 +7,8 @@
 
 using W = bf16_weights;
 
+enum { LARGE = HOPPER ? 4 : 2 }; // half the pairs of a large tile: of which there is room for two stages
+
 // As many pairs a block as give each SM about one block.
 template <enum product_mode MODE> static constexpr int most_pairs() {
     return MODE == PRODUCT_RESIDUAL ? 1 : MODE == PRODUCT_QKV ? 2 : 3;
@@ -25,10 +27,10 @@ static void product(const struct op_ctx *ctx, const char *what, const product_ar
         (p.n_tokens <= CLUSTER_TOKENS || cuda_of(ctx)->tile_shape < 0) && launch_sharing<W>(ctx, what, p))
         return;
     if (!small && cuda_group_product(ctx, what, MODE, p, DTYPE_BF16, pairs)) return;
-    size_t large = round_up(pairs, 8) / 8 * (round_up((size_t)p.n_tokens, 128) / 128);
+    size_t large = round_up(pairs, 2 * LARGE) / (2 * LARGE) * (round_up((size_t)p.n_tokens, 128) / 128);
     size_t medium = round_up(pairs, 4) / 4 * (round_up((size_t)p.n_tokens, 64) / 64);
     if (p.n_tokens <= 32) launch_tiles<W, MODE, NORM, 1, 1>(ctx, what, p, pairs);
-    else if (p.n_tokens > 64 && large * 4 >= n_sms * 3) launch_tiles<W, MODE, NORM, 4, 4>(ctx, what, p, pairs);
+    else if (p.n_tokens > 64 && large * 4 >= n_sms * 3) launch_tiles<W, MODE, NORM, LARGE, 4>(ctx, what, p, pairs);
     else if (medium * 2 >= n_sms) launch_tiles<W, MODE, NORM, 2, 2>(ctx, what, p, pairs);
     else launch_tiles<W, MODE, NORM, 1, 2>(ctx, what, p, pairs);
 }
@@ -157,7 +159,7 @@ template <enum product_mode MODE, bool NORM> static void allow_all(struct cuda_s
     allow_tile<W, MODE, 1, 1>(s);
     allow_tile<W, MODE, 1, 2>(s);
     allow_tile<W, MODE, 2, 2>(s);
-    allow_tile<W, MODE, 4, 4>(s);
+    allow_tile<W, MODE, LARGE, 4>(s);
 }
 
 extern "C" bool cuda_products_setup(struct cuda_state *s) {
