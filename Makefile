@@ -168,8 +168,9 @@ $(BUILD)/$(EMULATOR)/%.o: CPPFLAGS += -I$(BUILD)/$(EMULATOR)
 # Fibers and a sanitizer do not know each other.
 $(BUILD)/$(EMULATOR)/blocks.o: SAN =
 WAYS_OBJ = $(BUILD)/tests/ops/cuda_ways.o $(BUILD)/tests/ops/cuda_sampling.o
-$(BUILD)/tests/ops/test_cuda: $(WAYS_OBJ)
-$(BUILD)/tests/ops/test_cuda: TEST_OBJ = $(WAYS_OBJ)
+GPU_OBJ = $(WAYS_OBJ) $(BUILD)/tests/ops/cuda_trials.o
+$(BUILD)/tests/ops/test_cuda: $(GPU_OBJ)
+$(BUILD)/tests/ops/test_cuda: TEST_OBJ = $(GPU_OBJ)
 link_emulated = $(CC) $(LDFLAGS) -o $@ $^ $(LDLIBS) -lcmocka
 $(BUILD)/$(EMULATOR)/test_emulated: $(BUILD)/$(EMULATOR)/test_emulated.o $(WAYS_OBJ) $(call emulated_objects,emulated_90) $(BUILD)/libtandem_all.a
 	$(link_emulated)

@@ -4,6 +4,7 @@
 // reason, where there is no GPU.
 #include "base/clock.h"
 #include "cuda_sampling.h"
+#include "cuda_trials.h"
 #include "cuda_ways.h"
 #ifdef TANDEM_CUDA
 #include "ops/cuda/device.h"
@@ -259,6 +260,23 @@ static void test_company(void **state) {
     }
 }
 
+// The same request alone and among 255 others, 100,000 times and more.
+static void test_trials(void **state) {
+    (void)state;
+    if (!cuda) skip();
+    static const struct trial_plan plans[] = {
+        {.model = "synthetic:qwen3-0.6b", .device = "cuda", .kv_type = "bf16", .n_trials = 100000},
+        {.model = "synthetic:qwen3-0.6b", .device = "cuda", .kv_type = "fp8", .n_trials = 20000},
+        {.model = "models/tandem-tiny", .device = "cuda", .kv_type = "bf16", .n_trials = 20000, .hash = true},
+    };
+    for (size_t i = 0; i < sizeof plans / sizeof *plans; i++) {
+        double start = clock_seconds();
+        size_t different = differing_trials(&plans[i]);
+        print_message("%.1f s\n", clock_seconds() - start);
+        assert_int_equal(different, 0);
+    }
+}
+
 static void judge(const char *model, double logits_limit) {
     if (!cuda) skip();
     struct subject s;
@@ -353,27 +371,17 @@ static int close_gpu(void **state) {
 // With an argument: only the tests whose names match it (cmocka's pattern).
 int main(int argc, char **argv) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_devices_by_name),
-        cmocka_unit_test(test_too_much_memory),
-        cmocka_unit_test(test_oracle_tiny),
-        cmocka_unit_test(test_oracle_tandem_tiny),
-        cmocka_unit_test(test_tiny_qwen3),
-        cmocka_unit_test(test_tiny_qwen2),
-        cmocka_unit_test(test_tiny_llama),
-        cmocka_unit_test(test_tandem_tiny),
-        cmocka_unit_test(test_full_shape),
-        cmocka_unit_test(test_oracle_quantised),
-        cmocka_unit_test(test_quantised),
-        cmocka_unit_test(test_depths),
-        cmocka_unit_test(test_sampling),
-        cmocka_unit_test(test_fp8),
-        cmocka_unit_test(test_large_fp8),
-        cmocka_unit_test(test_large_quantised),
-        cmocka_unit_test(test_company),
-        cmocka_unit_test(test_rare_types),
-        cmocka_unit_test(test_choices),
-        cmocka_unit_test(test_chain),
-        cmocka_unit_test(test_loud),
+        cmocka_unit_test(test_devices_by_name), cmocka_unit_test(test_too_much_memory),
+        cmocka_unit_test(test_oracle_tiny),     cmocka_unit_test(test_oracle_tandem_tiny),
+        cmocka_unit_test(test_tiny_qwen3),      cmocka_unit_test(test_tiny_qwen2),
+        cmocka_unit_test(test_tiny_llama),      cmocka_unit_test(test_tandem_tiny),
+        cmocka_unit_test(test_full_shape),      cmocka_unit_test(test_oracle_quantised),
+        cmocka_unit_test(test_quantised),       cmocka_unit_test(test_depths),
+        cmocka_unit_test(test_sampling),        cmocka_unit_test(test_fp8),
+        cmocka_unit_test(test_large_fp8),       cmocka_unit_test(test_large_quantised),
+        cmocka_unit_test(test_company),         cmocka_unit_test(test_trials),
+        cmocka_unit_test(test_rare_types),      cmocka_unit_test(test_choices),
+        cmocka_unit_test(test_chain),           cmocka_unit_test(test_loud),
 #ifdef TANDEM_CUDA
         cmocka_unit_test(test_stuck_apart),
 #endif
