@@ -313,18 +313,20 @@ gpu-check: $(BUILD)/tests/ops/test_cuda
 gpu-sanitize: $(BUILD)/tests/ops/test_cuda
 	for tool in memcheck racecheck initcheck "synccheck --num-cuda-barriers 256"; do \
 	    compute-sanitizer --tool $$tool --error-exitcode 1 $< $(GPU_SMALL) || exit 1; done
-ifeq ($(CUDA),1)
+ifeq ($(CUDA)$(CUDA_CHIP),190)
 gpu-mistakes: $(BUILD)/$(EMULATOR)/gpu-mistakes
 	$<
 else
 gpu-mistakes:
-	@echo 'make $@: needs nvcc, to compile kernels with mistakes in them, and a GPU to find them on' >&2; exit 1
+	@echo 'make $@: needs nvcc, to compile kernels with mistakes in them, and a Hopper GPU to find them on' >&2; exit 1
 endif
 # The measurements that docs/SPEED.md reports.
+GPU_BENCH = $< bench --synthetic qwen3-0.6b --device cuda --repeat 3
 gpu-bench: $(BUILD)/tandem
-	$< bench --synthetic qwen3-0.6b --device cuda --decode --depth 0,1024,4096,16384 --batch 1,8,32,256 --repeat 3
-	$< bench --synthetic qwen3-0.6b --device cuda --prefill 512,2048 --chunk 2048 --repeat 3
-	tools/gpu-variants --tandem $<
+	$(GPU_BENCH) --decode --depth 0,256 --batch 1,8,32,256
+	$(GPU_BENCH) --decode --depth 1024,4096,16384 --batch 1,8
+	$(GPU_BENCH) --prefill 512,2048 --chunk 2048
+	tools/gpu-variants --tandem $< wide-attention $(if $(filter 90,$(CUDA_CHIP)),wgmma)
 
 # The unit tests of this build alone, as in `make asan`.
 .PHONY: unit-tests
