@@ -11,7 +11,7 @@ enum {
     FROM_TOKENS = 32,       // a sequence, on average: fewer leave warps without rows
     GROUP = HOPPER ? 4 : 1, // pages
 };
-static_assert(ATTN_WARPS >= 2 * GROUP, "two warps a page of a group");
+static_assert(HOPPER ? ATTN_WARPS == 2 * GROUP : ATTN_WARPS >= 2 * GROUP, "two warps a page of a group");
 
 template <typename KV> struct wide_shared {
     alignas(64) unsigned char k[2 * GROUP][KV::BYTES], v[2 * GROUP][KV::BYTES];
