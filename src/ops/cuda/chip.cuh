@@ -129,12 +129,6 @@ static __device__ __forceinline__ unsigned count_arrival(unsigned *counter, unsi
 // On Hopper a thread asks the copy engine for a whole piece; on older chips each of several threads asks for its share
 // of it, 16 bytes at a time. Either way the copy arrives at a barrier in shared memory, on which all wait for it.
 
-enum { COPY_LANES = HOPPER ? 1 : 32 }; // lanes of a warp that ask for its copies
-
-static __device__ __forceinline__ bool asks(int lane) {
-    return HOPPER ? lane == 0 : true;
-}
-
 static __device__ __forceinline__ uint32_t shared_address(const void *p) {
     return (uint32_t)__cvta_generic_to_shared(p);
 }
@@ -203,13 +197,6 @@ static __device__ __forceinline__ void copy_piece(void *to, const void *from, ui
                      "l"((const unsigned char *)from + i)
                      : "memory");
 #endif
-}
-
-// A single piece, by the COPY_LANES of a warp.
-static __device__ __forceinline__ void warp_copy(void *to, const void *from, uint32_t bytes, uint64_t *bar, int lane) {
-    barrier_expect(bar, bytes);
-    copy_piece(to, from, bytes, bar, lane, COPY_LANES);
-    copies_asked(bar);
 }
 
 // As bulk_copy; where `once`, of what is not read again before much else is: it is the first to leave the cache.

@@ -68,6 +68,20 @@ static inline dim3 grid_for(size_t x, size_t y = 1, size_t z = 1) {
     return dim3((unsigned)x, (unsigned)y, (unsigned)z);
 }
 
+// ---- A warp's copies into shared memory ---------------------------------------------------------------------------
+
+// Whether a lane is one of the COPY_LANES.
+static __device__ __forceinline__ bool asks(int lane) {
+    return HOPPER ? lane == 0 : true;
+}
+
+// A single piece, by these.
+static __device__ __forceinline__ void warp_copy(void *to, const void *from, uint32_t bytes, uint64_t *bar, int lane) {
+    barrier_expect(bar, bytes);
+    copy_piece(to, from, bytes, bar, lane, COPY_LANES);
+    copies_asked(bar);
+}
+
 // ---- Numbers ------------------------------------------------------------------------------------------------------
 
 static __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {

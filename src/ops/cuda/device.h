@@ -15,6 +15,8 @@ extern "C" {
 // 80: every chip from Ampere on, without.
 #define HOPPER (TANDEM_CUDA_CHIP >= 90)
 
+enum { COPY_LANES = HOPPER ? 1 : 32 }; // lanes of a warp that ask for its copies into shared memory
+
 enum {
     SPLIT_ROWS = 1024,       // tokens times heads up to which attention splits a sequence's chunks over blocks
     MOST_ARRIVALS = 16384,   // counters: tokens times KV heads

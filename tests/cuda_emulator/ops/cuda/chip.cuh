@@ -112,12 +112,6 @@ static inline void mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uin
     emulated_mma(d, a, b);
 }
 
-enum { COPY_LANES = HOPPER ? 1 : 32 };
-
-static inline bool asks(int lane) {
-    return HOPPER ? lane == 0 : true;
-}
-
 static inline void barrier_init_for(uint64_t *bar, unsigned n) {
     emulated_barrier_init(bar, n);
 }
@@ -225,12 +219,6 @@ static inline unsigned cluster_rank() {
 static inline void cluster_sync() {
 }
 #endif
-
-static inline void warp_copy(void *to, const void *from, uint32_t bytes, uint64_t *bar, int lane) {
-    barrier_expect(bar, bytes);
-    copy_piece(to, from, bytes, bar, lane, COPY_LANES);
-    copies_asked(bar);
-}
 
 static inline void sync_some(int id, int n) {
     emulated_sync_some(id, (unsigned)n);
