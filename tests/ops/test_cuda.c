@@ -127,7 +127,7 @@ static void test_depths(void **state) {
     (void)state;
     if (!cuda) skip();
     static const char *const models[] = {"models/tandem-tiny", "synthetic:qwen3-0.6b"};
-    static const size_t depths[] = {0, 30, 254, 510, 1022, 2046, 2303, 3000, 4094, 8190, 16600, 32700};
+    static const size_t depths[] = {0, 30, 254, 510, 1022, 2046, 2303, 3000, 4094, 8190, 16600, 32700, 40957};
     uint32_t persistent = variant_named("persistent");
     for (size_t i = 0; i < 2; i++) {
         struct subject s;
@@ -260,14 +260,14 @@ static void test_company(void **state) {
     }
 }
 
-// The same request alone and among 255 others, 100,000 times and more.
+// The same request alone and among up to 255 others: tokens, and of tandem-tiny all logits, 100,000 times each.
 static void test_trials(void **state) {
     (void)state;
     if (!cuda) skip();
     static const struct trial_plan plans[] = {
         {.model = "synthetic:qwen3-0.6b", .device = "cuda", .kv_type = "bf16", .n_trials = 100000},
         {.model = "synthetic:qwen3-0.6b", .device = "cuda", .kv_type = "fp8", .n_trials = 20000},
-        {.model = "models/tandem-tiny", .device = "cuda", .kv_type = "bf16", .n_trials = 20000, .hash = true},
+        {.model = "models/tandem-tiny", .device = "cuda", .kv_type = "bf16", .n_trials = 100000, .hash = true},
     };
     for (size_t i = 0; i < sizeof plans / sizeof *plans; i++) {
         double start = clock_seconds();
