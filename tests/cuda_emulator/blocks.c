@@ -22,7 +22,8 @@ struct emulated_place {
 unsigned char *emulated_dynamic_shared(void);
 void emulated_syncthreads(void);
 void emulated_syncwarp(void);
-uint32_t emulated_shuffle_xor(uint32_t v, int mask);
+uint64_t emulated_shuffle(uint64_t v, unsigned lane);
+bool emulated_vote_all(bool v);
 void emulated_mma(float d[4], const uint32_t a[4], const uint32_t b[2]);
 void emulated_dependency_wait(void);
 void emulated_barrier_init(uint64_t *barrier, unsigned n_threads);
@@ -62,7 +63,7 @@ enum thread_state {
     N_STATES
 };
 enum { MOST_SOME = 16, MOST_CHAINS = 8, MOST_STEPS = 16, MOST_COLUMNS = 256 };
-enum instruction { SYNC_WARP, SHUFFLE, MATRIX, GROUP_FENCE, GROUP_MATRIX, GROUP_COMMIT, GROUP_WAIT, REGISTERS };
+enum instruction { SYNC_WARP, SHUFFLE, VOTE, MATRIX, GROUP_FENCE, GROUP_MATRIX, GROUP_COMMIT, GROUP_WAIT, REGISTERS };
 
 struct fiber {
 #if defined(__x86_64__)
@@ -407,10 +408,17 @@ void emulated_syncwarp(void) {
     meet(SYNC_WARP);
 }
 
-uint32_t emulated_shuffle_xor(uint32_t v, int mask) {
+uint64_t emulated_shuffle(uint64_t v, unsigned lane) {
+    memcpy(my_share()->a, &v, sizeof v);
+    memcpy(&v, meet(SHUFFLE)[lane % WARP].a, sizeof v);
+    return v;
+}
+
+bool emulated_vote_all(bool v) {
     my_share()->a[0] = v;
-    unsigned lane = now->current->number % WARP;
-    return meet(SHUFFLE)[lane ^ (unsigned)mask].a[0];
+    const struct share *shares = meet(VOTE);
+    for (unsigned lane = 0; lane < WARP; lane++) v = v && shares[lane].a[0];
+    return v;
 }
 
 static float low_half(uint32_t pair) {
@@ -435,11 +443,23 @@ static float high_half(uint32_t pair) {
 #define WIDE
 #endif
 
-// d += a b, a [16, 16], b [16, 8]: ascending k, each product and sum rounded to f32.
+typedef float row_of_8 __attribute__((vector_size(8 * sizeof(float))));
+
+// d += a b, a [16, 16], b [16, 8]: ascending k, each product and sum rounded to f32. Eight rows at a time, that no sum
+// waits for the one before.
 WIDE static void multiply_tiles(float (*restrict d)[8], float (*restrict a)[16], float (*restrict b)[8]) {
-    for (unsigned row = 0; row < 16; row++)
-        for (unsigned k = 0; k < 16; k++)
-            for (unsigned column = 0; column < 8; column++) d[row][column] += a[row][k] * b[k][column];
+    enum { ROWS = 8 };
+    for (unsigned first = 0; first < 16; first += ROWS) {
+        row_of_8 sums[ROWS];
+        memcpy(sums, d + first, sizeof sums);
+        for (unsigned k = 0; k < 16; k++) {
+            row_of_8 column;
+            memcpy(&column, b[k], sizeof column);
+#pragma GCC unroll 8
+            for (unsigned row = 0; row < ROWS; row++) sums[row] += a[first + row][k] * column;
+        }
+        memcpy(d + first, sums, sizeof sums);
+    }
 }
 
 static void multiply(struct share shares[WARP]) {

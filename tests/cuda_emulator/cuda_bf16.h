@@ -32,8 +32,9 @@ extern struct emulated_place emulated_place;
 unsigned char *emulated_dynamic_shared(void);
 void emulated_syncthreads(void);
 void emulated_syncwarp(void);
-// The value of the lane whose number differs in the bits of `mask`. Every lane of the warp must come here.
-uint32_t emulated_shuffle_xor(uint32_t v, int mask);
+// What `lane` brings; whether all lanes bring `true`. Every lane of the warp must come here.
+uint64_t emulated_shuffle(uint64_t v, unsigned lane);
+bool emulated_vote_all(bool v);
 void emulated_mma(float d[4], const uint32_t a[4], const uint32_t b[2]);
 void emulated_dependency_wait(void);
 void emulated_barrier_init(uint64_t *barrier, unsigned n_threads);
@@ -193,23 +194,17 @@ static inline unsigned long long atomicAdd(unsigned long long *p, unsigned long 
     return before;
 }
 
-template <typename T> static inline T __shfl_xor_sync(unsigned, T v, int mask) {
-    if constexpr (sizeof(T) == 8) {
-        uint64_t bits = emulated_bits<uint64_t>(v);
-        uint64_t low = emulated_shuffle_xor((uint32_t)bits, mask);
-        return emulated_bits<T>((uint64_t)emulated_shuffle_xor((uint32_t)(bits >> 32), mask) << 32 | low);
-    } else {
-        return emulated_bits<T>(emulated_shuffle_xor(emulated_bits<uint32_t>(v), mask));
-    }
+template <typename T> static inline T __shfl_sync(unsigned, T v, int lane) {
+    if constexpr (sizeof(T) == 8) return emulated_bits<T>(emulated_shuffle(emulated_bits<uint64_t>(v), (unsigned)lane));
+    else return emulated_bits<T>((uint32_t)emulated_shuffle(emulated_bits<uint32_t>(v), (unsigned)lane));
 }
 
-template <typename T> static inline T __shfl_sync(unsigned all, T v, int lane) {
-    return __shfl_xor_sync(all, v, (int)threadIdx.x % 32 ^ lane);
+template <typename T> static inline T __shfl_xor_sync(unsigned all, T v, int mask) {
+    return __shfl_sync(all, v, (int)threadIdx.x % 32 ^ mask);
 }
 
 static inline int __all_sync(unsigned, int p) {
-    for (int o = 16; o; o >>= 1) p = __shfl_xor_sync(~0u, p, o) && p;
-    return p;
+    return emulated_vote_all(p);
 }
 
 static inline int __any_sync(unsigned all, int p) {
