@@ -100,7 +100,8 @@ static bool is_found_in_company(uint64_t seed) {
 static bool is_found_in_heads(uint64_t seed) {
     static const struct part part = {
         .n_layers = 1, .n_vocab = 64, .n_ff = 128, .n_heads = 2, .n_kv_heads = 1, .head_dim = 128};
-    static const struct plan plan = {.length = 72, .lead = 70, .standard_chunk = 36, .n_ragged = 3};
+    static const struct plan plan = {
+        .length = 72, .lead = 70, .standard_chunk = 36, .n_ragged = 3, .until_first = true};
     struct subject s;
     emulator_set(&(struct emulator_options){.seed = seed, .n_sms = 3});
     open_gpu();
@@ -141,10 +142,11 @@ static bool is_found_in_part(enum place place, uint64_t seed) {
                    .n_chunks = 2,
                    .neighbours = neighbours,
                    .n_neighbours = 1,
-                   .n_ragged = 2},
-        [SPLIT] = {.length = 258, .lead = 253, .standard_chunk = 129},
-        [TILES] = {.length = 72, .lead = 70, .standard_chunk = 36},
-        [PAIRS] = {.length = 72, .lead = 70, .standard_chunk = 36},
+                   .n_ragged = 2,
+                   .until_first = true},
+        [SPLIT] = {.length = 258, .lead = 253, .standard_chunk = 129, .until_first = true},
+        [TILES] = {.length = 72, .lead = 70, .standard_chunk = 36, .until_first = true},
+        [PAIRS] = {.length = 72, .lead = 70, .standard_chunk = 36, .until_first = true},
     };
     const struct part parts[] = {[PAGES] = {.n_layers = 2, .n_vocab = 64, .n_ff = 72},
                                  [SPLIT] = {.n_layers = 1, .n_vocab = 64, .n_ff = 72},
@@ -190,7 +192,8 @@ static bool is_found_at_large(enum place place) {
                                      .neighbours = neighbours,
                                      .n_neighbours = 2,
                                      .n_ragged = 7,
-                                     .n_crowd = 32};
+                                     .n_crowd = 32,
+                                     .until_first = true};
     enum { COMPANIONS = 300 };
     size_t different = 0, company[COMPANIONS];
     for (size_t q = 0; q < COMPANIONS; q++) company[q] = q * q % 300;

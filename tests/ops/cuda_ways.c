@@ -331,7 +331,7 @@ size_t compare_ways(const struct subject *s, const char *name, const struct plan
     size_t rows = n_kept(p->length), floats = rows * c->n_vocab, different = 0;
     size_t watched = rows * c->n_layers * c->n_heads * c->head_dim;
     float *expected = checked(floats + watched, sizeof *expected), *found = checked(floats + watched, sizeof *found);
-    for (size_t i = 0; i < all->n; i++) {
+    for (size_t i = 0; i < all->n && !(p->until_first && different); i++) {
         const struct way *w = &all->list[i];
         double start = clock_seconds();
         size_t first = 0, wrong, compared = is_shown(w) ? floats + watched : floats;

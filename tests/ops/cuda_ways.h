@@ -42,6 +42,7 @@ struct plan {
     const size_t *neighbours; // [n_neighbours] sequences side by side, a token each
     size_t n_neighbours;
     bool fp8;          // K and V in eight bits
+    bool until_first;  // none after the first way that differs
     uint32_t variants; // only these of the device's are turned round; 0: all
     // Sequences in chunks of 13, or one token each beside two in long chunks; side by side, not recorded; one token
     // each beside two in long chunks; 0: none of these.
