@@ -304,11 +304,14 @@ load:
 .PHONY: programs
 programs: $(TEST_BIN) $(BUILD)/tests/format/dequant_main $(BUILD)/tests/server/schema_texts build/data/qwen3-tokenizer/tokenizer.json
 
-# On a machine with a GPU: the CUDA backend's tests, and under the sanitizers of CUDA's toolkit the small ones again.
+# On a machine with a GPU: the CUDA backend's tests, and the bits of prompts as long as a context by other kernels; under the
+# sanitizers of CUDA's toolkit the small tests again.
 GPU_SMALL = test_oracle_tandem_tiny
+GPU_PROMPTS = tools/gpu-variants --tandem $(BUILD)/tandem wide-attention $(if $(filter 90,$(CUDA_CHIP)),wgmma)
 .PHONY: gpu-check gpu-sanitize gpu-mistakes gpu-bench
-gpu-check: $(BUILD)/tests/ops/test_cuda
+gpu-check: $(BUILD)/tests/ops/test_cuda $(BUILD)/tandem
 	$<
+	$(GPU_PROMPTS) --prefill 16384,40896 --rounds 1
 # synccheck's own count of a block's barriers is too small for clusters, whose blocks know each other's.
 gpu-sanitize: $(BUILD)/tests/ops/test_cuda
 	for tool in memcheck racecheck initcheck "synccheck --num-cuda-barriers 256"; do \
@@ -326,7 +329,7 @@ gpu-bench: $(BUILD)/tandem
 	$(GPU_BENCH) --decode --depth 0,256 --batch 1,8,32,256
 	$(GPU_BENCH) --decode --depth 1024,4096,16384 --batch 1,8
 	$(GPU_BENCH) --prefill 512,2048 --chunk 2048
-	tools/gpu-variants --tandem $< wide-attention $(if $(filter 90,$(CUDA_CHIP)),wgmma)
+	$(GPU_PROMPTS)
 
 # The unit tests of this build alone, as in `make asan`.
 .PHONY: unit-tests
