@@ -404,7 +404,8 @@ static void spoil_slots(struct kv_store *kv, size_t page, size_t slot) {
     }
 }
 
-static void run_at_depths(const struct subject *s, const size_t *depths, size_t n_depths, float *out) {
+static void run_at_depths(const struct subject *s, enum dtype kv_type, uint32_t fusion, const size_t *depths,
+                          size_t n_depths, float *out) {
     const struct model_config *c = &s->model->config;
     struct error err = {0};
     size_t most = 0;
@@ -412,7 +413,7 @@ static void run_at_depths(const struct subject *s, const size_t *depths, size_t 
     size_t n_pages = (most + KV_PAGE_TOKENS - 1) / KV_PAGE_TOKENS;
     struct run_options o = {.ops = cuda,
                             .pool = pool,
-                            .fusion = all_fused(),
+                            .fusion = fusion,
                             .max_tokens = 1,
                             .max_logit_rows = 1,
                             .max_positions = most,
@@ -420,7 +421,7 @@ static void run_at_depths(const struct subject *s, const size_t *depths, size_t 
                             .max_pages = n_pages};
     struct run *run = run_create(s->model, &o, &err);
     struct kv_store kv;
-    if (!run || !kv_store_create_on(cuda->device, &kv, c, DTYPE_BF16, n_pages, &err)) fail_msg("%s", err.text);
+    if (!run || !kv_store_create_on(cuda->device, &kv, c, kv_type, n_pages, &err)) fail_msg("%s", err.text);
     int32_t *pages = checked(n_pages, sizeof *pages);
     for (size_t i = 0; i < n_pages; i++) pages[i] = (int32_t)(n_pages - 1 - i);
     fill_randomly(&kv);
@@ -448,25 +449,44 @@ static void run_at_depths(const struct subject *s, const size_t *depths, size_t 
     run_free(run);
 }
 
-size_t compare_depths(const struct subject *s, uint32_t variant, const size_t *depths, size_t n_depths) {
+// How many steps' logits differ.
+static size_t different_steps(const struct subject *s, const size_t *depths, size_t n_depths, const float *expected,
+                              const float *found) {
     size_t n = s->model->config.n_vocab, steps = n_depths * STEPS_AT_DEPTH, different = 0;
-    float *with = checked(steps * n, sizeof *with), *without = checked(steps * n, sizeof *without);
-    uint32_t variants = cuda->device->variants;
-    cuda->device->variants = variants & ~variant;
-    run_at_depths(s, depths, n_depths, without);
-    cuda->device->variants = variants | variant;
-    run_at_depths(s, depths, n_depths, with);
-    cuda->device->variants = variants;
     for (size_t i = 0; i < steps; i++) {
-        size_t first = 0, wrong = n_different(without + i * n, with + i * n, n, &first);
+        size_t first = 0, wrong = n_different(expected + i * n, found + i * n, n, &first);
         if (wrong)
             print_message("depth %zu: %zu of %zu logits differ, the first at %zu: %.9g, not %.9g\n",
-                          depths[i / STEPS_AT_DEPTH] + i % STEPS_AT_DEPTH, wrong, n, first, (double)with[i * n + first],
-                          (double)without[i * n + first]);
+                          depths[i / STEPS_AT_DEPTH] + i % STEPS_AT_DEPTH, wrong, n, first,
+                          (double)found[i * n + first], (double)expected[i * n + first]);
         different += wrong > 0;
     }
+    return different;
+}
+
+size_t compare_depths(const struct subject *s, uint32_t variant, const size_t *depths, size_t n_depths) {
+    size_t n = n_depths * STEPS_AT_DEPTH * s->model->config.n_vocab;
+    float *with = checked(n, sizeof *with), *without = checked(n, sizeof *without);
+    uint32_t variants = cuda->device->variants;
+    cuda->device->variants = variants & ~variant;
+    run_at_depths(s, DTYPE_BF16, all_fused(), depths, n_depths, without);
+    cuda->device->variants = variants | variant;
+    run_at_depths(s, DTYPE_BF16, all_fused(), depths, n_depths, with);
+    cuda->device->variants = variants;
+    size_t different = different_steps(s, depths, n_depths, without, with);
     free(with);
     free(without);
+    return different;
+}
+
+size_t compare_depths_fp8(const struct subject *s, const size_t *depths, size_t n_depths) {
+    size_t n = n_depths * STEPS_AT_DEPTH * s->model->config.n_vocab;
+    float *fused = checked(n, sizeof *fused), *standard = checked(n, sizeof *standard);
+    run_at_depths(s, DTYPE_FP8, 0, depths, n_depths, standard);
+    run_at_depths(s, DTYPE_FP8, all_fused(), depths, n_depths, fused);
+    size_t different = different_steps(s, depths, n_depths, standard, fused);
+    free(fused);
+    free(standard);
     return different;
 }
 

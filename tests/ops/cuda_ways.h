@@ -60,6 +60,9 @@ uint32_t variant_named(const char *name);
 // device's: how many steps' logits differ.
 size_t compare_depths(const struct subject *s, uint32_t variant, const size_t *depths, size_t n_depths);
 
+// The same with K and V in eight bits, by the standard path and by fused ops.
+size_t compare_depths_fp8(const struct subject *s, const size_t *depths, size_t n_depths);
+
 // One step of `n` sequences, a token each at depths of their own, over pages of random numbers, with and without a
 // variant of the device's: how many sequences' logits differ.
 size_t compare_company(const struct subject *s, uint32_t variant, const size_t *depths, size_t n, bool fp8);

@@ -122,18 +122,35 @@ static void test_full_shape(void **state) {
     same_bits("synthetic:qwen3-0.6b", 280, false);
 }
 
+static const size_t deep[] = {0, 30, 254, 510, 1022, 2046, 2303, 3000, 4094, 8190, 16600, 32700, 40957};
+enum { N_DEEP = sizeof deep / sizeof deep[0] };
+
 // One token at depths around the ends of pages and chunks, by the kernel of all layers and by all others.
 static void test_depths(void **state) {
     (void)state;
     if (!cuda) skip();
     static const char *const models[] = {"models/tandem-tiny", "synthetic:qwen3-0.6b"};
-    static const size_t depths[] = {0, 30, 254, 510, 1022, 2046, 2303, 3000, 4094, 8190, 16600, 32700, 40957};
     uint32_t persistent = variant_named("persistent");
     for (size_t i = 0; i < 2; i++) {
         struct subject s;
         open_subject(&s, models[i]);
-        size_t different = compare_depths(&s, persistent, depths, sizeof depths / sizeof depths[0]);
+        size_t different = compare_depths(&s, persistent, deep, N_DEEP);
         print_message("%s: %zu steps differ\n", models[i], different);
+        close_subject(&s);
+        assert_int_equal(different, 0);
+    }
+}
+
+// The same with K and V in eight bits, by the standard path and by fused ops: groups of two query heads, and of four.
+static void test_depths_fp8(void **state) {
+    (void)state;
+    if (!cuda) skip();
+    static const struct part groups[] = {{0}, {2, 96, 128, 16, 4, 128}};
+    for (size_t i = 0; i < 2; i++) {
+        struct subject s;
+        open_part(&s, "synthetic:qwen3-0.6b", &groups[i]);
+        size_t different = compare_depths_fp8(&s, deep, N_DEEP);
+        print_message("%zu KV heads: %zu steps differ\n", s.model->config.n_kv_heads, different);
         close_subject(&s);
         assert_int_equal(different, 0);
     }
@@ -370,17 +387,29 @@ static int close_gpu(void **state) {
 // With an argument: only the tests whose names match it (cmocka's pattern).
 int main(int argc, char **argv) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_devices_by_name), cmocka_unit_test(test_too_much_memory),
-        cmocka_unit_test(test_oracle_tiny),     cmocka_unit_test(test_oracle_tandem_tiny),
-        cmocka_unit_test(test_tiny_qwen3),      cmocka_unit_test(test_tiny_qwen2),
-        cmocka_unit_test(test_tiny_llama),      cmocka_unit_test(test_tandem_tiny),
-        cmocka_unit_test(test_full_shape),      cmocka_unit_test(test_oracle_quantised),
-        cmocka_unit_test(test_quantised),       cmocka_unit_test(test_depths),
-        cmocka_unit_test(test_sampling),        cmocka_unit_test(test_fp8),
-        cmocka_unit_test(test_large_fp8),       cmocka_unit_test(test_large_quantised),
-        cmocka_unit_test(test_company),         cmocka_unit_test(test_trials),
-        cmocka_unit_test(test_rare_types),      cmocka_unit_test(test_choices),
-        cmocka_unit_test(test_chain),           cmocka_unit_test(test_loud),
+        cmocka_unit_test(test_devices_by_name),
+        cmocka_unit_test(test_too_much_memory),
+        cmocka_unit_test(test_oracle_tiny),
+        cmocka_unit_test(test_oracle_tandem_tiny),
+        cmocka_unit_test(test_tiny_qwen3),
+        cmocka_unit_test(test_tiny_qwen2),
+        cmocka_unit_test(test_tiny_llama),
+        cmocka_unit_test(test_tandem_tiny),
+        cmocka_unit_test(test_full_shape),
+        cmocka_unit_test(test_oracle_quantised),
+        cmocka_unit_test(test_quantised),
+        cmocka_unit_test(test_depths),
+        cmocka_unit_test(test_depths_fp8),
+        cmocka_unit_test(test_sampling),
+        cmocka_unit_test(test_fp8),
+        cmocka_unit_test(test_large_fp8),
+        cmocka_unit_test(test_large_quantised),
+        cmocka_unit_test(test_company),
+        cmocka_unit_test(test_trials),
+        cmocka_unit_test(test_rare_types),
+        cmocka_unit_test(test_choices),
+        cmocka_unit_test(test_chain),
+        cmocka_unit_test(test_loud),
 #ifdef TANDEM_CUDA
         cmocka_unit_test(test_stuck_apart),
 #endif
