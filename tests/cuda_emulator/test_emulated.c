@@ -84,6 +84,16 @@ static void test_split(void **state) {
         "synthetic:tiny-qwen3", (struct part){.n_layers = 1, .n_vocab = 64, .n_ff = 64},
         (struct plan){.length = 259, .lead = 254, .standard_chunk = 131, .neighbours = neighbours, .n_neighbours = 1},
         13, 1);
+    // In eight bits two blocks share an SM, of groups of two query heads and of more.
+    for (size_t i = 0; i < 2; i++)
+        same_bits("models/tandem-tiny", (struct part){1, 64, 64, i ? 4 : 2, 1, i ? 64 : 128},
+                  (struct plan){.length = 258,
+                                .lead = 255,
+                                .standard_chunk = 129,
+                                .neighbours = neighbours,
+                                .n_neighbours = 1,
+                                .fp8 = true},
+                  14 + i, 1);
 }
 
 // Scores far apart.

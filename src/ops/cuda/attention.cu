@@ -593,8 +593,12 @@ static attention_params params_for(const struct op_ctx *ctx, const struct attent
 
 template <typename KV, bool FUSED>
 static void launch_attention(struct cuda_state *s, const attention_params &p, size_t n_tokens, size_t chunks) {
-    // As many blocks as the SMs hold at once: each loads its next chunk while it works on one.
-    size_t tiles = n_tokens * (size_t)p.kv.n_kv_heads, fit = (size_t)s->n_sms / tiles, blocks = 1;
+    // As many blocks as the SMs hold at once: each loads its next chunk while it works on one. Of bf16 one block has
+    // enough on its way to keep an SM's copies busy, of fp8, with half the bytes, two have.
+    size_t tiles = n_tokens * (size_t)p.kv.n_kv_heads, n_sms = (size_t)s->n_sms, blocks = 1;
+    bool two = HOPPER && FUSED &&
+               ((p.rows <= 2 && tiles > n_sms) || (p.rows <= 8 && p.split && p.kv.is_fp8 && chunks * tiles > n_sms));
+    size_t fit = (two ? 2 * n_sms : n_sms) / tiles;
     if (p.split) blocks = fit == 0 ? 1 : chunks < fit ? chunks : fit;
     auto launch = [&](void (*kernel)(attention_params), size_t shared) {
         attention_params q = p;
@@ -603,8 +607,9 @@ static void launch_attention(struct cuda_state *s, const attention_params &p, si
                       {grid_for(n_tokens, (size_t)p.kv.n_kv_heads, blocks), ATTN_THREADS, shared}, q);
     };
     if constexpr (HOPPER && FUSED)
-        if (tiles > (size_t)s->n_sms && p.rows <= 2)
-            return launch(k_attention<KV, FUSED, 2, true>, sizeof(attention_shared<KV, 2, true>));
+        if (two && p.rows <= 2) return launch(k_attention<KV, FUSED, 2, true>, sizeof(attention_shared<KV, 2, true>));
+    if constexpr (HOPPER && FUSED && KV::IS_FP8)
+        if (two) return launch(k_attention<KV, FUSED, 8, true>, sizeof(attention_shared<KV, 8, true>));
     if (p.rows <= 2) launch(k_attention<KV, FUSED, 2, false>, sizeof(attention_shared<KV, 2, false>));
     else if (p.rows <= 8) launch(k_attention<KV, FUSED, 8, false>, sizeof(attention_shared<KV, 8, false>));
     else launch(k_attention<KV, FUSED, 16, false>, sizeof(attention_shared<KV, 16, false>));
@@ -735,11 +740,13 @@ template <typename KV> static void allow(struct cuda_state *s) {
     static_assert(!HOPPER || attention_shared<KV, 2, true>::V_PAGES == ATTN_WARPS ||
                       sizeof(attention_shared<KV, 2, true>) <= HALF_SM,
                   "two blocks an SM");
+    static_assert(!HOPPER || !KV::IS_FP8 || sizeof(attention_shared<KV, 8, true>) <= HALF_SM, "two blocks an SM");
     static_assert(sizeof(attention_shared<KV, 16, false>) <= SM_SHARED, "an SM's shared memory");
     allow_rows<KV, false, 2, false>(s);
     allow_rows<KV, false, 8, false>(s);
     allow_rows<KV, false, 16, false>(s);
     if constexpr (HOPPER) allow_rows<KV, true, 2, true>(s);
+    if constexpr (HOPPER && KV::IS_FP8) allow_rows<KV, true, 8, true>(s);
     allow_rows<KV, true, 2, false>(s);
     allow_rows<KV, true, 8, false>(s);
     allow_rows<KV, true, 16, false>(s);

@@ -67,9 +67,13 @@ struct heads_end {
 // follow: of K [slots][head_dim / 32], of V [head_dim / 32][4 lanes][8 slots].
 template <int DIM> struct bf16_kv {
     static constexpr int HD = DIM, BYTES = KV_PAGE_TOKENS * DIM * 2; // of a head's page
+    static constexpr bool IS_FP8 = false;
 };
 
-template <int DIM> struct fp8_kv { static constexpr int HD = DIM, BYTES = KV_PAGE_TOKENS * DIM + DIM; };
+template <int DIM> struct fp8_kv {
+    static constexpr int HD = DIM, BYTES = KV_PAGE_TOKENS * DIM + DIM;
+    static constexpr bool IS_FP8 = true;
+};
 
 static __device__ __forceinline__ size_t head_page_bytes(const kv_view &kv) {
     return (size_t)kv.head_dim * (kv.is_fp8 ? KV_PAGE_TOKENS + 1 : 2 * KV_PAGE_TOKENS);
