@@ -284,18 +284,32 @@ static size_t choose_rows(size_t n, size_t most, size_t *rows) {
     return k;
 }
 
+// The numbers of tokens of a sweep: the most telling ones, and, for `every`, all others up to MAX_TOKENS after them.
+static size_t choose_counts(bool every, size_t counts[MAX_TOKENS]) {
+    bool chosen[MAX_TOKENS + 1] = {false};
+    size_t n = 0;
+    for (; n < N_TOKEN_COUNTS; n++) {
+        counts[n] = token_counts[n];
+        chosen[counts[n]] = true;
+    }
+    for (size_t i = 1; i <= MAX_TOKENS && every; i++)
+        if (!chosen[i]) counts[n++] = i;
+    return n;
+}
+
 // One prompt of many tokens, then pieces of it: the first T tokens, and the last T after the others.
 static bool check_counts(struct stage *s, const struct op_case *c, const struct capture *plain, struct capture *got) {
     const struct model_config *m = &s->d->model->config;
-    size_t n = plain->n_rows, done = 0;
+    size_t n = plain->n_rows, done = 0, counts[MAX_TOKENS];
+    size_t n_counts = choose_counts(s->d->options.thorough && c->layer == 0, counts);
     double end = clock_seconds() + s->layer_budget;
     bool fused = fused_differs(s);
-    for (size_t i = 0; i < N_TOKEN_COUNTS; i++) {
-        if (token_counts[i] > n) continue;
+    for (size_t i = 0; i < n_counts; i++) {
+        if (counts[i] > n) continue;
         if (done >= 6 && clock_seconds() > end) break;
         done++;
         for (int last = 0; last <= 1; last++) {
-            size_t count = token_counts[i], first = last ? n - count : 0;
+            size_t count = counts[i], first = last ? n - count : 0;
             if (last && first == 0) continue;
             struct op_sequence seq = {
                 .past = first, .n = count, .past_k = plain->seg[SEG_KV_K], .past_v = plain->seg[SEG_KV_V]};

@@ -55,6 +55,13 @@ def test_whole_tiny():
     assert done.stderr == ""
 
 
+def test_thorough():
+    """Every number of tokens from 1 to 300, where a check in a hurry takes the telling ones."""
+    few, all_of_them = (stage(report("--synthetic", "micro-qwen3", "--stage", "ops", *more), "ops")["summary"]
+                        for more in ([], ["--thorough"]))
+    assert "32 token counts to 300" in few and "300 token counts to 300" in all_of_them
+
+
 def test_loud_variant(loud):  # noqa: F811
     """Norm weights far beyond the ordinary are told, and are no fault."""
     out = report(loud, "--stage", "weights,ops,model")
