@@ -137,21 +137,35 @@ size_t run_bytes(const struct model *model, const struct run_options *options) {
     return size_mul(lay_out(&model->config, options, NULL), sizeof(float), &bytes) ? bytes : SIZE_MAX;
 }
 
-// Cosines, then sines, of every token's angles; computed in f64, rounded once.
-static void rope_table(const struct model *m, const struct batch *b, float *cos_sin) {
+// Cosines, then sines, of a position's angles; computed in f64, rounded once. [head_dim]
+static void rope_row(const struct model *m, int32_t position, float *row) {
     size_t half = m->config.head_dim / 2;
+    for (size_t i = 0; i < half; i++) {
+        double angle = (double)position * m->inv_freq[i];
+        row[i] = (float)(cos(angle) * m->rope_magnitude);
+        row[half + i] = (float)(sin(angle) * m->rope_magnitude);
+    }
+}
+
+// Of every token.
+static void rope_table(const struct model *m, const struct batch *b, float *cos_sin) {
     for (size_t t = 0; t < b->n_tokens; t++) {
         float *row = cos_sin + t * m->config.head_dim;
-        if (t > 0 && b->position[t] == b->position[t - 1]) {
+        if (t > 0 && b->position[t] == b->position[t - 1])
             memcpy(row, row - m->config.head_dim, m->config.head_dim * sizeof *row);
-            continue;
-        }
-        for (size_t i = 0; i < half; i++) {
-            double angle = (double)b->position[t] * m->inv_freq[i];
-            row[i] = (float)(cos(angle) * m->rope_magnitude);
-            row[half + i] = (float)(sin(angle) * m->rope_magnitude);
-        }
+        else rope_row(m, b->position[t], row);
     }
+}
+
+struct rope_work {
+    const struct model *model;
+    float *cos_sin;
+};
+
+static void rope_rows(void *ctx, size_t begin, size_t end, int thread) {
+    (void)thread;
+    struct rope_work *w = ctx;
+    for (size_t i = begin; i < end; i++) rope_row(w->model, (int32_t)i, w->cos_sin + i * w->model->config.head_dim);
 }
 
 // What only a run on a device has.
@@ -170,18 +184,14 @@ static bool create_device_parts(struct run *run, const struct model *m, const st
     run->refs = size_alloc_zero(m->config.n_layers, sizeof *run->refs);
     if (!run->refs) return error_set(err, "out of memory for %zu layers", m->config.n_layers);
     d->fill(d, run->board, 0xFF, run->n_board * sizeof *run->board);
+    enum { GRAIN = 64 };
     size_t row = m->config.head_dim, n_rows = o->max_positions;
     float *table = size_alloc(n_rows, row * sizeof *table);
-    int32_t *position = size_alloc(n_rows, sizeof *position);
-    bool ok = table && position;
-    if (ok) {
-        for (size_t i = 0; i < n_rows; i++) position[i] = (int32_t)i;
-        rope_table(m, &(struct batch){.n_tokens = n_rows, .position = position}, table);
-        d->put(d, run->rope, table, n_rows * row * sizeof *table);
-    }
+    if (!table) return error_set(err, "out of memory for the rotations of %zu positions", n_rows);
+    pool_for(o->pool, n_rows, GRAIN, rope_rows, &(struct rope_work){m, table});
+    d->put(d, run->rope, table, n_rows * row * sizeof *table);
     free(table);
-    free(position);
-    return ok ? d->sync(d, err) : error_set(err, "out of memory for the rotations of %zu positions", n_rows);
+    return d->sync(d, err);
 }
 
 struct run *run_create(const struct model *model, const struct run_options *o, struct error *err) {
