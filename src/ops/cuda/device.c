@@ -92,7 +92,7 @@ static void end(struct device *d) {
 // ---- Memory -------------------------------------------------------------------------------------------------------
 
 static size_t available(struct device *d) {
-    (void)d;
+    cudaSetDevice(state(d)->index);
     size_t free_bytes = 0, total = 0;
     return cudaMemGetInfo(&free_bytes, &total) == cudaSuccess ? free_bytes : 0;
 }
@@ -118,7 +118,7 @@ static void device_free(struct device *d, void *memory) {
 }
 
 static void *alloc_host(struct device *d, size_t bytes) {
-    (void)d;
+    cudaSetDevice(state(d)->index);
     void *memory = NULL;
     if (cudaHostAlloc(&memory, bytes ? bytes : 1, cudaHostAllocDefault) == cudaSuccess) return memory;
     (void)cudaGetLastError();
