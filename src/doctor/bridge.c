@@ -103,7 +103,7 @@ static const struct matrix *matrix_of(struct bridge *b, const struct matrix *w) 
         for (size_t k = 0; k < sizeof host / sizeof host[0]; k++)
             if (is_same(w, host[k])) return device[k];
     }
-    if (b->stranger.data || !b->device->put_matrix(b->device, &b->stranger, w, &b->why)) return NULL;
+    if (b->stranger.data || !matrix_upload(w, b->device, NULL, &b->stranger, &b->why)) return NULL;
     return &b->stranger;
 }
 

@@ -194,7 +194,7 @@ static bool place_model(struct doctor *d, struct error *err) {
                                  .pool = d->pool, .log = &d->options.log, .bf16_in_memory = d->kind != MODEL_FOLDER});
     if (!device) return true;
     if (!model_runs_on(d->model, device, err)) return false;
-    d->weights = weights_upload(d->model, device, &d->options.log, err);
+    d->weights = weights_upload(d->model, device, d->pool, &d->options.log, err);
     return d->weights != NULL;
 }
 

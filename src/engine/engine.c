@@ -90,7 +90,7 @@ static bool place_weights(tandem_engine *e, const struct run_options *run, size_
     if (!d) return true;
     size_t weights = weights_device_bytes(e->model, d, err), kv = kv_store_bytes(c, e->kv_type, n_pages);
     if (!weights || !check_device_memory(e, weights, kv, run_bytes(e->model, run), err)) return false;
-    e->weights = weights_upload(e->model, d, &e->log, err);
+    e->weights = weights_upload(e->model, d, e->pool, &e->log, err);
     return e->weights != NULL;
 }
 

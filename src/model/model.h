@@ -89,10 +89,14 @@ struct device_weights {
     void **owned;                 // [n_owned] device memory
     size_t n_owned, bytes;
 };
-// Copies a model's weights to a device. A matrix of a type that the device does not multiply is an error by name.
-struct device_weights *weights_upload(const struct model *model, struct device *device, const struct log *log,
-                                      struct error *err);
+// Copies a model's weights to a device; the pool's threads help, if there is one. A matrix of a type that the device
+// does not multiply is an error by name.
+struct device_weights *weights_upload(const struct model *model, struct device *device, struct pool *pool,
+                                      const struct log *log, struct error *err);
 void weights_free(struct device_weights *weights); // NULL is fine
+// A single matrix, to be freed as out->data. pool: NULL for small ones.
+bool matrix_upload(const struct matrix *w, struct device *device, struct pool *pool, struct matrix *out,
+                   struct error *err);
 // Whether a device has what a model's ops need: head_dim, types of weights. False with what it lacks.
 bool model_runs_on(const struct model *model, struct device *device, struct error *err);
 // Bytes that weights_upload will take; 0 with the name of the matrix when the device cannot multiply one.

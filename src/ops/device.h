@@ -32,7 +32,7 @@ struct device {
     size_t (*available)(struct device *d);                                   // bytes that alloc could give
     void (*put)(struct device *d, void *to, const void *from, size_t bytes); // host to device; `from` may change after
     void (*send)(struct device *d, void *to, const void *from, size_t bytes); // the same, but `from`, of alloc_host,
-                                                                              // may not change before the next sync
+                                                                              // may not change before it was waited for
     void (*get)(struct device *d, void *to, const void *from, size_t bytes);  // device to host, waits
     void (*move)(struct device *d, void *to, const void *from, size_t bytes); // device to device, no overlap
     void (*fill)(struct device *d, void *to, uint8_t byte, size_t bytes);
@@ -47,10 +47,12 @@ struct device {
     // Device data on the host, valid until the next call; NULL when that failed. For taps.
     const void *(*show)(struct device *d, const void *data, size_t bytes);
 
-    // A weight matrix: the bytes that it takes on the device (0: its type is not multiplied there), and its copy there,
-    // in the order in which the device's products read it. `out` is for this device's ops only; free out->data.
+    // A weight matrix in the order in which the device's products read it: the bytes that it takes there (0: its type
+    // is not multiplied there), room for it, without a value (`out` is for this device's ops only; free out->data), and
+    // n of its rows from `first` on, which stand at `rows` on the device as in a file, put in their places.
     size_t (*matrix_bytes)(struct device *d, const struct matrix *w);
-    bool (*put_matrix)(struct device *d, struct matrix *out, const struct matrix *w, struct error *err);
+    bool (*new_matrix)(struct device *d, struct matrix *out, const struct matrix *w, struct error *err);
+    void (*pack_rows)(struct device *d, const struct matrix *out, const void *rows, size_t first, size_t n);
 
     // A sequence of ops that is run again and again. begin: true if the device ran the sequence of `key` as it was
     // recorded before (all that the ops read through pointers may have changed, their arguments not): the caller skips

@@ -355,7 +355,7 @@ static void test_quantised_values(void **state) {
         noise_floats(&noise, x, MOST_TOKENS * n_in, 1.0f);
         struct matrix w = {"w", type, ROWS, n_in, row_bytes, data, NULL}, there;
         assert_true(d->matrix_bytes(d, &w) > 0);
-        if (!d->put_matrix(d, &there, &w, &err)) fail_msg("%s", err.text);
+        if (!matrix_upload(&w, d, NULL, &there, &err)) fail_msg("%s", err.text);
         float *dx = d->alloc(d, (n_in + ROWS) * MOST_TOKENS * sizeof *dx, "x", &err), *dy = dx + n_in * MOST_TOKENS;
         int32_t ids[] = {20, 0, 7, 8, 13, 20, 1, 2, 3}, *dids = d->alloc(d, sizeof ids, "ids", &err);
         struct op_ctx ctx = {.ops = cuda};
@@ -392,6 +392,44 @@ static void test_quantised_values(void **state) {
         free(found);
         free(rounded);
     }
+    ops_close(cuda);
+}
+
+// Weights on their way: rows of 256 KB, 16 of which are copied at once, so that slots are used again.
+static void test_upload(void **state) {
+    (void)state;
+    enum { ROWS = 85, COLUMNS = 131072 };
+    struct error err = {0};
+    open_gpu(50, 4);
+    struct device *d = cuda->device;
+    uint16_t *data = calloc((size_t)ROWS * COLUMNS, sizeof *data);
+    float *found = calloc(COLUMNS, sizeof *found), *wanted = calloc(COLUMNS, sizeof *wanted);
+    float *dx = d->alloc(d, COLUMNS * sizeof *dx, "x", &err);
+    int32_t *dids = d->alloc(d, sizeof *dids, "ids", &err);
+    assert_true(data && found && wanted && dx && dids);
+    for (size_t i = 0; i < (size_t)ROWS * COLUMNS; i++) data[i] = (uint16_t)(0x3C00 + (i * 2654435761u >> 20) % 1024);
+    struct matrix w = {"w", DTYPE_BF16, ROWS, COLUMNS, COLUMNS * sizeof *data, data, NULL}, there;
+    struct op_ctx ctx = {.ops = cuda};
+    struct pool *const pools[] = {NULL, pool};
+    for (size_t i = 0; i < 2; i++) {
+        if (!matrix_upload(&w, d, pools[i], &there, &err)) fail_msg("%s", err.text);
+        for (int32_t row = 0; row < ROWS; row++) {
+            d->put(d, dids, &row, sizeof row);
+            cuda->embed(&ctx, dx, &there, dids, 1);
+            d->get(d, found, dx, COLUMNS * sizeof *found);
+            dtype_to_f32(DTYPE_BF16, data + (size_t)row * COLUMNS, wanted, COLUMNS);
+            assert_memory_equal(found, wanted, COLUMNS * sizeof *found);
+        }
+        d->free(d, (void *)(uintptr_t)there.data);
+    }
+    struct matrix wide = {"wide", DTYPE_BF16, 1, (5 << 20) / 2, 5 << 20, data, NULL};
+    assert_false(matrix_upload(&wide, d, NULL, &there, &err));
+    assert_non_null(strstr(err.text, "wide"));
+    d->free(d, dx);
+    d->free(d, dids);
+    free(data);
+    free(found);
+    free(wanted);
     ops_close(cuda);
 }
 
@@ -600,6 +638,7 @@ int main(int argc, char **argv) {
         cmocka_unit_test(test_doctor),  cmocka_unit_test(test_quantised),      cmocka_unit_test(test_quantised_tiles),
         cmocka_unit_test(test_pieces),  cmocka_unit_test(test_quantised_ring), cmocka_unit_test(test_quantised_values),
         cmocka_unit_test(test_groups),  cmocka_unit_test(test_sampling),       cmocka_unit_test(test_clusters),
+        cmocka_unit_test(test_upload),
     };
     // What an older chip has of its own: how stages and pages come, and less shared memory for them.
     const struct CMUnitTest of_an_older_chip[] = {

@@ -670,7 +670,7 @@ static void load_subject(struct subject *s, const char *model) {
 static void upload_subject(struct subject *s) {
     struct error err = {0};
     if (!model_runs_on(s->model, cuda->device, &err)) fail_msg("%s", err.text);
-    s->weights = weights_upload(s->model, cuda->device, NULL, &err);
+    s->weights = weights_upload(s->model, cuda->device, pool, NULL, &err);
     if (!s->weights) fail_msg("%s", err.text);
 }
 

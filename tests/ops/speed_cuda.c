@@ -9,6 +9,7 @@
 // deep, and the choice of their tokens. --warm: one layer's weights again and again, which are in the cache then.
 #include "base/clock.h"
 #include "base/size.h"
+#include "model/model.h"
 #include "ops/cuda/device.h"
 #include "ops/ops.h"
 
@@ -104,7 +105,7 @@ static void matrices(struct bench *b, size_t n_out, size_t n_in, size_t n, size_
         .name = "w", .type = DTYPE_BF16, .n_out = n_out, .n_in = n_in, .row_bytes = n_in * 2, .data = host};
     for (size_t i = 0; i < n; i++) {
         struct matrix *out = at == SIZE_MAX ? &b->head : (struct matrix *)(void *)((char *)&b->layers[i] + at);
-        if (!b->device->put_matrix(b->device, out, &w, &err)) fail(err.text);
+        if (!matrix_upload(&w, b->device, NULL, out, &err)) fail(err.text);
     }
     free(host);
 }

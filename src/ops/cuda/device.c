@@ -11,7 +11,6 @@
 
 enum {
     MAX_RECORDINGS = 512,
-    STAGING = 64 << 20,
     LEFT_OUT = 128, // tokens: fewer cost a layer less than gathering the others does (docs/SPEED.md)
 };
 
@@ -252,29 +251,22 @@ static size_t matrix_bytes(struct device *d, const struct matrix *w) {
     return n;
 }
 
-static bool put_matrix(struct device *d, struct matrix *out, const struct matrix *w, struct error *err) {
-    struct cuda_state *s = state(d);
-    size_t bytes = matrix_bytes(d, w), per_step = STAGING / w->row_bytes;
-    if (per_step > w->n_out) per_step = w->n_out;
-    if (per_step == 0 || bytes == 0)
-        return error_set(err, "%s: tensor %s does not fit a copy of %d MB", d->name, w->name, STAGING >> 20);
-    void *memory = device_alloc(d, bytes, "weights", err), *rows = NULL;
-    if (memory) rows = device_alloc(d, per_step * w->row_bytes, "copying weights", err);
-    if (rows) {
-        *out = *w;
-        out->data = memory;
-        fill(d, memory, 0, bytes);
-        for (size_t at = 0; at < w->n_out; at += per_step) {
-            size_t n = w->n_out - at < per_step ? w->n_out - at : per_step;
-            put(d, rows, (const char *)w->data + at * w->row_bytes, n * w->row_bytes);
-            if (w->type == DTYPE_BF16) cuda_pack_rows(s, out, rows, at, n);
-            else cuda_pack_quantised(s, out, rows, at, n);
-        }
-    }
-    device_free(d, rows);
-    bool ok = rows && sync_device(d, err);
-    if (!ok) device_free(d, memory);
-    return ok;
+static bool new_matrix(struct device *d, struct matrix *out, const struct matrix *w, struct error *err) {
+    size_t bytes = matrix_bytes(d, w);
+    if (bytes == 0)
+        return error_set(err, "%s cannot multiply tensor %s [%zu, %zu] of type %s", d->name, w->name, w->n_out, w->n_in,
+                         dtype_info(w->type)->name);
+    void *memory = device_alloc(d, bytes, "weights", err);
+    if (!memory) return false;
+    *out = *w;
+    out->data = memory;
+    fill(d, memory, 0, bytes);
+    return true;
+}
+
+static void pack_rows(struct device *d, const struct matrix *out, const void *rows, size_t first, size_t n) {
+    if (out->type == DTYPE_BF16) cuda_pack_rows(state(d), out, rows, first, n);
+    else cuda_pack_quantised(state(d), out, rows, first, n);
 }
 
 static bool can_run(struct device *d, size_t n_heads, size_t n_kv_heads, size_t head_dim, struct error *err) {
@@ -389,7 +381,8 @@ const struct ops *ops_cuda_open(int index, struct error *err) {
                                 .mark_by_choice = mark_by_choice,
                                 .show = show,
                                 .matrix_bytes = matrix_bytes,
-                                .put_matrix = put_matrix,
+                                .new_matrix = new_matrix,
+                                .pack_rows = pack_rows,
                                 .begin = begin,
                                 .end = end,
                                 .variant_names = variant_names,
