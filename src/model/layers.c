@@ -666,6 +666,7 @@ bool kv_store_create_on(struct device *d, struct kv_store *kv, const struct mode
     kv->bytes = kv_store_bytes(c, type, n_pages);
     size_t per_layer = kv->bytes / (2 * c->n_layers);
     bool fits = kv->bytes != SIZE_MAX;
+    if (d) d->load_attention(d, type, c->head_dim);
     kv->layers = size_alloc_zero(c->n_layers, sizeof *kv->layers);
     // Not cleared: a slot is written before it is read, and `tandem check` proves it with poison.
     if (fits && kv->layers) kv->memory = d ? d->alloc(d, kv->bytes, "KV pages", err) : size_alloc_aligned(kv->bytes, 1);

@@ -8,6 +8,7 @@
 #define TANDEM_OPS_DEVICE_H
 
 #include "base/error.h"
+#include "format/dtype.h"
 
 #include <stdbool.h>
 #include <stddef.h>
@@ -53,6 +54,9 @@ struct device {
     size_t (*matrix_bytes)(struct device *d, const struct matrix *w);
     bool (*new_matrix)(struct device *d, struct matrix *out, const struct matrix *w, struct error *err);
     void (*pack_rows)(struct device *d, const struct matrix *out, const void *rows, size_t first, size_t n);
+
+    // Loads what attention to such K and V runs; else the first step does, which may then find no memory left.
+    void (*load_attention)(struct device *d, enum dtype kv_type, size_t head_dim);
 
     // A sequence of ops that is run again and again. begin: true if the device ran the sequence of `key` as it was
     // recorded before (all that the ops read through pointers may have changed, their arguments not): the caller skips

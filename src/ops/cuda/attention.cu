@@ -575,6 +575,7 @@ static attention_params params_for(const struct op_ctx *ctx, const struct attent
     int group = (int)(a->n_heads / a->n_kv_heads);
     attention_params p = {};
     p.kv = view(a->kv);
+    cuda_load_attention(s, p.kv.is_fp8, p.kv.head_dim);
     p.b = view(a->batch);
     p.q = a->q;
     p.out = a->out;
@@ -752,10 +753,16 @@ template <typename KV> static void allow(struct cuda_state *s) {
     allow_rows<KV, true, 16, false>(s);
 }
 
-extern "C" bool cuda_attention_setup(struct cuda_state *s) {
+extern "C" void cuda_load_attention(struct cuda_state *s, bool is_fp8, int head_dim) {
+    unsigned kind = 1u << (head_dim / 32 * 2 + is_fp8);
+    if (s->loaded_kv & kind) return;
+    s->loaded_kv |= kind;
 #define ALLOW(KV) allow<KV>(s)
-    EACH_KV(ALLOW);
-    return s->failed == cudaSuccess;
+    BY_KV(is_fp8, head_dim, ALLOW);
+    cuda_load_wide(s, is_fp8, head_dim);
+    if (!HOPPER) return;
+    cuda_load_group_attention(s, is_fp8, head_dim);
+    cuda_load_stream(s, is_fp8, head_dim);
 }
 
 extern "C" void cuda_fill_attention(struct ops *ops) {

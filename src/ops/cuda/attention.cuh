@@ -275,11 +275,6 @@ static __device__ __forceinline__ float chain_value(float sum, float a, float of
         }                                                                                                              \
     } while (0)
 
-// Calls `call` with every KV that attention is compiled for.
-#define EACH_KV(call)                                                                                                  \
-    (call(bf16_kv<32>), call(fp8_kv<32>), call(bf16_kv<64>), call(fp8_kv<64>), call(bf16_kv<96>), call(fp8_kv<96>),    \
-     call(bf16_kv<128>), call(fp8_kv<128>))
-
 // Attention of many tokens of few sequences: wide.cu. False: this batch is not for it.
 bool cuda_wide_attention(struct cuda_state *s, attention_params p, const struct batch *host, size_t n_single,
                          int head_dim, bool packed_only);
@@ -290,5 +285,10 @@ bool cuda_group_attention(struct cuda_state *s, const attention_params &p, size_
 bool cuda_stream_attention(struct cuda_state *s, const attention_params &p, size_t n_tokens, size_t scratch_floats,
                            int head_dim);
 size_t cuda_stream_floats(int n_sms, const struct ops_limits *l);
+
+// Their parts of cuda_load_attention.
+void cuda_load_wide(struct cuda_state *s, bool is_fp8, int head_dim);
+void cuda_load_group_attention(struct cuda_state *s, bool is_fp8, int head_dim);
+void cuda_load_stream(struct cuda_state *s, bool is_fp8, int head_dim);
 
 #endif

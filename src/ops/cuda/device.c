@@ -260,6 +260,7 @@ static bool new_matrix(struct device *d, struct matrix *out, const struct matrix
     if (!memory) return false;
     *out = *w;
     out->data = memory;
+    cuda_load_products(state(d), w->type);
     fill(d, memory, 0, bytes);
     return true;
 }
@@ -269,8 +270,17 @@ static void pack_rows(struct device *d, const struct matrix *out, const void *ro
     else cuda_pack_quantised(state(d), out, rows, first, n);
 }
 
+static bool can_attend(size_t head_dim) {
+    return head_dim > 0 && head_dim % 32 == 0 && head_dim <= 128;
+}
+
+static void load_attention(struct device *d, enum dtype kv_type, size_t head_dim) {
+    cudaSetDevice(state(d)->index);
+    if (can_attend(head_dim)) cuda_load_attention(state(d), kv_type == DTYPE_FP8, (int)head_dim);
+}
+
 static bool can_run(struct device *d, size_t n_heads, size_t n_kv_heads, size_t head_dim, struct error *err) {
-    if (head_dim % 32 != 0 || head_dim > 128)
+    if (!can_attend(head_dim))
         return error_set(err, "%s: head_dim 32, 64, 96 or 128 is expected, the model has %zu", d->name, head_dim);
     if (n_heads / n_kv_heads > 16)
         return error_set(err, "%s: at most 16 query heads for a KV head are expected, the model has %zu", d->name,
@@ -335,18 +345,9 @@ static bool start(struct cuda_state *s, struct error *err) {
     if (e == cudaSuccess) e = cudaMemset(s->best, 0, 2 * sizeof *s->best);
     if (e == cudaSuccess) e = cudaMalloc(&s->sampling, cuda_sample_bytes());
     if (e == cudaSuccess) e = cudaMemset(s->sampling, 0, cuda_sample_bytes());
-    if (e == cudaSuccess) {
-        cuda_products_setup(s);
-        cuda_quantised_setup(s);
-        cuda_attention_setup(s);
-        cuda_wide_setup(s);
-        if (HOPPER) {
-            cuda_group_attention_setup(s);
-            cuda_persistent_setup(s);
-            cuda_groups_setup(s);
-            cuda_group_quantised_setup(s);
-            cuda_stream_setup(s);
-        }
+    if (e == cudaSuccess && HOPPER) {
+        cuda_persistent_setup(s);
+        cuda_groups_setup(s);
         e = s->failed;
     }
     return e == cudaSuccess ||
@@ -383,6 +384,7 @@ const struct ops *ops_cuda_open(int index, struct error *err) {
                                 .matrix_bytes = matrix_bytes,
                                 .new_matrix = new_matrix,
                                 .pack_rows = pack_rows,
+                                .load_attention = load_attention,
                                 .begin = begin,
                                 .end = end,
                                 .variant_names = variant_names,

@@ -74,6 +74,8 @@ struct cuda_state {
     int n_clusters;        // of eight blocks that the GPU holds at once, each with an SM's shared memory
     int n_pairs;           // of two such blocks
     void *sampling;        // for sample
+    uint32_t loaded_types; // bit (1 << enum dtype): the kernels for such weights are loaded
+    uint32_t loaded_kv;    // the same of kinds of K and V (attention.cu)
     void *shown;           // for device.show
     size_t shown_bytes;
     struct recording *recordings;
@@ -135,14 +137,13 @@ void cuda_fill_persistent(struct ops *ops);
 void cuda_fill_sample(struct ops *ops);
 size_t cuda_choose_bytes(void);
 size_t cuda_sample_bytes(void);
-bool cuda_products_setup(struct cuda_state *s);
-bool cuda_attention_setup(struct cuda_state *s);
-bool cuda_wide_setup(struct cuda_state *s);
-bool cuda_group_attention_setup(struct cuda_state *s);
 bool cuda_persistent_setup(struct cuda_state *s);
 bool cuda_groups_setup(struct cuda_state *s);
-bool cuda_group_quantised_setup(struct cuda_state *s);
-bool cuda_stream_setup(struct cuda_state *s);
+
+// Loads kernels, which takes some 0.2 ms each: those for weights of a type, and those for attention to K and V of a
+// kind. Once loaded they are not loaded again.
+void cuda_load_products(struct cuda_state *s, enum dtype type);
+void cuda_load_attention(struct cuda_state *s, bool is_fp8, int head_dim);
 // Rows [row, row + n_rows) of a matrix, as stored, to their places in the device's order.
 void cuda_pack_rows(struct cuda_state *s, const struct matrix *out, const void *rows, size_t row, size_t n_rows);
 // The same for quantised weights; the bytes of 8 rows by 128 columns of such (0: not a type that is multiplied here),
@@ -151,7 +152,8 @@ void cuda_pack_quantised(struct cuda_state *s, const struct matrix *out, const v
 size_t cuda_quantised_record(enum dtype type);
 void cuda_quantised_embed(const struct op_ctx *ctx, float *x, const struct matrix *table, const int32_t *token,
                           size_t n_tokens);
-void cuda_quantised_setup(struct cuda_state *s);
+void cuda_load_quantised(struct cuda_state *s, enum dtype type);
+void cuda_load_group_quantised(struct cuda_state *s, enum dtype type);
 
 #ifdef __cplusplus
 }

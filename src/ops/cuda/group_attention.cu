@@ -840,10 +840,7 @@ template <typename KV> static void allow(struct cuda_state *s) {
     allow_for<KV, 4>(s);
 }
 
-extern "C" bool cuda_group_attention_setup(struct cuda_state *s) {
-    allow<bf16_kv<64>>(s);
-    allow<fp8_kv<64>>(s);
-    allow<bf16_kv<128>>(s);
-    allow<fp8_kv<128>>(s);
-    return s->failed == cudaSuccess;
+void cuda_load_group_attention(struct cuda_state *s, bool is_fp8, int head_dim) {
+    if (head_dim == 128) is_fp8 ? allow<fp8_kv<128>>(s) : allow<bf16_kv<128>>(s);
+    else if (head_dim == 64) is_fp8 ? allow<fp8_kv<64>>(s) : allow<bf16_kv<64>>(s);
 }

@@ -177,14 +177,12 @@ void cuda_group_quantised(struct cuda_state *s, const char *what, group_args &a,
     });
 }
 
-extern "C" bool cuda_group_quantised_setup(struct cuda_state *s) {
-    for (int type = 0; type < DTYPE_COUNT; type++)
-        with_format((enum dtype)type, [&](auto q) {
-            using Q = decltype(q);
-            using LARGE = large_shape<quantised_weights<Q>>;
-            using SMALL = small_shape<quantised_weights<Q>>;
-            allow_shared(s, "preparing products", k_group<LARGE, quantised_consumer<Q>>, LARGE::SHARED);
-            allow_shared(s, "preparing products", k_group<SMALL, quantised_consumer<Q>>, SMALL::SHARED);
-        });
-    return s->failed == cudaSuccess;
+extern "C" void cuda_load_group_quantised(struct cuda_state *s, enum dtype type) {
+    with_format(type, [&](auto q) {
+        using Q = decltype(q);
+        using LARGE = large_shape<quantised_weights<Q>>;
+        using SMALL = small_shape<quantised_weights<Q>>;
+        allow_shared(s, "preparing products", k_group<LARGE, quantised_consumer<Q>>, LARGE::SHARED);
+        allow_shared(s, "preparing products", k_group<SMALL, quantised_consumer<Q>>, SMALL::SHARED);
+    });
 }

@@ -162,12 +162,18 @@ template <enum product_mode MODE, bool NORM> static void allow_all(struct cuda_s
     allow_tile<W, MODE, LARGE, 4>(s);
 }
 
-extern "C" bool cuda_products_setup(struct cuda_state *s) {
-    allow_all<PRODUCT_QKV, true>(s);
-    allow_all<PRODUCT_RESIDUAL, false>(s);
-    allow_all<PRODUCT_GATE_UP, true>(s);
-    allow_all<PRODUCT_PLAIN, true>(s);
-    return s->failed == cudaSuccess;
+extern "C" void cuda_load_products(struct cuda_state *s, enum dtype type) {
+    if (s->loaded_types >> type & 1) return;
+    s->loaded_types |= 1u << type;
+    if (type == DTYPE_BF16) {
+        allow_all<PRODUCT_QKV, true>(s);
+        allow_all<PRODUCT_RESIDUAL, false>(s);
+        allow_all<PRODUCT_GATE_UP, true>(s);
+        allow_all<PRODUCT_PLAIN, true>(s);
+    } else {
+        cuda_load_quantised(s, type);
+        if (HOPPER) cuda_load_group_quantised(s, type);
+    }
 }
 
 extern "C" void cuda_fill_products(struct ops *ops) {

@@ -149,13 +149,12 @@ template <typename W, enum product_mode MODE, bool NORM> static void allow_all(s
     }
 }
 
-extern "C" void cuda_quantised_setup(struct cuda_state *s) {
-    for (int type = 0; type < DTYPE_COUNT; type++)
-        with_format((enum dtype)type, [&](auto q) {
-            using W = quantised_weights<decltype(q)>;
-            allow_all<W, PRODUCT_QKV, true>(s);
-            allow_all<W, PRODUCT_RESIDUAL, false>(s);
-            allow_all<W, PRODUCT_GATE_UP, true>(s);
-            allow_all<W, PRODUCT_PLAIN, true>(s);
-        });
+extern "C" void cuda_load_quantised(struct cuda_state *s, enum dtype type) {
+    with_format(type, [&](auto q) {
+        using W = quantised_weights<decltype(q)>;
+        allow_all<W, PRODUCT_QKV, true>(s);
+        allow_all<W, PRODUCT_RESIDUAL, false>(s);
+        allow_all<W, PRODUCT_GATE_UP, true>(s);
+        allow_all<W, PRODUCT_PLAIN, true>(s);
+    });
 }

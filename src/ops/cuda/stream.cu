@@ -506,8 +506,7 @@ template <typename KV> static void allow(struct cuda_state *s) {
     allow_rows<KV, STREAM_ROWS>(s);
 }
 
-extern "C" bool cuda_stream_setup(struct cuda_state *s) {
+void cuda_load_stream(struct cuda_state *s, bool is_fp8, int head_dim) {
 #define ALLOW(KV) allow<KV>(s)
-    EACH_KV(ALLOW);
-    return s->failed == cudaSuccess;
+    BY_KV(is_fp8, head_dim, ALLOW);
 }

@@ -189,8 +189,7 @@ template <typename KV> static void allow(struct cuda_state *s) {
     allow_shared(s, "preparing attention", k_wide_attention<KV>, sizeof(wide_shared<KV>));
 }
 
-extern "C" bool cuda_wide_setup(struct cuda_state *s) {
+void cuda_load_wide(struct cuda_state *s, bool is_fp8, int head_dim) {
 #define ALLOW(KV) allow<KV>(s)
-    EACH_KV(ALLOW);
-    return s->failed == cudaSuccess;
+    BY_KV(is_fp8, head_dim, ALLOW);
 }
